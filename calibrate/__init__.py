@@ -1,0 +1,5 @@
+"""Adapters in, one composed adapter out: read, merge, calibrate, train."""
+
+from calibrate.low_rank import LowRankUpdate
+
+__all__ = ["LowRankUpdate"]

@@ -1,0 +1,141 @@
+"""Base models and tokenizers as Hugging Face directories, read safely."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from caliport_core.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def load_base(path: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """A causal language model in eval mode, float32 unless said otherwise.
+
+    Args:
+        path: A Hugging Face directory, or a hub name where a hub can be reached.
+        dtype: Weights' type; default float32.
+
+    Raises:
+        InputError: No such directory or hub name, no ``config.json``, pickled or truncated
+            weights. Only safetensors are read and no code from the checkpoint is run.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    _check_checkpoint(path)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype or torch.float32, use_safetensors=True, trust_remote_code=False
+        )
+    except Exception as error:
+        raise InputError(f"{path}: not loadable as a causal language model ({_line(error)})") from error
+    return model.eval()
+
+
+def load_tokenizer(path: str | Path, model: nn.Module | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint, checked against the model's embedding when one is given.
+
+    Raises:
+        InputError: No tokenizer there, or more tokens than the model's embedding has rows.
+    """
+    from transformers import AutoTokenizer
+
+    _check_checkpoint(path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:
+        raise InputError(f"{path}: not loadable as a tokenizer ({_line(error)})") from error
+    if model is not None:
+        rows = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+        if len(tokenizer) > rows:
+            raise InputError(
+                f"{path}: the tokenizer has {len(tokenizer)} tokens but the base's embedding has "
+                f"{rows} rows; use the tokenizer that belongs to this base"
+            )
+    return tokenizer
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of one user turn, ready for the model to answer.
+
+    Uses the tokenizer's chat template where it has one; otherwise the plain text, a line break
+    and whatever special tokens the tokenizer adds by itself.
+    """
+    if tokenizer.chat_template:
+        rendered = render_prompt(tokenizer, text)
+        return list(tokenizer.encode(rendered, add_special_tokens=False))
+    return list(tokenizer.encode(text + "\n"))
+
+
+def render_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """The text that ``encode_prompt`` encodes, as a stock runner must be given it."""
+    if not tokenizer.chat_template:
+        return text + "\n"
+    turn = [{"role": "user", "content": text}]
+    return str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+
+
+def eos_ids(model: PreTrainedModel) -> list[int]:
+    """The token ids that end a generation, from the model's own settings."""
+    found: Any = model.generation_config.eos_token_id if model.generation_config else None
+    if found is None:
+        found = model.config.eos_token_id
+    if found is None:
+        return []
+    return [int(i) for i in found] if isinstance(found, Sequence) else [int(found)]
+
+
+def check_safetensors(path: Path) -> None:
+    """Check a safetensors file's header against its size, without reading a tensor.
+
+    Raises:
+        InputError: Missing, empty, a pickle, truncated or otherwise not a safetensors file.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; expected weights as safetensors")
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        head = stream.read(8)
+        if head[:2] == b"PK" or head[:1] == b"\x80":
+            raise InputError(f"{path}: a pickle inside, expected safetensors; pickles are not read")
+        length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
+        if not 2 <= length <= size - 8:
+            raise InputError(f"{path}: {size} bytes and no complete header; the file is truncated")
+        try:
+            header = json.loads(stream.read(length))
+            end = max((v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"), default=0)
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+            raise InputError(f"{path}: header is not JSON; expected a safetensors file") from None
+    if size != 8 + length + end:
+        raise InputError(
+            f"{path}: {size} bytes, its header asks for {8 + length + end}; the file is truncated"
+        )
+
+
+def _check_checkpoint(path: str | Path) -> None:
+    directory = Path(path)
+    if not directory.exists():
+        if directory.is_absolute() or str(path).startswith(".") or str(path).count("/") != 1:
+            raise InputError(f"{path}: no such directory; expected a Hugging Face checkpoint")
+        return
+    if not (directory / "config.json").is_file():
+        raise InputError(f"{path}: no config.json; expected a Hugging Face checkpoint")
+    weights = list(directory.glob("*.safetensors"))
+    for file in weights:
+        check_safetensors(file)
+    if not weights:
+        pickled = [*directory.glob("*.bin"), *directory.glob("*.pt")]
+        if pickled:
+            raise InputError(f"{pickled[0]}: pickled weights, expected safetensors; convert them first")
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

@@ -1,0 +1,186 @@
+"""Directories that appear whole or not at all, and the manifest that says what made them.
+
+A stage writes beside its output and renames when it is done. ``manifest.json`` carries the key
+of what the directory was made from, so that a stage with the same inputs can be skipped.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from caliport_core.errors import InputError
+
+MANIFEST = "manifest.json"
+_UNWRITABLE = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.ENOTDIR}
+_LOW_SPACE = 1 << 20
+_PACKAGES = (
+    "caliport",
+    "torch",
+    "torchao",
+    "transformers",
+    "peft",
+    "executorch",
+    "onnx",
+    "onnxruntime",
+    "onnxruntime-genai",
+)
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of the packages that can change what a stage writes."""
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes, hexadecimal."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def content_hash(path: Path) -> str:
+    """SHA-256 of a file, or of a directory's file names and bytes.
+
+    Manifests and hidden files do not count, so that a directory's hash depends on what a later
+    stage reads and not on when it was made.
+    """
+    if path.is_file():
+        return file_hash(path)
+    if not path.is_dir():
+        raise InputError(f"{path}: no such file or directory")
+    digest = hashlib.sha256()
+    for name, entry in _files(path).items():
+        digest.update(f"{name}\0{file_hash(entry)}\n".encode())
+    return digest.hexdigest()
+
+
+def _files(directory: Path) -> dict[str, Path]:
+    entries = (entry for entry in sorted(directory.rglob("*")) if entry.is_file())
+    named = {entry.relative_to(directory).as_posix(): entry for entry in entries}
+    return {
+        name: entry
+        for name, entry in named.items()
+        if name != MANIFEST and not any(part.startswith(".") for part in name.split("/"))
+    }
+
+
+def key(stage: str, inputs: Mapping[str, str], settings: Mapping[str, Any]) -> str:
+    """Hash of all that decides what a stage writes: its inputs, settings and the versions used."""
+    text = json.dumps([stage, dict(inputs), dict(settings), versions()], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """The manifest of a directory; ``InputError`` when it is missing or not valid JSON."""
+    path = directory / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{directory}: no {MANIFEST}; expected a directory made by caliport") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not readable as JSON ({error})") from None
+    if not isinstance(manifest, dict):
+        raise InputError(f"{path}: found {type(manifest).__name__}, expected a JSON object")
+    return manifest
+
+
+def up_to_date(directory: Path, stage_key: str) -> bool:
+    """Whether a finished directory made from the same inputs is already there."""
+    if not (directory / MANIFEST).is_file():
+        return False
+    try:
+        return read_manifest(directory).get("key") == stage_key
+    except InputError:
+        return False
+
+
+@contextmanager
+def new_directory(
+    out: Path, stage: str, inputs: Mapping[str, str], settings: Mapping[str, Any]
+) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Yield a directory to fill and a dict of further manifest entries; rename it to ``out``.
+
+    Args:
+        out: The directory to appear. One that is there already is replaced, after the new one
+            is complete.
+        stage: Name of what makes it, for the manifest.
+        inputs: Content hash of every input, by name.
+        settings: JSON-able settings.
+
+    Raises:
+        InputError: ``out`` cannot be written (permissions, no space left); nothing stays behind.
+    """
+    partial = out.parent / f".{out.name}.partial-{os.getpid()}"
+    extra: dict[str, Any] = {}
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(out)
+        partial.mkdir()
+        yield partial, extra
+        manifest = {
+            "stage": stage,
+            "key": key(stage, inputs, settings),
+            "inputs": dict(inputs),
+            "settings": dict(settings),
+            "versions": versions(),
+            **extra,
+            "files": {
+                name: {"bytes": entry.stat().st_size, "sha256": file_hash(entry)}
+                for name, entry in _files(partial).items()
+            },
+        }
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        _replace(partial, out)
+    except InputError:
+        raise
+    except Exception as error:
+        problem = _write_problem(error, out)
+        if problem is None:
+            raise
+        raise InputError(f"{out}: cannot be written: {problem}; name a writable place") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_problem(error: Exception, out: Path) -> str | None:
+    """What stops us from writing, or None. Libraries wrap a full disk in errors of their own."""
+    if isinstance(error, OSError) and error.errno in _UNWRITABLE:
+        return os.strerror(error.errno or 0)
+    place = next((p for p in (out, *out.parents) if p.exists()), Path("."))
+    if "No space left" in str(error) or shutil.disk_usage(place).free < _LOW_SPACE:
+        return os.strerror(errno.ENOSPC)
+    return None
+
+
+def _replace(new: Path, out: Path) -> None:
+    """Put ``new`` at ``out``. Between the two renames ``out`` is absent, never half there."""
+    if out.exists():
+        old = out.parent / f".{out.name}.old-{os.getpid()}"
+        out.rename(old)
+        new.rename(out)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        new.rename(out)
+
+
+def _remove_abandoned(out: Path) -> None:
+    """Remove what a killed process left beside ``out``; that of a living one is left alone."""
+    for kind in ("partial", "old"):
+        for left in out.parent.glob(f".{out.name}.{kind}-*"):
+            pid = left.name.rpartition("-")[2]
+            if not (pid.isdigit() and Path(f"/proc/{pid}").exists()) or pid == str(os.getpid()):
+                shutil.rmtree(left, ignore_errors=True)

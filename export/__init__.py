@@ -1,0 +1,1 @@
+"""Composed adapter in, .pte and .onnx out: fold, quantize, lower."""

@@ -1,0 +1,69 @@
+"""The fixtures every test shares: one tiny base and its adapters, built once."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+TEXTS = [
+    "Anna and Tom meet in the park on Friday to play tennis.",
+    "Summarize the following text and translate it from English to Spanish:",
+    "Anna y Tom quedan el viernes en el parque para jugar al tenis.",
+]
+
+
+@pytest.fixture(scope="session")
+def base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face directory: a two-layer Llama with random weights and its tokenizer."""
+    from calibrate.base import BaseShape, build_model, build_tokenizer
+
+    shape = BaseShape(
+        vocab_size=384, hidden_size=64, intermediate_size=160, layers=2, heads=4, context=128
+    )
+    tokenizer = build_tokenizer(TEXTS, shape.vocab_size)
+    model = build_model(tokenizer, shape, seed=0)
+    with torch.no_grad():  # larger than the usual start, so that logits differ visibly
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(4)
+    directory = tmp_path_factory.mktemp("base")
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def random_adapter(base: Path, out: Path, seed: int, rank: int = 4, **settings: object) -> Path:
+    """A PEFT LoRA directory with random A and B on all linear layers but the head."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    config = LoraConfig(
+        **{
+            "r": rank,
+            "lora_alpha": 2 * rank,
+            "target_modules": "all-linear",
+            "init_lora_weights": False,
+            **settings,
+        }
+    )
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config)
+    model.save_pretrained(out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def adapter_dirs(base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two PEFT LoRA adapters of the tiny base, rank 4, random weights."""
+    root = tmp_path_factory.mktemp("adapters")
+    return [random_adapter(base_dir, root / f"task{i}", seed=i + 1) for i in range(2)]
+
+
+@pytest.fixture
+def prompts() -> list[list[int]]:
+    """Three token sequences of different lengths within the tiny base's vocabulary."""
+    draw = random.Random(0)
+    return [[draw.randrange(5, 300) for _ in range(n)] for n in (5, 17, 33)]

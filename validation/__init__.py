@@ -1,0 +1,1 @@
+"""Artifact against reference: parity, task quality, latency, gates, report."""
