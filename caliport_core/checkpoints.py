@@ -104,10 +104,10 @@ def check_safetensors(path: Path) -> None:
     size = path.stat().st_size
     with path.open("rb") as stream:
         head = stream.read(8)
-        if head[:2] == b"PK" or head[:1] == b"\x80":
-            raise InputError(f"{path}: a pickle inside, expected safetensors; pickles are not read")
         length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
         if not 2 <= length <= size - 8:
+            if head[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+                raise InputError(f"{path}: a pickle, expected safetensors; pickles are not read")
             raise InputError(f"{path}: {size} bytes and no complete header; the file is truncated")
         try:
             header = json.loads(stream.read(length))

@@ -1,0 +1,1 @@
+"""Data sets of Caliport: the embedded pocket grammar, Multi30k, and JSON Lines files."""

@@ -1,0 +1,167 @@
+"""One small protocol for everything that turns tokens into logits, and greedy decoding over it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from caliport_core.directories import read_manifest
+from caliport_core.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+RUNTIMES = ("executorch", "onnx")
+
+
+class Runner(Protocol):
+    """A model with its key-value cache, fed token by token.
+
+    Attributes:
+        name: Names the runner in reasons and reports.
+        context: Most tokens that the cache holds.
+    """
+
+    name: str
+    context: int
+
+    def prefill(self, tokens: list[int]) -> np.ndarray:
+        """Forget what came before, read ``tokens``; logits after the last, float32 [vocab]."""
+        ...
+
+    def step(self, token: int) -> np.ndarray:
+        """Read one more token; logits after it, float32 [vocab]."""
+        ...
+
+    def reset(self) -> None:
+        """Forget all tokens read so far."""
+        ...
+
+
+class EagerRunner:
+    """A transformers causal language model as a ``Runner``, with a cache of its own.
+
+    Args:
+        model: In eval mode, quantized or not.
+        name: Names it in reasons and reports.
+    """
+
+    def __init__(self, model: PreTrainedModel, name: str) -> None:
+        self.name = name
+        self.model = model
+        self.context = int(model.config.max_position_embeddings)
+        self._cache: Any = None
+
+    def prefill(self, tokens: list[int]) -> np.ndarray:
+        """Forget what came before, read ``tokens``; logits after the last, float32 [vocab]."""
+        self.reset()
+        return self._forward(tokens)
+
+    def step(self, token: int) -> np.ndarray:
+        """Read one more token; logits after it, float32 [vocab]."""
+        return self._forward([token])
+
+    def reset(self) -> None:
+        """Forget all tokens read so far."""
+        self._cache = None
+
+    def logits(self, tokens: Sequence[int]) -> np.ndarray:
+        """Logits after every token in one pass without a cache, float32 [len(tokens), vocab].
+
+        No cache takes part, so a reference made this way cannot share a cache's faults.
+        """
+        import torch
+
+        with torch.no_grad():
+            out = self.model(torch.tensor([list(tokens)]), use_cache=False)
+        return np.asarray(out.logits[0].float().numpy())
+
+    def _forward(self, tokens: Sequence[int]) -> np.ndarray:
+        import torch
+
+        with torch.no_grad():
+            out = self.model(
+                torch.tensor([list(tokens)]),
+                past_key_values=self._cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        self._cache = out.past_key_values
+        return np.asarray(out.logits[0, -1].float().numpy())
+
+
+def greedy(
+    runner: Runner, prompt: list[int], max_new_tokens: int, eos_ids: Collection[int]
+) -> list[int]:
+    """The most likely token at every step, lowest id first among equals.
+
+    Returns:
+        At most ``max_new_tokens`` tokens, fewer where the context is full; the token of
+        ``eos_ids`` that ended the text, if one did, is the last.
+    """
+    logits = runner.prefill(prompt)
+    room = min(max_new_tokens, runner.context - len(prompt))
+    tokens: list[int] = []
+    while len(tokens) < room:
+        tokens.append(int(np.argmax(logits)))
+        if tokens[-1] in eos_ids or len(tokens) == room:
+            break
+        logits = runner.step(tokens[-1])
+    return tokens
+
+
+def artifact_form(directory: Path) -> tuple[str, str]:
+    """Runtime and precision of an artifact, from its manifest.
+
+    Raises:
+        InputError: No manifest, or one that does not name a known runtime and a precision.
+    """
+    manifest = read_manifest(directory)
+    runtime, precision = manifest.get("runtime"), manifest.get("precision")
+    if runtime not in RUNTIMES:
+        raise InputError(
+            f"{directory}/manifest.json: runtime is {runtime!r}, expected one of {', '.join(RUNTIMES)}"
+        )
+    if not isinstance(precision, str):
+        raise InputError(
+            f"{directory}/manifest.json: precision is {precision!r}, expected fp32, int8 or int4"
+        )
+    return runtime, precision
+
+
+def open_runner(directory: Path, threads: int) -> Runner:
+    """The runner that the artifact's runtime asks for.
+
+    Args:
+        directory: An artifact directory with its manifest.
+        threads: Threads of the runtime's own pool.
+
+    Raises:
+        InputError: Not an artifact, or one that its runtime cannot load.
+    """
+    runtime, _ = artifact_form(directory)
+    if runtime == "executorch":
+        from validation.executorch_runner import ExecuTorchRunner
+
+        return ExecuTorchRunner(directory, threads)
+    from validation.onnx_runner import OnnxRunner
+
+    return OnnxRunner(directory, threads)
+
+
+def stock_generate(directory: Path, text: str, max_new_tokens: int) -> str:
+    """What the runtime's own stock runner writes after ``text``, greedily.
+
+    ``TextLLMRunner`` for ExecuTorch, ``onnxruntime_genai`` for ONNX.
+    """
+    runtime, _ = artifact_form(directory)
+    if runtime == "executorch":
+        from validation import executorch_runner
+
+        return executorch_runner.generate(directory, text, max_new_tokens)
+    from validation import onnx_runner
+
+    return onnx_runner.generate(directory, text, max_new_tokens)
