@@ -29,7 +29,9 @@ def load_base(path: str | Path, dtype: torch.dtype | None = None) -> PreTrainedM
     """
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # one bar a tensor is noise; the stages show their own
     _check_checkpoint(path)
     try:
         model = AutoModelForCausalLM.from_pretrained(

@@ -105,6 +105,9 @@ def quantize(model: PreTrainedModel, precision: str) -> PreTrainedModel:
                 _replace(module, _linear_weight(module.weight.detach(), bits))
             elif isinstance(module, nn.Embedding):
                 _replace(module, _rows(module.weight.detach(), activations=None))
+                # Only gradients know of it. ExecuTorch 1.5.1 fuses a quantized embedding into one
+                # operator only without it, and has no kernel for the unfused form.
+                module.padding_idx = None
     return model
 
 

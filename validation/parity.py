@@ -75,7 +75,9 @@ def compare(
     positions = 0
     for ours, theirs, tokens in zip(reference, found, targets, strict=True):
         if ours.shape != theirs.shape or len(tokens) != len(ours):
-            raise ValueError(f"shapes {ours.shape}, {theirs.shape} and {len(tokens)} targets differ")
+            raise ValueError(
+                f"shapes {ours.shape}, {theirs.shape} and {len(tokens)} targets differ"
+            )
         if not len(tokens):
             continue
         rows = np.arange(len(tokens))
@@ -108,7 +110,9 @@ def trace(runner: Runner, prompt: list[int], targets: Sequence[int]) -> np.ndarr
     Raises:
         NotFinite: Some logit is NaN or infinite.
     """
-    rows = [finite(runner.prefill(prompt), f"{runner.name}, after a prompt of {len(prompt)} tokens")]
+    rows = [
+        finite(runner.prefill(prompt), f"{runner.name}, after a prompt of {len(prompt)} tokens")
+    ]
     for count, token in enumerate(targets[:-1], start=1):
         where = f"{runner.name}, step {count} after a prompt of {len(prompt)} tokens"
         rows.append(finite(runner.step(token), where))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,7 @@ from caliport_core.progress import Advance
 from validation.runner import Runner, greedy
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 METRICS = ("rougeL", "chrf")
@@ -33,7 +34,7 @@ class Score:
     """
 
     loss: float | None
-    rougeL: float  # noqa: N815 - the metric's own name
+    rougeL: float
     chrf: float
     outputs: list[str]
     examples: dict[str, list[float]]
@@ -97,6 +98,7 @@ def score(
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[list[int]],
     references: list[str],
+    *,
     max_new_tokens: int,
     batch_size: int,
     progress: Advance | None = None,
@@ -119,7 +121,14 @@ def score(
         raise InputError(f"{len(prompts)} prompts for {len(references)} references")
     targets = [target_tokens(tokenizer, text) for text in references]
     loss = mean_loss(model, prompts, targets, batch_size)
-    tokens = generate(model, tokenizer, prompts, max_new_tokens, batch_size, progress)
+    tokens = generate(
+        model,
+        tokenizer,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        progress=progress,
+    )
     return judge(decode(tokenizer, tokens), references, loss)
 
 
@@ -128,6 +137,7 @@ def score_runner(
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[list[int]],
     references: list[str],
+    *,
     max_new_tokens: int,
     ends: Sequence[int],
     progress: Advance | None = None,
@@ -160,7 +170,7 @@ def target_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 def decode(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[Sequence[int]]) -> list[str]:
     """Texts without special tokens and without space around them."""
-    return [tokenizer.decode(list(t), skip_special_tokens=True).strip() for t in tokens]
+    return [str(tokenizer.decode(list(t), skip_special_tokens=True)).strip() for t in tokens]
 
 
 def mean_loss(
@@ -174,7 +184,9 @@ def mean_loss(
     from torch.nn.functional import cross_entropy
 
     total, count = 0.0, 0
-    for batch in _batches([len(p) + len(t) for p, t in zip(prompts, targets, strict=True)], batch_size):
+    for batch in _batches(
+        [len(p) + len(t) for p, t in zip(prompts, targets, strict=True)], batch_size
+    ):
         rows = [[*prompts[i], *targets[i]] for i in batch]
         kept = max(len(targets[i]) for i in batch)
         ids, mask = _left_pad(rows)
@@ -186,7 +198,9 @@ def mean_loss(
             logits = model(
                 ids, attention_mask=mask, position_ids=positions, logits_to_keep=kept + 1
             ).logits[:, :-1]
-        total += float(cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="sum"))
+        total += float(
+            cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="sum")
+        )
         count += int((labels != -100).sum())
     return total / count
 
@@ -195,6 +209,7 @@ def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
+    *,
     max_new_tokens: int,
     batch_size: int,
     progress: Advance | None = None,
@@ -225,18 +240,12 @@ def generate(
                 eos_token_id=ends or None,
             )
         for i, tokens in zip(batch, written[:, ids.shape[1] :].tolist(), strict=True):
-            outputs[i] = _until(tokens, lambda token: token in ends)
+            stop = next((n for n, token in enumerate(tokens, start=1) if token in ends), None)
+            outputs[i] = tokens[:stop]
         done += len(batch)
         if progress is not None:
             progress(done, "")
     return outputs
-
-
-def _until(tokens: list[int], is_end: Callable[[int], bool]) -> list[int]:
-    for index, token in enumerate(tokens):
-        if is_end(token):
-            return tokens[: index + 1]
-    return tokens
 
 
 def _batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
@@ -245,11 +254,12 @@ def _batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
 
-def _left_pad(rows: list[list[int]]):  # type: ignore[no-untyped-def]  # torch is not imported here
+def _left_pad(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and attention mask, int64 [rows, longest]. What is masked may be any token."""
     import torch
 
     length = max(map(len, rows))
-    ids, mask = torch.zeros(len(rows), length, dtype=torch.long), None
+    ids = torch.zeros(len(rows), length, dtype=torch.long)
     mask = torch.zeros_like(ids)
     for row, tokens in enumerate(rows):
         ids[row, length - len(tokens) :] = torch.tensor(tokens)

@@ -123,7 +123,7 @@ def artifact_form(directory: Path) -> tuple[str, str]:
     runtime, precision = manifest.get("runtime"), manifest.get("precision")
     if runtime not in RUNTIMES:
         raise InputError(
-            f"{directory}/manifest.json: runtime is {runtime!r}, expected one of {', '.join(RUNTIMES)}"
+            f"{directory}/manifest.json: runtime is {runtime!r}, expected executorch or onnx"
         )
     if not isinstance(precision, str):
         raise InputError(

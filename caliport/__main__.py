@@ -1,0 +1,5 @@
+"""``python -m caliport``."""
+
+from caliport.cli import main
+
+main()

@@ -1,0 +1,253 @@
+"""The command line. Nothing heavy is imported before a command needs it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from caliport_core.errors import InputError
+
+app = typer.Typer(
+    name="caliport",
+    help="Compose LoRA adapters for phones: calibrate the merge, export to ExecuTorch and ONNX, "
+    "prove that accuracy survived.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+Recipe = Annotated[Path | None, typer.Argument(help="A recipe; or give the flags below.")]
+NeededRecipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML recipe.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="FIELD=VALUE", help="Override a recipe's field; repeatable."),
+]
+Runs = Annotated[Path, typer.Option("--runs", help="Where run directories are made.")]
+BaseOption = Annotated[
+    str | None, typer.Option("--base", help="Hugging Face directory (or hub name) of the base.")
+]
+Adapter = Annotated[Path | None, typer.Option("--adapter", help="PEFT LoRA directory.")]
+Out = Annotated[Path | None, typer.Option("--out", help="The directory to write.")]
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    """Options for every command; ``main`` reads ``--debug`` from the arguments itself."""
+
+
+@app.command()
+def run(recipe: NeededRecipe, overrides: Overrides = None, runs: Runs = Path("runs")) -> None:
+    """Do everything a recipe says, skipping what is up to date."""
+    from caliport.composing import compose_all
+    from caliport.scoring import score_all
+    from caliport.shipping import export_all, validate_all
+
+    space = _space(recipe, overrides, runs)
+    compose_all(space)
+    score_all(space)
+    export_all(space)
+    passed = validate_all(space)
+    _show(space.reports)
+    raise typer.Exit(0 if passed else 1)
+
+
+@app.command()
+def calibrate(
+    recipe: Recipe = None,
+    overrides: Overrides = None,
+    runs: Runs = Path("runs"),
+    base: BaseOption = None,
+    adapter: Annotated[
+        list[Path] | None, typer.Option("--adapter", help="PEFT LoRA directory; repeatable.")
+    ] = None,
+    method: Annotated[str, typer.Option(help="linear, exact, lc or lc++.")] = "lc++",
+    data: Annotated[
+        Path | None, typer.Option(help="JSON Lines with `input` and `output` (lc and lc++).")
+    ] = None,
+    prompt: Annotated[str, typer.Option(help="Prompt around each input.")] = "{input}",
+    steps: Annotated[int, typer.Option(help="Optimizer steps (lc and lc++).", min=1)] = 300,
+    batch_size: Annotated[int, typer.Option(help="Examples a step.", min=1)] = 32,
+    learning_rate: Annotated[float, typer.Option(help="Of Adam, at its highest.")] = 5e-4,
+    seed: Annotated[int, typer.Option(help="Of the order of examples and initial values.")] = 0,
+    out: Out = None,
+) -> None:
+    """Train what a recipe trains, merge and calibrate, and score every method."""
+    if recipe is not None:
+        from caliport.composing import compose_all
+        from caliport.scoring import score_all
+
+        _no_flags(base=base, adapter=adapter, data=data, out=out)
+        space = _space(recipe, overrides, runs)
+        compose_all(space)
+        score_all(space)
+        _show(space.reports)
+        return
+    from caliport.single import calibrate_one
+
+    base, adapters, target = _needed(base=base, adapter=adapter, out=out)
+    training = {
+        "steps": steps,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "seed": seed,
+    }
+    calibrate_one(base, adapters, method, data, prompt, training, target)
+
+
+@app.command()
+def export(
+    recipe: Recipe = None,
+    overrides: Overrides = None,
+    runs: Runs = Path("runs"),
+    base: BaseOption = None,
+    adapter: Adapter = None,
+    runtime: Annotated[str | None, typer.Option(help="executorch or onnx.")] = None,
+    precision: Annotated[str, typer.Option(help="fp32, int8 or int4.")] = "fp32",
+    context: Annotated[
+        int | None, typer.Option(help="Tokens of the cache; default the base's own.", min=1)
+    ] = None,
+    out: Out = None,
+) -> None:
+    """Lower compositions to .pte and .onnx."""
+    if recipe is not None:
+        from caliport.shipping import export_all
+
+        _no_flags(base=base, adapter=adapter, runtime=runtime, context=context, out=out)
+        export_all(_space(recipe, overrides, runs))
+        return
+    from caliport.single import export_one
+
+    base, runtime, target = _needed(base=base, runtime=runtime, out=out)
+    export_one(base, adapter, runtime, precision, context, target)
+
+
+@app.command()
+def validate(
+    recipe: Annotated[
+        Path, typer.Argument(metavar="RECIPE|ARTIFACT_DIR", help="A recipe or an artifact.")
+    ],
+    overrides: Overrides = None,
+    runs: Runs = Path("runs"),
+    base: BaseOption = None,
+    adapter: Adapter = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="JSON Lines with `input` and `output`; default a built-in set."),
+    ] = None,
+    prompt: Annotated[str, typer.Option(help="Prompt around each input.")] = "{input}",
+    threads: Annotated[int | None, typer.Option(help="Threads of the runtime.", min=1)] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Also write the reports here.")] = None,
+) -> None:
+    """Hold artifacts against eager PyTorch; exit code 1 if a gate fails."""
+    if recipe.is_dir():
+        from caliport.single import validate_one
+
+        (base,) = _needed(base=base)
+        passed = validate_one(recipe, base, adapter, prompts, prompt, threads, out)
+    else:
+        from caliport.shipping import validate_all
+
+        _no_flags(base=base, adapter=adapter, prompts=prompts, out=out)
+        space = _space(recipe, overrides, runs)
+        passed = validate_all(space)
+        _show(space.reports)
+    raise typer.Exit(0 if passed else 1)
+
+
+@app.command()
+def report(
+    recipe: Annotated[
+        Path, typer.Argument(metavar="RECIPE|RUN_DIR", help="A recipe or a run directory.")
+    ],
+    overrides: Overrides = None,
+    runs: Runs = Path("runs"),
+) -> None:
+    """Write the HTML report again from what a run has measured."""
+    run_dir = recipe if recipe.is_dir() else _space(recipe, overrides, runs).root
+    reports = run_dir / "reports"
+    if not reports.is_dir():
+        raise InputError(f"{run_dir}: no reports in it; expected a run directory")
+    _show(reports)
+
+
+@app.command()
+def init(
+    path: Annotated[Path, typer.Argument(help="The file to write.")] = Path("recipe.yaml"),
+) -> None:
+    """Write a commented recipe to start from."""
+    from caliport.single import write_template
+
+    write_template(path)
+
+
+@app.command()
+def doctor() -> None:
+    """Say what is installed, and what would not work and why; exit code 1 if something would not."""
+    from caliport.doctor import examine
+
+    raise typer.Exit(0 if examine() else 1)
+
+
+def main() -> None:
+    """Run the command line; every wrong input ends in one line."""
+    try:
+        code = app(standalone_mode=False)
+    except InputError as error:
+        code = _fail(str(error), 2)
+    except KeyboardInterrupt:
+        code = _fail("interrupted; the same command goes on from here", 130)
+    except Exception as error:
+        if "--debug" in sys.argv:
+            raise
+        shown = getattr(error, "format_message", None)  # click's own errors know how to say it
+        if shown is not None:
+            code = _fail(f"{shown()} See caliport --help.", 2)
+        elif type(error).__name__ == "Abort":
+            code = _fail("interrupted; the same command goes on from here", 130)
+        else:
+            line = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            code = _fail(f"internal error: {line} (--debug shows where)", 3)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"caliport: {message}", file=sys.stderr)
+    return code
+
+
+def _space(recipe: Path, overrides: list[str] | None, runs: Path) -> Any:
+    from caliport.recipe import read_recipe
+    from caliport.workspace import Workspace
+
+    found = read_recipe(recipe, overrides or [])
+    return Workspace(found, runs / found.name)
+
+
+def _show(reports: Path) -> None:
+    from caliport.tables import show_tables
+    from validation.report import write_report
+
+    page = write_report(reports)
+    show_tables(reports)
+    print(f"report: {page}")
+
+
+def _needed(**flags: Any) -> tuple[Any, ...]:
+    for name, value in flags.items():
+        if value is None or value == []:
+            raise InputError(f"--{name} is missing; give it, or a recipe (see --help)")
+    return tuple(flags.values())
+
+
+def _no_flags(**flags: Any) -> None:
+    for name, value in flags.items():
+        if value:
+            raise InputError(
+                f"--{name} goes with flags alone; with a recipe use --set FIELD=VALUE"
+            )

@@ -1,0 +1,255 @@
+"""Score every method of every composition on the validation split."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from caliport.composing import examples_of
+from caliport.recipe import COMPOSED, MERGED, prompts_of
+from caliport.workspace import Workspace, need, stage
+from caliport_core.directories import read_manifest
+from caliport_core.errors import InputError
+from caliport_core.progress import progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from caliport.data.examples import Example
+    from validation.quality import Score
+    from validation.results import MethodResult
+
+_SAMPLES = 6
+_BYTES_A_VALUE = 2  # adapters are counted at 16 bit, as in the paper
+_LABELS = {
+    "zero-shot": "base alone",
+    "linear": "linear merge (Eq. 5)",
+    "exact": "exact merge",
+    "lc": "LC (Eq. 6)",
+    "lc++": "LC++ (Eq. 7)",
+    "joint": "joint-expert LoRA",
+    "multi-step": "multi-step",
+}
+
+
+def score_all(space: Workspace) -> None:
+    """Score each method by itself, so that a killed run repeats one at most; then the report."""
+    for composition, tasks in space.recipe.compositions.items():
+        for method in _expanded(space, tasks):
+            _score(space, composition, method)
+    _write_quality(space)
+
+
+def best_method(space: Workspace, composition: str) -> str:
+    """The method to export: the recipe's, or the one of lowest loss among those of kilobytes.
+
+    Raises:
+        InputError: Nothing was scored yet, or the recipe has no method that can be exported.
+    """
+    if space.recipe.export.method != "best":
+        return space.recipe.export.method
+    scores = {
+        method: _read(space, composition, method)["loss"]
+        for method in space.recipe.calibration.methods
+        if method in MERGED
+    }
+    if not scores:
+        raise InputError(
+            f"export.method is best and calibration.methods has none of {', '.join(MERGED)}"
+        )
+    return min(scores, key=lambda method: scores[method])
+
+
+def _expanded(space: Workspace, tasks: tuple[str, ...]) -> list[str]:
+    """The recipe's methods; ``lora`` becomes one for each single adapter."""
+    found: list[str] = []
+    for method in space.recipe.calibration.methods:
+        found += [f"lora-{task}" for task in tasks] if method == "lora" else [method]
+    return found
+
+
+def _score(space: Workspace, composition: str, method: str) -> None:
+    recipe = space.recipe
+    tasks = recipe.compositions[composition]
+    adapters: list[Path] = []
+    if method in COMPOSED:
+        adapters = [space.composed(composition, method)]
+    elif method == "multi-step":
+        adapters = [space.adapter(task) for task in tasks]
+    elif method != "zero-shot":
+        adapters = [space.adapter(method.removeprefix("lora-"))]
+
+    def build(partial: Path, extra: dict[str, Any], resume: Path) -> None:
+        from caliport_core.checkpoints import load_base, load_tokenizer
+
+        examples = examples_of(space, composition, "validation", recipe.evaluation.examples)
+        tokenizer = load_tokenizer(space.base, load_base(space.base))
+        title = f"{composition}: scoring {method}"
+        if method == "multi-step":
+            score = _score_chain(space, tokenizer, tasks, examples, title)
+        else:
+            model = _with_adapter(space, adapters[0] if adapters else None)
+            prompt = prompts_of(recipe)[composition]
+            score = _score_model(space, model, tokenizer, prompt, examples, title)
+        result = {
+            "loss": score.loss,
+            "rougeL": score.rougeL,
+            "chrf": score.chrf,
+            "outputs": score.outputs,
+            "examples": score.examples,
+        }
+        (partial / "score.json").write_text(json.dumps(result, ensure_ascii=False))
+
+    inputs: dict[str, Path | str] = {f"adapter {i}": path for i, path in enumerate(adapters)}
+    inputs |= {"base": space.base, "examples": space.data / f"{composition}.validation.jsonl"}
+    settings = {
+        "method": method,
+        "evaluation": recipe.evaluation,
+        "prompts": [prompts_of(recipe)[name] for name in (composition, *tasks)],
+    }
+    out = space.kept("scores", composition, method)
+    stage(out, "score", f"{composition}: score of {method}", inputs, settings, build)
+
+
+def _with_adapter(space: Workspace, adapter: Path | None) -> PreTrainedModel:
+    from calibrate import LowRankUpdate
+    from caliport_core.checkpoints import load_base
+    from export.fold import fold
+
+    model = load_base(space.base)
+    return model if adapter is None else fold(model, LowRankUpdate.from_peft(adapter), adapter)
+
+
+def _score_model(
+    space: Workspace,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    examples: list[Example],
+    title: str,
+) -> Score:
+    from caliport_core.checkpoints import encode_prompt
+    from validation.quality import score
+
+    settings = space.recipe.evaluation
+    prompts = [encode_prompt(tokenizer, prompt.replace("{input}", e.input)) for e in examples]
+    references = [e.output for e in examples]
+    with progress(title, len(prompts)) as advance:
+        return score(
+            model,
+            tokenizer,
+            prompts,
+            references,
+            settings.max_new_tokens,
+            settings.batch_size,
+            advance,
+        )
+
+
+def _score_chain(
+    space: Workspace,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: tuple[str, ...],
+    examples: list[Example],
+    title: str,
+) -> Score:
+    """One pass a task, each with its own adapter and prompt, on what the one before wrote.
+
+    The loss is that of the last pass on the reference, given what the earlier ones wrote.
+    """
+    from caliport.data.examples import Example
+
+    for index, task in enumerate(tasks):
+        model = _with_adapter(space, space.adapter(task))
+        prompt = prompts_of(space.recipe)[task]
+        note = f"{title} {index + 1}/{len(tasks)}"
+        score = _score_model(space, model, tokenizer, prompt, examples, note)
+        examples = [
+            Example(text, e.output) for text, e in zip(score.outputs, examples, strict=True)
+        ]
+    return score
+
+
+def _read(space: Workspace, composition: str, method: str) -> dict[str, Any]:
+    path = space.kept("scores", composition, method) / "score.json"
+    need(path, f"score of {method}", "calibrate")
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
+
+
+def _write_quality(space: Workspace) -> None:
+    from validation.results import (
+        QUALITY,
+        CompositionResult,
+        QualityReport,
+        QualitySample,
+        environment,
+        this_machine,
+        write_result,
+    )
+
+    recipe = space.recipe
+    results = {}
+    for composition, tasks in recipe.compositions.items():
+        methods = _expanded(space, tasks)
+        found = {method: _read(space, composition, method) for method in methods}
+        examples = examples_of(space, composition, "validation", recipe.evaluation.examples)
+        results[composition] = CompositionResult(
+            tasks=list(tasks),
+            split="validation",
+            examples=len(examples),
+            methods=[_method(space, composition, m, found[m]) for m in methods],
+            best=best_method(space, composition),
+            samples=[
+                QualitySample(
+                    input=example.input,
+                    reference=example.output,
+                    outputs={method: found[method]["outputs"][i] for method in methods},
+                )
+                for i, example in enumerate(examples[:_SAMPLES])
+            ],
+        )
+    report = QualityReport(
+        name=recipe.name,
+        machine=this_machine(),
+        versions=environment(),
+        metric=recipe.evaluation.metric,
+        compositions=results,
+        training=_curves(space),
+    )
+    write_result(report, space.reports / QUALITY)
+
+
+def _method(
+    space: Workspace, composition: str, method: str, score: dict[str, Any]
+) -> MethodResult:
+    from validation.results import MethodResult
+
+    manifest = read_manifest(space.composed(composition, method)) if method in COMPOSED else {}
+    parameters = manifest.get("parameters", 0)
+    return MethodResult(
+        method=method,
+        label=_LABELS.get(method) or f"{method.removeprefix('lora-')} LoRA alone",
+        loss=score["loss"],
+        rougeL=score["rougeL"],
+        chrf=score["chrf"],
+        parameters=parameters,
+        bytes=_BYTES_A_VALUE * parameters,
+        passes=len(space.recipe.compositions[composition]) if method == "multi-step" else 1,
+        seconds=manifest.get("seconds", 0.0),
+    )
+
+
+def _curves(space: Workspace) -> dict[str, list[Any]]:
+    """Training curves of all that the run trained, from the manifests."""
+    from validation.results import Point
+
+    places = {"base": space.root / "base"}
+    places |= {f"adapter {task}": space.root / "adapters" / task for task in space.recipe.adapters}
+    for composition in space.recipe.compositions:
+        for method in space.recipe.calibration.methods:
+            if method in COMPOSED:
+                places[f"{composition} {method}"] = space.composed(composition, method)
+    curves = {label: read_manifest(p).get("curve") for label, p in places.items() if p.exists()}
+    return {label: [Point(**point) for point in curve] for label, curve in curves.items() if curve}

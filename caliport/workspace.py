@@ -1,0 +1,117 @@
+"""The run directory and the rule that a stage whose inputs have not changed is skipped."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, is_dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from caliport.recipe import Recipe
+from caliport_core.directories import content_hash, key, new_directory, up_to_date
+from caliport_core.errors import InputError
+from caliport_core.progress import console
+
+Build = Callable[[Path, dict[str, Any], Path], None]
+"""Fills a directory, adds manifest entries, and may keep a checkpoint in the file named last."""
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """A recipe and the directory that its run fills."""
+
+    recipe: Recipe
+    root: Path
+
+    @property
+    def data(self) -> Path:
+        """Examples of every task as JSON Lines."""
+        return self.root / "data"
+
+    @property
+    def base(self) -> Path | str:
+        """The base model: the recipe's own, or what it names."""
+        return self.root / "base" if self.recipe.base.path is None else self.recipe.base.path
+
+    def adapter(self, task: str) -> Path:
+        """A single-task adapter: the one that the recipe names, or the one that it trains."""
+        return self.recipe.adapters[task] or self.root / "adapters" / task
+
+    def composed(self, composition: str, method: str) -> Path:
+        """A composed adapter."""
+        return self.root / "composed" / composition / method
+
+    def artifact(self, composition: str, runtime: str, precision: str) -> Path:
+        """An exported artifact."""
+        return self.root / "artifacts" / composition / f"{runtime}-{precision}"
+
+    @property
+    def reports(self) -> Path:
+        """Reports of the run."""
+        return self.root / "reports"
+
+    def kept(self, kind: str, *names: str) -> Path:
+        """Where one part of a report waits until the report is put together."""
+        return self.root / ".parts" / kind / Path(*names)
+
+
+def stage(
+    out: Path,
+    name: str,
+    title: str,
+    inputs: Mapping[str, Path | str],
+    settings: Mapping[str, Any],
+    build: Build,
+) -> None:
+    """Make ``out`` by ``build``, unless it is there already, made from the same inputs.
+
+    Args:
+        out: The directory.
+        name: The stage, for the manifest.
+        title: What to tell the user.
+        inputs: Files and directories that ``build`` reads.
+        settings: All else that decides the result; dataclasses and models are allowed.
+        build: Fills the directory. Its checkpoint file survives a kill and belongs to these
+            inputs alone.
+    """
+    hashes = {label: _hash(str(path)) for label, path in inputs.items()}
+    plain = {label: _plain(value) for label, value in settings.items()}
+    stage_key = key(name, hashes, plain)
+    if up_to_date(out, stage_key):
+        console.print(f"[dim]{title}: up to date, skipped[/dim]")
+        return
+    resume = out.parent / f".{out.name}.resume-{stage_key[:16]}"
+    start = time.monotonic()
+    with new_directory(out, name, hashes, plain) as (partial, extra):
+        build(partial, extra, resume)
+        extra["seconds"] = round(time.monotonic() - start, 3)
+    for left in out.parent.glob(f".{out.name}.resume-*"):
+        left.unlink()
+    _hash.cache_clear()
+    console.print(f"{title}: done")
+
+
+@lru_cache(maxsize=256)
+def _hash(path: str) -> str:
+    """Content hash, once a process for each path; a hub name stands for itself."""
+    return content_hash(Path(path)) if os.path.exists(path) else f"name:{path}"
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    return value.model_dump(mode="json") if hasattr(value, "model_dump") else value
+
+
+def need(path: Path, what: str, command: str) -> Path:
+    """``path`` if it is there; otherwise say which command makes it.
+
+    Raises:
+        InputError: It is not there.
+    """
+    if not path.exists():
+        raise InputError(f"{path}: no {what} yet; run `caliport {command}` on the recipe first")
+    return path

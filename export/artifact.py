@@ -1,0 +1,149 @@
+"""From a base and an adapter to one artifact directory, and to its eager references."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from caliport_core.directories import content_hash, new_directory
+from caliport_core.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+RUNTIMES = ("executorch", "onnx")
+PRECISIONS = ("fp32", "int8", "int4")
+
+
+def to_executorch(
+    base: str | Path,
+    out: Path,
+    *,
+    adapter: Path | None = None,
+    precision: str = "fp32",
+    context: int | None = None,
+) -> Path:
+    """Fold an adapter into a base, quantize, and lower to ExecuTorch with XNNPACK.
+
+    Args:
+        base: A Hugging Face directory (or hub name) of a decoder.
+        out: The artifact directory to appear: ``model.pte``, tokenizer files, ``manifest.json``.
+        adapter: A PEFT LoRA directory; None exports the base alone.
+        precision: ``fp32``, ``int8`` or ``int4``; the manifest says the exact scheme.
+        context: Tokens of the key-value cache; default the base's own maximum.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        InputError: Something given is wrong or cannot be exported; nothing is left behind.
+    """
+    return _export(base, out, "executorch", adapter, precision, context)
+
+
+def to_onnx(
+    base: str | Path,
+    out: Path,
+    *,
+    adapter: Path | None = None,
+    precision: str = "fp32",
+    context: int | None = None,
+) -> Path:
+    """Fold an adapter into a base, quantize, and lower to ONNX for ONNX Runtime.
+
+    The directory also holds ``genai_config.json``, so ``onnxruntime_genai`` runs it. Arguments,
+    result and errors are those of ``to_executorch``.
+    """
+    return _export(base, out, "onnx", adapter, precision, context)
+
+
+def _export(
+    base: str | Path,
+    out: Path,
+    runtime: str,
+    adapter: Path | None,
+    precision: str,
+    context: int | None,
+) -> Path:
+    inputs = {"base": content_hash(Path(base)) if Path(base).exists() else f"name:{base}"}
+    if adapter is not None:
+        inputs["adapter"] = content_hash(adapter)
+    settings = {"runtime": runtime, "precision": precision, "context": context}
+    with new_directory(out, "export", inputs, settings) as (partial, extra):
+        fill(partial, extra, base, runtime, adapter, precision, context)
+    return out
+
+
+def fill(
+    directory: Path,
+    extra: dict[str, Any],
+    base: str | Path,
+    runtime: str,
+    adapter: Path | None,
+    precision: str,
+    context: int | None,
+) -> None:
+    """Write an artifact's files into a directory and its facts into ``extra``."""
+    from caliport_core.checkpoints import eos_ids, load_tokenizer
+    from export.quantize import scheme
+    from export.tokenizer import save_tokenizer
+
+    start = time.monotonic()
+    model = eager(base, adapter, precision)
+    tokenizer = load_tokenizer(base, model)
+    most = int(model.config.max_position_embeddings)
+    context = most if context is None else context
+    if runtime == "executorch":
+        from export import executorch
+
+        lowered = executorch.lower(model, directory, context, eos_ids(model), tokenizer.bos_token_id)
+    else:
+        from export import onnx
+
+        lowered = onnx.lower(model, directory, precision, context, tokenizer)
+    save_tokenizer(tokenizer, directory)
+    extra |= {
+        "runtime": runtime,
+        "precision": precision,
+        "context": context,
+        "scheme": scheme(precision),
+        "lowering": lowered,
+        "seconds": round(time.monotonic() - start, 3),
+    }
+
+
+def eager(base: str | Path, adapter: Path | None, precision: str) -> PreTrainedModel:
+    """The eager model that an artifact is lowered from: W0 + ΔW, quantized by torchao.
+
+    Raises:
+        InputError: Unknown precision, or a base or adapter that cannot be read or do not fit.
+    """
+    from calibrate.low_rank import LowRankUpdate
+    from caliport_core.checkpoints import load_base
+    from export.fold import fold
+    from export.quantize import quantize
+
+    if precision not in PRECISIONS:
+        raise InputError(f"precision is {precision!r}, expected one of {', '.join(PRECISIONS)}")
+    update = None if adapter is None else LowRankUpdate.from_peft(adapter)
+    model = load_base(base)
+    if update is not None and adapter is not None:
+        fold(model, update, adapter)
+    return quantize(model, precision)
+
+
+def reference(
+    base: str | Path, adapter: Path | None, precision: str, runtime: str
+) -> PreTrainedModel:
+    """The eager model whose logits an artifact should give, rounding of activations included.
+
+    The two runtimes hold the same integers but quantize activations differently: XNNPACK by
+    token, as torchao does; ONNX Runtime by block.
+    """
+    model = eager(base, adapter, precision)
+    if runtime == "executorch" or precision == "fp32":
+        return model
+    from export import activations
+
+    return activations.reference(model, precision)

@@ -1,0 +1,142 @@
+"""Reports as a run writes them, small and by hand."""
+
+from __future__ import annotations
+
+from validation.gates import AdapterEffect, Gate, StockResult, lost_at
+from validation.parity import Measures
+from validation.results import (
+    ArtifactResult,
+    CompositionResult,
+    LatencyReport,
+    LatencyResult,
+    Machine,
+    MethodResult,
+    ParityReport,
+    ParitySample,
+    Point,
+    QualityReport,
+    QualitySample,
+    Spread,
+    TaskResult,
+)
+
+MACHINE = Machine(cpu="A CPU", cores=2, memory_gb=8.0, os="Linux x86_64")
+VERSIONS = {"python": "3.11.9", "torch": "2.13.0"}
+ATTACK = "<script>alert('ß')</script> & $x^2$ \x0b"
+
+
+def quality() -> QualityReport:
+    rows = [
+        ("linear", "Linear merge", 0, 2.5),
+        ("lcpp", "LC++", 41_000, 1.1),
+        ("multi", "Steps", 0, None),
+    ]
+    methods = [
+        MethodResult(
+            method=method,
+            label=label,
+            loss=loss,
+            rougeL=20 + stored / 2000,
+            chrf=30.0,
+            parameters=stored // 4,
+            bytes=stored,
+            passes=2 if method == "multi" else 1,
+            seconds=3.5,
+        )
+        for method, label, stored, loss in rows
+    ]
+    sample = QualitySample(
+        input=ATTACK, reference="Ein Mann.", outputs={"linear": "A man.", "lcpp": ATTACK}
+    )
+    composition = CompositionResult(
+        tasks=["describe", "translate"],
+        split="validation",
+        examples=20,
+        methods=methods,
+        best="lcpp",
+        samples=[sample],
+    )
+    return QualityReport(
+        name="small",
+        machine=MACHINE,
+        versions=VERSIONS,
+        metric="rougeL",
+        compositions={"describe in German": composition},
+        training={"LC++ $5": [Point(step=10, loss=2.0), Point(step=20, loss=1.2)]},
+    )
+
+
+def gate(name: str, stage: str, passed: bool = True, decided: bool = True) -> Gate:
+    return Gate(
+        name=name,
+        measure="KL in nats",
+        limit=0.01,
+        found=0.001 if passed else 2.5,
+        passed=passed,
+        decided=decided,
+        stage=stage,
+        reason=f"why {name} {ATTACK}",
+    )
+
+
+def artifact(runtime: str, precision: str, gates: list[Gate]) -> ArtifactResult:
+    measures = Measures(
+        positions=8, max_abs=0.2, kl=0.003, top1=1.0, perplexity=4.2, reference_perplexity=4.1
+    )
+    task = TaskResult(metric="rougeL", fp32=40, artifact=39, difference=-1, interval=(-2.5, 0.5))
+    return ArtifactResult(
+        composition="describe in German",
+        method="lcpp",
+        runtime=runtime,
+        precision=precision,
+        path=f"describe-in-german/{runtime}-{precision}",
+        bytes=2_900_000,
+        files={"model.pte": 2_800_000, "tokenizer.json": 100_000},
+        examples=4,
+        lowering=measures,
+        prefill=measures,
+        decode=measures,
+        one_by_one=measures,
+        quantization=measures,
+        total=measures,
+        adapter=AdapterEffect(kl_base=2.0, kl_composition=0.003, effect=2.0),
+        task=task,
+        generation=0.75,
+        samples=(ParitySample(input="in", reference=None, fp32="a", artifact=ATTACK),),
+        gates=gates,
+        stock=StockResult(runner="TextLLMRunner", matches=4, examples=4),
+        passed=all(g.passed for g in gates),
+        lost_at=lost_at(gates),
+        seconds=1.5,
+    )
+
+
+def parity(failing: bool = False) -> ParityReport:
+    sound = [gate("prefill", "lowering"), gate("task quality", "quantization")]
+    broken = [gate("prefill", "lowering", passed=False), gate("decode", "lowering", passed=False)]
+    artifacts = [
+        artifact("executorch", "int4", sound),
+        artifact("onnx", "int4", broken if failing else sound),
+    ]
+    return ParityReport(machine=MACHINE, versions=VERSIONS, artifacts=artifacts)
+
+
+def latency() -> LatencyReport:
+    spread = Spread(median=2.0, low=1.5, high=2.5)
+    result = LatencyResult(
+        composition="describe in German",
+        runtime="onnx",
+        precision="int4",
+        path="describe-in-german/onnx-int4",
+        bytes=10,
+        files={"model.onnx": 10},
+        threads=2,
+        prompt_tokens=16,
+        new_tokens=8,
+        repetitions=3,
+        load_seconds=spread,
+        first_token_seconds=spread,
+        decode_rate=spread,
+        noisy=True,
+    )
+    return LatencyReport(machine=MACHINE, versions=VERSIONS, artifacts=[result])

@@ -1,0 +1,311 @@
+"""Gates: a measure, its limit, and the reason for the limit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+
+from caliport_core.errors import InputError
+from validation.parity import Measures
+from validation.record import Record
+
+_RESAMPLES = 2000
+_NO_EFFECT = 1e-7  # nats; a composition this near the base has no adapter to look for
+
+
+class Gate(Record):
+    """One verdict.
+
+    Attributes:
+        name: What is checked.
+        measure: What was measured, with its unit.
+        limit: The bound; see ``reason`` for its direction.
+        found: What was measured; None where nothing could be.
+        passed: The verdict.
+        decided: False where there are too few examples to say; such a gate passes.
+        stage: What lost the accuracy where the gate fails.
+        reason: Why this limit, and what was found.
+    """
+
+    name: str
+    measure: str
+    limit: float
+    found: float | None
+    passed: bool
+    decided: bool = True
+    stage: str
+    reason: str
+
+
+class AdapterEffect(Record):
+    """KL in nats that tell whether the adapter is in the artifact.
+
+    Attributes:
+        kl_base: KL(base || artifact).
+        kl_composition: KL(fp32 composition || artifact).
+        effect: KL(base || fp32 composition).
+    """
+
+    kl_base: float
+    kl_composition: float
+    effect: float
+
+
+class StockResult(Record):
+    """How many texts the runtime's own runner wrote as ours did."""
+
+    runner: str
+    matches: int
+    examples: int
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a sound artifact of one precision stays within.
+
+    Attributes:
+        max_abs: Lowering: largest difference of two logits from the quantized eager model; None
+            where activations are quantized at run time, since one rounding that falls the other
+            way moves single logits by a whole quantization step.
+        kl: Lowering: mean KL from the quantized eager model, nats. The rounding of the
+            activations alone.
+        kl_share: Lowering: or this share of what the quantization itself cost (KL from fp32), if
+            that is more: a kernel may round elsewhere, but must not cost as much again.
+        top1: Lowering: share of positions with the same favourite token. One flip is always
+            allowed, since a tie has no right answer.
+        adapter_ratio: The artifact's KL from the composition over its KL from the base. 0 is the
+            composition itself, over 1 is nearer to the base: the adapter is not in there.
+        margin: Quantization: points (0 to 100) of the task metric that may be lost against fp32.
+        quantization_kl: Quantization, where no references are given: mean KL from fp32, nats.
+        stock: Share of prompts where the stock runner writes the same text as ours.
+        confidence: Of the bootstrap interval.
+    """
+
+    max_abs: float | None
+    kl: float
+    kl_share: float
+    top1: float
+    adapter_ratio: float
+    margin: float
+    quantization_kl: float
+    stock: float
+    confidence: float = 0.95
+
+
+DEFAULTS = {
+    # float32 sums in another order: differences of 1e-5 to 1e-4 on logits of order 10.
+    "fp32": Limits(1e-3, 1e-6, 0.0, 0.99, 0.5, 0.5, 1e-4, 1.0),
+    "int8": Limits(None, 5e-3, 0.5, 0.95, 0.5, 2.0, 0.1, 0.75),
+    "int4": Limits(None, 1e-2, 0.5, 0.92, 0.5, 5.0, 0.5, 0.75),
+}
+"""Limits for each precision."""
+
+
+def limits_for(precision: str, **changes: float | None) -> Limits:
+    """The default limits of a precision, with some of them changed.
+
+    Raises:
+        InputError: Unknown precision or limit.
+    """
+    if precision not in DEFAULTS:
+        raise InputError(
+            f"precision {precision!r} has no limits, expected one of {', '.join(DEFAULTS)}"
+        )
+    known = [field.name for field in fields(Limits)]
+    for name in changes:
+        if name not in known:
+            raise InputError(f"limit {name!r} is not known, expected one of {', '.join(known)}")
+    return replace(DEFAULTS[precision], **changes)  # type: ignore[arg-type]
+
+
+def unfinished(problem: str) -> Gate:
+    """The failure of an artifact whose logits cannot be measured."""
+    return Gate(
+        name="finite logits",
+        measure="NaN or infinite logits",
+        limit=0,
+        found=None,
+        passed=False,
+        stage="lowering",
+        reason=problem,
+    )
+
+
+def lowering_gates(
+    parts: dict[str, Measures], quantization: Measures, overall: Measures, limits: Limits
+) -> list[Gate]:
+    """Artifact against the quantized eager model: one KL gate a part, and top-1 agreement.
+
+    Args:
+        parts: Measures by what was run, such as ``prefill`` and ``decode``.
+        quantization: The quantized eager model against fp32.
+        overall: All parts together.
+        limits: Of the precision.
+    """
+    bound = max(limits.kl, limits.kl_share * quantization.kl)
+    why = f"rounding allows {limits.kl:g} or {limits.kl_share:g} of the quantization's own KL"
+    gates = [
+        _at_most(part, "KL in nats", bound, m.kl, stage="lowering", why=why)
+        for part, m in parts.items()
+    ]
+    if limits.max_abs is not None:
+        why = "float32 sums in another order move a logit by less"
+        found = max(m.max_abs for m in parts.values())
+        gates.append(
+            _at_most(
+                "largest difference", "max abs", limits.max_abs, found, stage="lowering", why=why
+            )
+        )
+    flips = round((1 - overall.top1) * overall.positions)
+    allowed = max(1, math.floor((1 - limits.top1) * overall.positions))
+    gates.append(
+        Gate(
+            name="favourite tokens",
+            measure="top-1 agreement",
+            limit=limits.top1,
+            found=overall.top1,
+            passed=flips <= allowed,
+            stage="lowering",
+            reason=f"{flips} of {overall.positions} favourite tokens differ, {allowed} may: near "
+            "ties fall either way",
+        )
+    )
+    return gates
+
+
+def adapter_gate(adapter: AdapterEffect, lowered: bool, limits: Limits) -> Gate:
+    """Is the adapter really in the artifact: nearer to the composition than to the base?
+
+    Args:
+        adapter: The distances.
+        lowered: Whether the lowering gates passed; decides which stage a failure is put down to.
+        limits: Of the precision.
+    """
+    passed, stage = True, "adapter"
+    ratio = adapter.kl_composition / max(adapter.kl_base, 1e-12)
+    reason = (
+        f"KL {adapter.kl_composition:.2g} nats from the composition, {adapter.kl_base:.2g} from "
+        "the base; an artifact without its adapter is the base"
+    )
+    if adapter.effect < _NO_EFFECT:
+        ratio = 0.0
+        reason = "the composition equals the base: there is no adapter to find"
+    elif ratio > limits.adapter_ratio:
+        passed = False
+        if adapter.kl_base > adapter.effect / 2:  # far from both: something else is broken
+            stage = "quantization" if lowered else "lowering"
+    return Gate(
+        name="adapter is in there",
+        measure="KL from the composition / KL from the base",
+        limit=limits.adapter_ratio,
+        found=ratio,
+        passed=passed,
+        stage=stage,
+        reason=reason,
+    )
+
+
+def task_gate(
+    metric: str, fp32: Sequence[float], artifact: Sequence[float], limits: Limits
+) -> tuple[Gate, tuple[float, float]]:
+    """Non-inferiority on the task metric, by a paired bootstrap over examples.
+
+    Passes where the whole interval of the mean difference lies above minus the margin, fails
+    where it lies below. In between there are too few examples to say, and the gate tells how
+    many would be enough if the spread stays what it is.
+
+    Args:
+        metric: Its name, for the reason.
+        fp32: Score of each example in fp32, 0 to 100.
+        artifact: Score of the same examples by the artifact.
+        limits: Of the precision.
+
+    Returns:
+        The gate and the interval of the difference (artifact - fp32), in points.
+    """
+    differences = np.asarray(artifact, dtype=np.float64) - np.asarray(fp32, dtype=np.float64)
+    low, high = bootstrap_interval(differences, limits.confidence)
+    mean = float(differences.mean())
+    shown, lost = low >= -limits.margin, high < -limits.margin
+    reason = (
+        f"{metric} changed by {mean:+.2f} points, {limits.confidence:.0%} interval {low:+.2f} to "
+        f"{high:+.2f}; {limits.margin:g} points may be lost"
+    )
+    if not shown and not lost:
+        width = (mean - low) if mean > -limits.margin else (high - mean)
+        gap = abs(mean + limits.margin)
+        enough = math.ceil(len(differences) * (width / gap) ** 2) if gap > 0.01 else None
+        wanted = f"about {enough} examples" if enough else "many more examples"
+        reason += f"; {len(differences)} examples are too few to say, {wanted} would be enough"
+    gate = Gate(
+        name="task quality",
+        measure=f"{metric} difference from fp32, points",
+        limit=-limits.margin,
+        found=mean,
+        passed=not lost,
+        decided=shown or lost,
+        stage="quantization",
+        reason=reason,
+    )
+    return gate, (low, high)
+
+
+def quantization_gate(quantization: Measures, limits: Limits) -> Gate:
+    """Where no references say what is right: quantized eager against fp32 by KL alone."""
+    why = "no references were given, so the distribution itself must survive"
+    limit = limits.quantization_kl
+    return _at_most(
+        "next-token distribution",
+        "KL in nats",
+        limit,
+        quantization.kl,
+        stage="quantization",
+        why=why,
+    )
+
+
+def stock_gate(stock: StockResult, limits: Limits) -> Gate:
+    """The runtime's own runner must write what ours writes: tokenizer, template and ends agree."""
+    return Gate(
+        name="stock runner",
+        measure="share of equal texts",
+        limit=limits.stock,
+        found=stock.matches / stock.examples,
+        passed=stock.matches >= limits.stock * stock.examples,
+        stage="packaging",
+        reason=f"{stock.runner} wrote {stock.matches} of {stock.examples} texts as our runner did",
+    )
+
+
+def bootstrap_interval(differences: np.ndarray, confidence: float) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean (Efron, 1979), from a fixed seed."""
+    draws = np.random.default_rng(0).integers(len(differences), size=(_RESAMPLES, len(differences)))
+    means = differences[draws].mean(axis=1)
+    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
+
+
+def lost_at(gates: Sequence[Gate]) -> str | None:
+    """The stage that lost the accuracy, or None where every gate passed.
+
+    A failure early on makes later checks fail too, so the most specific stage is named: a missing
+    adapter before lowering, lowering before quantization, packaging last.
+    """
+    failed = {gate.stage for gate in gates if not gate.passed}
+    order = ("adapter", "lowering", "quantization", "packaging")
+    return next((stage for stage in order if stage in failed), None)
+
+
+def _at_most(name: str, measure: str, limit: float, found: float, *, stage: str, why: str) -> Gate:
+    return Gate(
+        name=name,
+        measure=measure,
+        limit=limit,
+        found=found,
+        passed=found <= limit,
+        stage=stage,
+        reason=f"found {found:.3g}, at most {limit:.3g}: {why}",
+    )

@@ -1,0 +1,208 @@
+"""Run an ONNX artifact: logits through ONNX Runtime, text through onnxruntime_genai."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from caliport_core.errors import InputError
+
+_CONFIG = "genai_config.json"
+_FOLDER = "session.model_external_initializers_file_folder_path"
+
+
+class OnnxRunner:
+    """An ONNX artifact as a ``Runner``: tokens in, the last token's logits out.
+
+    Args:
+        directory: An artifact directory: ``genai_config.json`` and the graph it names.
+        threads: Threads of ONNX Runtime's pool; None for its own choice, one a physical core.
+        float_activations: Multiply in float32 instead of rounding the inputs of quantized products
+            to 8 bits. Not what ships, but what tells a wrong graph from rounding: without the
+            rounding, logits equal those of the dequantized eager model to about 1e-5.
+
+    Attributes:
+        name: Names the runner in reasons and reports.
+        context: Most tokens that the artifact is made for.
+
+    Raises:
+        InputError: A file is missing, or ONNX Runtime cannot load the graph.
+    """
+
+    def __init__(
+        self, directory: Path, threads: int | None = None, float_activations: bool = False
+    ) -> None:
+        import onnxruntime
+
+        model = _read_config(directory)["model"]
+        decoder = model["decoder"]
+        graph = directory / decoder["filename"]
+        self.name = "ONNX Runtime"
+        self.context = int(model["context_length"])
+        self._inputs, self._outputs = decoder["inputs"], decoder["outputs"]
+        self._session = _open(graph, threads, float_activations)
+        self._value = onnxruntime.OrtValue.ortvalue_from_numpy
+        layers = range(int(decoder["num_hidden_layers"]))
+        self._past = [
+            self._inputs[kind] % layer
+            for layer in layers
+            for kind in ("past_key_names", "past_value_names")
+        ]
+        self._present = [
+            self._outputs[kind] % layer
+            for layer in layers
+            for kind in ("present_key_names", "present_value_names")
+        ]
+        shape = (1, int(decoder["num_key_value_heads"]), 0, int(decoder["head_size"]))
+        self._empty = np.zeros(shape, np.float32)
+        self.reset()
+
+    def prefill(self, tokens: list[int]) -> np.ndarray:
+        """Forget what came before, read ``tokens``; logits after the last, float32 [vocab]."""
+        self.reset()
+        return self.extend(tokens)
+
+    def step(self, token: int) -> np.ndarray:
+        """Read one more token; logits after it, float32 [vocab]."""
+        return self.extend([token])
+
+    def extend(self, tokens: Sequence[int]) -> np.ndarray:
+        """Read some more tokens in one pass; logits after the last, float32 [vocab].
+
+        Raises:
+            InputError: No tokens, or more than the context has room for.
+        """
+        end = self._length + len(tokens)
+        if not tokens or end > self.context:
+            raise InputError(
+                f"{len(tokens)} tokens after {self._length}; expected 1 to "
+                f"{self.context - self._length}, since the artifact's context is {self.context}"
+            )
+        feeds = dict(zip(self._past, self._caches, strict=True))
+        feeds[self._inputs["input_ids"]] = self._value(np.array([tokens], np.int64))
+        if "position_ids" in self._inputs:
+            positions = np.arange(self._length, end, dtype=np.int64)[None]
+            feeds[self._inputs["position_ids"]] = self._value(positions)
+        names = [self._outputs["logits"], *self._present]
+        logits, *self._caches = self._session.run_with_ort_values(names, feeds)
+        self._length = end
+        return np.asarray(logits.numpy()[0, -1])
+
+    def reset(self) -> None:
+        """Forget all tokens read so far."""
+        self._length = 0
+        self._caches = [self._value(self._empty) for _ in self._past]
+
+
+def generate(directory: Path, prompt_text: str, max_new_tokens: int) -> str:
+    """What onnxruntime_genai writes after ``prompt_text``, greedily, special tokens left out.
+
+    Args:
+        directory: An artifact directory with its tokenizer files.
+        prompt_text: As rendered by the chat template.
+        max_new_tokens: Most tokens to write.
+
+    Raises:
+        InputError: Not loadable, or no room for the prompt in the context.
+    """
+    import onnxruntime_genai as genai
+
+    model = _genai_model(directory)
+    tokenizer = genai.Tokenizer(model)
+    prompt = [int(token) for token in tokenizer.encode(prompt_text)]
+    return str(tokenizer.decode(_generate(directory, model, prompt, max_new_tokens)))
+
+
+def generate_ids(directory: Path, prompt_ids: Sequence[int], max_new_tokens: int) -> list[int]:
+    """The tokens that onnxruntime_genai writes after ``prompt_ids``, greedily.
+
+    Returns:
+        At most ``max_new_tokens`` tokens; the one that ended the text, if any, is the last.
+
+    Raises:
+        InputError: Not loadable, or no room for the prompt in the context.
+    """
+    return _generate(directory, _genai_model(directory), prompt_ids, max_new_tokens)
+
+
+def _generate(directory: Path, model: Any, prompt: Sequence[int], max_new_tokens: int) -> list[int]:
+    import onnxruntime_genai as genai
+
+    context = int(_read_config(directory)["model"]["context_length"])
+    if not 0 < len(prompt) < context:
+        raise InputError(
+            f"a prompt of {len(prompt)} tokens; expected 1 to {context - 1}, since the context of "
+            f"{directory} is {context}"
+        )
+    settings = genai.GeneratorParams(model)
+    length = min(context, len(prompt) + max_new_tokens)
+    settings.set_search_options(max_length=length, do_sample=False)
+    generator = genai.Generator(model, settings)
+    generator.append_tokens(np.array([list(prompt)], np.int32))
+    while not generator.is_done():
+        generator.generate_next_token()
+    return [int(token) for token in generator.get_sequence(0)[len(prompt) :]]
+
+
+def _genai_model(directory: Path) -> Any:
+    import onnxruntime_genai as genai
+
+    _read_config(directory)
+    try:
+        return genai.Model(str(directory))
+    except Exception as error:
+        raise InputError(
+            f"{directory}: onnxruntime_genai cannot load it ({_line(error)})"
+        ) from error
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    path = directory / _CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        config["model"]["decoder"]["filename"]
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; expected an ONNX artifact directory") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: not a generation config ({_line(error)})") from None
+    assert isinstance(config, dict)
+    return config
+
+
+def _open(graph: Path, threads: int | None, float_activations: bool) -> Any:
+    import onnxruntime
+
+    if not graph.is_file():
+        raise InputError(f"{graph}: no such file; expected the graph of an ONNX artifact")
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors only, and they come as exceptions too
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    try:
+        source: str | bytes = str(graph)
+        if float_activations:
+            source = _without_rounding(graph)
+            options.add_session_config_entry(_FOLDER, str(graph.parent))
+        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise InputError(f"{graph}: ONNX Runtime cannot load it ({_line(error)})") from error
+
+
+def _without_rounding(graph: Path) -> bytes:
+    """The graph with every ``MatMulNBits`` told to multiply in float32 (accuracy level 0)."""
+    import onnx
+
+    model = onnx.load(graph, load_external_data=False)
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if node.op_type == "MatMulNBits" and attribute.name == "accuracy_level":
+                attribute.i = 0
+    return bytes(model.SerializeToString())
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]

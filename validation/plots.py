@@ -1,0 +1,327 @@
+"""Plots of a report as inline SVG whose colours follow the page, in light and in dark."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import re
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from validation.results import (
+    ArtifactResult,
+    CompositionResult,
+    LatencyResult,
+    Point,
+    QualityReport,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# matplotlib writes plain colours; each stands for a variable of the page's style sheet.
+_INK, _MUTED, _LINE = "#010101", "#020202", "#030303"
+_SERIES = [f"#0400{i:02x}" for i in range(1, 9)]
+_VARIABLES = {
+    _INK: "var(--ink)",
+    _MUTED: "var(--muted)",
+    _LINE: "var(--line)",
+    **{colour: f"var(--s{i})" for i, colour in enumerate(_SERIES, start=1)},
+}
+METRIC_NAMES = {"rougeL": "ROUGE-L", "chrf": "chrF"}
+_SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+_FLOOR = 1e-9  # nats; what is less is drawn there
+_numbers = itertools.count(1)
+
+
+def quality_bars(result: CompositionResult) -> str:
+    """ROUGE-L and chrF of every method, one pair of bars each."""
+
+    def draw(figure: Figure, axes: Axes) -> None:
+        labels = [m.label for m in result.methods]
+        rows = range(len(labels))
+        pairs = (("rougeL", _SERIES[0], -0.2), ("chrf", _SERIES[1], 0.2))
+        for name, colour, shift in pairs:
+            values = [getattr(m, name) for m in result.methods]
+            axes.barh(
+                [r + shift for r in rows], values, 0.36, color=colour, label=METRIC_NAMES[name]
+            )
+        _rows(axes, labels)
+        axes.set_xlabel("points, higher is better")
+        _legend(figure)
+
+    return _svg(draw, height=0.9 + 0.36 * len(result.methods))
+
+
+def quality_bytes(result: CompositionResult, metric: str) -> str:
+    """Quality against what must be stored beyond the base and the single-task adapters."""
+
+    def draw(figure: Figure, axes: Axes) -> None:
+        stored = [m.bytes for m in result.methods if m.bytes]
+        nothing = min(stored, default=1000) / 30  # a logarithm has no place for 0 bytes
+        axes.set_xscale("log")
+        points = [(m.bytes or nothing, getattr(m, metric), m.label) for m in result.methods]
+        for (x, y, _), method in zip(points, result.methods, strict=True):
+            best = method.method == result.best
+            axes.plot(x, y, "o", color=_SERIES[1 if best else 0], markersize=8 if best else 6)
+        right = max(stored, default=1000)
+        axes.set_xlim(nothing / 3, right * 6)
+        _direct_labels(axes, points, middle=(nothing * right) ** 0.5)
+        ticks = [nothing, *_decades(stored)]
+        axes.set_xticks(ticks, ["0", *(size(tick) for tick in ticks[1:])])
+        axes.minorticks_off()
+        axes.set_xlabel("extra storage")
+        axes.set_ylabel(METRIC_NAMES[metric])
+        axes.margins(y=0.15)
+
+    return _svg(draw, grid="both")
+
+
+def training_curves(report: QualityReport) -> str:
+    """Loss over the share of each run's steps: runs of different lengths side by side."""
+
+    def draw(figure: Figure, axes: Axes) -> None:
+        for index, (label, curve) in enumerate(report.training.items()):
+            style = ("-", "--", ":")[index // len(_SERIES) % 3]
+            axes.plot(
+                [point.step / curve[-1].step for point in curve],
+                [point.loss for point in curve],
+                style,
+                color=_SERIES[index % len(_SERIES)],
+                linewidth=1.6,
+                label=f"{label} ({_steps(curve)})",
+            )
+        axes.set_yscale("log")
+        axes.set_xlabel("share of the run's steps")
+        axes.set_ylabel("loss, nats a token")
+        _plain_log(axes)
+        _legend(figure, columns=2)
+
+    rows = (len(report.training) + 1) // 2
+    return _svg(
+        draw, height=2.7 + 0.21 * rows, grid="both", empty=not any(report.training.values())
+    )
+
+
+def sizes(artifacts: Sequence[ArtifactResult]) -> str:
+    """Bytes of each artifact, the two runtimes beside each other."""
+
+    def draw(figure: Figure, axes: Axes) -> None:
+        names = [_name(a, artifacts) for a in artifacts]
+        for row, artifact in enumerate(artifacts):
+            colour = _SERIES[0 if artifact.runtime == "executorch" else 2]
+            axes.barh(row, artifact.bytes / 1e6, 0.6, color=colour)
+            axes.annotate(
+                size(artifact.bytes),
+                (artifact.bytes / 1e6, row),
+                (5, 0),
+                textcoords="offset points",
+                va="center",
+                color=_MUTED,
+            )
+        _rows(axes, names)
+        axes.margins(x=0.18)
+        axes.set_xlabel("MB, with tokenizer and settings")
+
+    return _svg(draw, height=0.7 + 0.32 * len(artifacts), empty=not artifacts)
+
+
+def budget(artifacts: Sequence[ArtifactResult]) -> str:
+    """Where accuracy went: KL of each stage on one logarithmic axis."""
+
+    def draw(figure: Figure, axes: Axes) -> None:
+        series: list[tuple[str, str, str, Callable[[ArtifactResult], float | None]]] = [
+            ("quantization", "o", _SERIES[1], lambda a: a.quantization.kl),
+            ("lowering", "s", _SERIES[0], lambda a: a.lowering.kl if a.lowering else None),
+            (
+                "what the adapter changes",
+                "|",
+                _MUTED,
+                lambda a: a.adapter.effect if a.adapter else None,
+            ),
+        ]
+        for label, marker, colour, value in series:
+            found = [(value(a), row) for row, a in enumerate(artifacts)]
+            kept = [(max(v, _FLOOR), row) for v, row in found if v]
+            axes.plot(
+                [v for v, _ in kept],
+                [row for _, row in kept],
+                marker,
+                color=colour,
+                markersize=12 if marker == "|" else 7,
+                markeredgewidth=2 if marker == "|" else 0,
+                label=label,
+            )
+        axes.set_xscale("log")
+        _rows(axes, [_name(a, artifacts) for a in artifacts])
+        axes.minorticks_off()
+        _plain_log(axes, "x")
+        axes.set_xlabel("KL in nats a token, lower is better")
+        _legend(figure, columns=3)
+
+    return _svg(draw, height=1.0 + 0.32 * len(artifacts), empty=not artifacts)
+
+
+def first_token(results: Sequence[LatencyResult]) -> str:
+    """Time to the first token with the range of the repetitions."""
+    firsts = [result.first_token_seconds for result in results]
+    spreads = [(1e3 * s.median, 1e3 * s.low, 1e3 * s.high) for s in firsts]
+    return _spread_bars(results, spreads, "milliseconds; line: fastest to slowest")
+
+
+def decode_rate(results: Sequence[LatencyResult]) -> str:
+    """Decode rate with the range of the repetitions."""
+    spreads = [(r.decode_rate.median, r.decode_rate.low, r.decode_rate.high) for r in results]
+    return _spread_bars(
+        results, spreads, "tokens a second after the first; line: slowest to fastest"
+    )
+
+
+def size(count: float) -> str:
+    """Bytes for people: 950 B, 23 kB, 1.4 MB."""
+    for unit in ("B", "kB", "MB"):
+        if count < 999.5:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB"
+
+
+def _spread_bars(
+    results: Sequence[LatencyResult], spreads: Sequence[tuple[float, float, float]], unit: str
+) -> str:
+    def draw(figure: Figure, axes: Axes) -> None:
+        for row, (result, (median, low, high)) in enumerate(zip(results, spreads, strict=True)):
+            colour = _SERIES[0 if result.runtime == "executorch" else 2]
+            axes.barh(row, median, 0.6, color=colour)
+            axes.plot([low, high], [row, row], color=_INK, linewidth=1.4)
+        _rows(axes, [_name(r, results) for r in results])
+        axes.set_xlabel(unit)
+
+    return _svg(draw, height=0.7 + 0.32 * len(results), empty=not results)
+
+
+def _name(
+    item: ArtifactResult | LatencyResult, among: Sequence[ArtifactResult] | Sequence[LatencyResult]
+) -> str:
+    runtime = "ExecuTorch" if item.runtime == "executorch" else "ONNX"
+    name = f"{runtime} {item.precision}"
+    several = len({other.composition for other in among}) > 1
+    return f"{item.composition}, {name}" if several else name
+
+
+def _steps(curve: Sequence[Point]) -> str:
+    return f"{curve[-1].step:,} steps"
+
+
+def _decades(values: Sequence[int]) -> list[float]:
+    """Powers of ten around the values, at most four."""
+    low, high = len(str(min(values, default=1000))) - 1, len(str(max(values, default=1000)))
+    stride = max(1, -(-(high - low + 1) // 4))
+    return [10.0**power for power in range(low, high + 1, stride)]
+
+
+def _direct_labels(axes: Axes, points: Sequence[tuple[float, float, str]], middle: float) -> None:
+    """Write each label beside its point, moved up where it would cover the one below."""
+    values = [y for _, y, _ in points]
+    gap = (max(values) - min(values) or 1.0) * 0.085
+    for left in (True, False):
+        last = float("-inf")
+        for x, y, label in sorted(
+            (p for p in points if (p[0] <= middle) is left), key=lambda p: p[1]
+        ):
+            last = max(y, last + gap)
+            axes.annotate(
+                label,
+                (x, y),
+                (9 if left else -9, 0),
+                xycoords="data",
+                textcoords="offset points",
+                va="center",
+                ha="left" if left else "right",
+                color=_INK,
+            ).set_y((last - y) / gap * 10.5)
+
+
+def _rows(axes: Axes, labels: Sequence[str]) -> None:
+    """One row a label, the first on top."""
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set_ylim(len(labels) - 0.45, -0.55)
+    axes.tick_params(axis="y", length=0, labelcolor=_INK)
+
+
+def _plain_log(axes: Axes, which: str = "y") -> None:
+    """Numbers as text: with mathtext off the usual exponents would show their markup."""
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    axis = axes.yaxis if which == "y" else axes.xaxis
+    axis.set_major_formatter(FuncFormatter(lambda value, _: _number(value)))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _number(value: float) -> str:
+    """As people write it: 0.01, 1, 100, 10⁻⁶."""
+    if 1e-3 <= value < 1e4:
+        return f"{value:g}"
+    exponent = f"{value:.0e}".partition("e")[2]
+    return "10" + str(int(exponent)).translate(_SUPERSCRIPT)
+
+
+def _legend(figure: Figure, columns: int = 2) -> None:
+    figure.legend(
+        loc="outside lower center", ncols=columns, frameon=False, labelcolor=_INK, fontsize=9
+    )
+
+
+def _svg(
+    draw: Callable[[Figure, Axes], None],
+    height: float = 3.0,
+    grid: Literal["x", "both"] = "x",
+    empty: bool = False,
+) -> str:
+    """Draw one figure and return it as an ``<svg>`` element, or nothing where there is no data."""
+    if empty:
+        return ""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    style: Any = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "caliport",
+        "text.parse_math": False,
+        "font.size": 10,
+        "axes.edgecolor": _LINE,
+        "axes.labelcolor": _MUTED,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.spines.left": grid == "both",
+        "axes.axisbelow": True,
+        "grid.color": _LINE,
+        "grid.linewidth": 0.8,
+        "xtick.color": _MUTED,
+        "ytick.color": _MUTED,
+        "text.color": _INK,
+    }
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(5.4, height), layout="constrained")
+        axes = figure.add_subplot()
+        axes.grid(axis=grid)
+        draw(figure, axes)
+        out = io.StringIO()
+        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
+    return _adapt(out.getvalue())
+
+
+def _adapt(svg: str) -> str:
+    """Keep the element alone, give its ids a number of their own and its colours variables."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    number = next(_numbers)
+    svg = re.sub(r'\bid="', f'id="p{number}-', svg)
+    svg = re.sub(r'href="#', f'href="#p{number}-', svg)
+    svg = svg.replace("url(#", f"url(#p{number}-")
+    svg = re.sub(r'<svg ([^>]*?)height="[^"]*"', r"<svg \1", svg, count=1)
+    svg = re.sub(r'<svg ([^>]*?)width="[^"]*"', r'<svg \1role="img"', svg, count=1)
+    for colour, variable in _VARIABLES.items():
+        svg = svg.replace(colour, variable)
+    return svg

@@ -1,0 +1,174 @@
+"""One self-contained HTML page from whichever result files a run has."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from caliport_core.errors import InputError
+from validation import plots
+from validation.results import (
+    LATENCY,
+    PARITY,
+    QUALITY,
+    ArtifactResult,
+    CompositionResult,
+    LatencyReport,
+    MethodResult,
+    ParityReport,
+    QualityReport,
+    R,
+    read_result,
+)
+
+REPORT = "report.html"
+_RUNTIMES = {"executorch": "ExecuTorch", "onnx": "ONNX"}
+
+
+@dataclass(frozen=True)
+class Headline:
+    """What stands on top: ``state`` is pass, unsure, fail or none."""
+
+    state: str
+    title: str
+    text: str
+
+
+def write_report(reports_dir: Path) -> Path:
+    """Write ``report.html`` beside the JSON files of a run.
+
+    Args:
+        reports_dir: Holds any of ``quality.json``, ``parity.json`` and ``latency.json``. A
+            section whose file is missing says how to get it.
+
+    Returns:
+        The page's path.
+
+    Raises:
+        InputError: None of the files is there, one is not valid, or the page cannot be written.
+    """
+    quality = _read(QualityReport, reports_dir / QUALITY)
+    parity = _read(ParityReport, reports_dir / PARITY)
+    latency = _read(LatencyReport, reports_dir / LATENCY)
+    source = quality or parity or latency
+    if source is None:
+        raise InputError(f"{reports_dir}: no {QUALITY}, {PARITY} or {LATENCY}; run a stage first")
+    artifacts = parity.artifacts if parity else []
+    html = (
+        _environment()
+        .get_template("report.html.j2")
+        .render(
+            name=quality.name if quality else reports_dir.resolve().parent.name,
+            headline=headline(artifacts),
+            failed=[artifact for artifact in artifacts if not artifact.passed],
+            quality=quality,
+            compositions=_compositions(quality) if quality else [],
+            training=plots.training_curves(quality) if quality else "",
+            parity=parity,
+            size_plot=plots.sizes(artifacts),
+            budget_plot=plots.budget(artifacts),
+            latency=latency,
+            first_token_plot=plots.first_token(latency.artifacts) if latency else "",
+            decode_plot=plots.decode_rate(latency.artifacts) if latency else "",
+            machine=source.machine,
+            versions=source.versions,
+        )
+    )
+    path = reports_dir / REPORT
+    beside = path.with_suffix(".new")
+    try:
+        beside.write_text(html, encoding="utf-8")
+        beside.replace(path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror}") from error
+    return path
+
+
+def headline(artifacts: Sequence[ArtifactResult]) -> Headline:
+    """The verdict over all artifacts in a few words."""
+    if not artifacts:
+        return Headline(
+            "none", "Nothing validated yet", "No artifact has been checked in this run."
+        )
+    failed = [artifact for artifact in artifacts if not artifact.passed]
+    checks = sum(len(artifact.gates) for artifact in artifacts)
+    if failed:
+        stages = sorted({artifact.lost_at or "unknown" for artifact in failed})
+        return Headline(
+            "fail",
+            f"{len(failed)} of {_count(len(artifacts), 'artifact')} failed",
+            f"Accuracy was lost at: {', '.join(stages)}.",
+        )
+    unsure = sum(not gate.decided for artifact in artifacts for gate in artifact.gates)
+    if unsure:
+        text = (
+            f"{unsure} of {_count(checks, 'gate')} had too few examples to say; the others passed."
+        )
+        return Headline("unsure", "No gate failed", text)
+    text = f"{_count(checks, 'gate')} passed on {_count(len(artifacts), 'artifact')}."
+    return Headline("pass", "Accuracy survived", text)
+
+
+def _read(kind: type[R], path: Path) -> R | None:
+    return read_result(kind, path) if path.exists() else None
+
+
+def _compositions(report: QualityReport) -> list[dict[str, Any]]:
+    """What the template needs of each composition."""
+    return [
+        {
+            "name": name,
+            "result": result,
+            "best": _best(result),
+            "top": max((max(m.rougeL, m.chrf) for m in result.methods), default=1) or 1,
+            "bars": plots.quality_bars(result),
+            "scatter": plots.quality_bytes(result, report.metric),
+        }
+        for name, result in report.compositions.items()
+    ]
+
+
+def _best(result: CompositionResult) -> MethodResult | None:
+    return next((m for m in result.methods if m.method == result.best), None)
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("validation", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        size=plots.size,
+        sci=_scientific,
+        runtime=lambda name: _RUNTIMES.get(name, name),
+        metric=lambda name: plots.METRIC_NAMES.get(name, name),
+        seconds=_seconds,
+        svg=Markup,  # only ever given what plots.py drew
+    )
+    return environment
+
+
+def _scientific(value: float) -> Markup:
+    """A number of any magnitude: 0.0123, 3·10⁻⁷."""
+    if value == 0 or 1e-3 <= abs(value) < 1e4:
+        return Markup(f"{value:.3g}")
+    mantissa, exponent = f"{value:.1e}".split("e")
+    return Markup(f"{float(mantissa):g}·10<sup>{int(exponent)}</sup>".replace("-", "−"))
+
+
+def _seconds(value: float) -> str:
+    if value < 1:
+        return f"{value * 1000:.3g} ms"
+    return f"{value:.1f} s" if value < 120 else f"{value / 60:.1f} min"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -1,0 +1,286 @@
+"""The JSON files of a run's reports, their schema, and reading them back."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from pydantic import ValidationError
+
+from caliport_core.directories import versions
+from caliport_core.errors import InputError
+from validation.gates import AdapterEffect, Gate, StockResult
+from validation.parity import Measures
+from validation.record import Record
+
+QUALITY, PARITY, LATENCY = "quality.json", "parity.json", "latency.json"
+
+
+class Machine(Record):
+    """What a result was measured on. Memory in GB (1e9 bytes)."""
+
+    cpu: str
+    cores: int
+    memory_gb: float
+    os: str
+
+
+class Point(Record):
+    """A point of a training curve: mean loss in nats up to a step."""
+
+    step: int
+    loss: float
+
+
+class MethodResult(Record):
+    """One way to do a composition.
+
+    Attributes:
+        method: Its key, such as ``lc``; ``label`` is for people.
+        loss: Of the references in nats a token, None where no single model wrote the outputs.
+        rougeL, chrf: 0 to 100.
+        parameters, bytes: What must be stored beyond the base and the single-task adapters.
+        passes: Inference passes an answer takes.
+        seconds: To train or merge it.
+    """
+
+    method: str
+    label: str
+    loss: float | None
+    rougeL: float
+    chrf: float
+    parameters: int
+    bytes: int
+    passes: int
+    seconds: float
+
+
+class QualitySample(Record):
+    """One example: what was asked, what is right, and what each method wrote."""
+
+    input: str
+    reference: str
+    outputs: dict[str, str]
+
+
+class CompositionResult(Record):
+    """All methods on one composition. ``best`` is the one that is exported."""
+
+    tasks: list[str]
+    split: str
+    examples: int
+    methods: list[MethodResult]
+    best: str
+    samples: list[QualitySample]
+
+
+class QualityReport(Record):
+    """``quality.json``: how well each method does each composition, in eager fp32."""
+
+    name: str
+    machine: Machine
+    versions: dict[str, str]
+    metric: Literal["rougeL", "chrf"]
+    compositions: dict[str, CompositionResult]
+    training: dict[str, list[Point]]
+
+
+class TaskResult(Record):
+    """The task metric, 0 to 100, in fp32 and from the artifact, on the same examples.
+
+    ``interval`` is the bootstrap interval of the difference, in points.
+    """
+
+    metric: str
+    fp32: float
+    artifact: float
+    difference: float
+    interval: tuple[float, float]
+
+
+class ParitySample(Record):
+    """One prompt, what fp32 writes and what the artifact writes."""
+
+    input: str
+    reference: str | None
+    fp32: str
+    artifact: str
+
+
+class Findings(Record):
+    """A runner held against eager models. Measures are None where logits were not finite.
+
+    Attributes:
+        lowering: Runner against the quantized eager model, all positions.
+        prefill, decode: The same, at the first target and at the others.
+        one_by_one: The runner's prefill against the same prompt fed one token at a time.
+        quantization: Quantized eager against fp32.
+        total: Runner against fp32.
+        generation: Share of prompts where the runner writes exactly the quantized eager tokens.
+        samples: A few examples, those where runner and fp32 differ first.
+    """
+
+    lowering: Measures | None = None
+    prefill: Measures | None = None
+    decode: Measures | None = None
+    one_by_one: Measures | None = None
+    quantization: Measures
+    total: Measures | None = None
+    adapter: AdapterEffect | None = None
+    task: TaskResult | None = None
+    generation: float | None = None
+    samples: tuple[ParitySample, ...] = ()
+    gates: list[Gate]
+
+
+class ArtifactResult(Findings):
+    """One artifact's findings and verdict.
+
+    Attributes:
+        path: Within the run's ``artifacts``.
+        files: Bytes of each file; ``bytes`` is their sum.
+        examples: Number of prompts.
+        lost_at: Stage that failed, None where all gates passed.
+        seconds: That the validation took.
+    """
+
+    composition: str
+    method: str
+    runtime: str
+    precision: str
+    path: str
+    bytes: int
+    files: dict[str, int]
+    examples: int
+    stock: StockResult | None
+    passed: bool
+    lost_at: str | None
+    seconds: float
+
+
+class ParityReport(Record):
+    """``parity.json``: every artifact of a run against its references."""
+
+    machine: Machine
+    versions: dict[str, str]
+    artifacts: list[ArtifactResult]
+
+
+class Spread(Record):
+    """Median, lowest and highest of repeated measurements."""
+
+    median: float
+    low: float
+    high: float
+
+
+class LatencyResult(Record):
+    """Times of one artifact on this machine.
+
+    Attributes:
+        load_seconds, first_token_seconds: Wall time.
+        decode_rate: Tokens a second after the first.
+        noisy: Whether the decode rates differ by more than a fifth of their median.
+    """
+
+    composition: str
+    runtime: str
+    precision: str
+    path: str
+    bytes: int
+    files: dict[str, int]
+    threads: int
+    prompt_tokens: int
+    new_tokens: int
+    repetitions: int
+    load_seconds: Spread
+    first_token_seconds: Spread
+    decode_rate: Spread
+    noisy: bool
+
+
+class LatencyReport(Record):
+    """``latency.json``: times are reported and never gated."""
+
+    machine: Machine
+    versions: dict[str, str]
+    artifacts: list[LatencyResult]
+
+
+R = TypeVar("R", QualityReport, ParityReport, LatencyReport)
+
+
+def this_machine() -> Machine:
+    """The machine this runs on."""
+    import psutil
+
+    return Machine(
+        cpu=_cpu_name(),
+        cores=len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count() or 1,
+        memory_gb=round(psutil.virtual_memory().total / 1e9, 1),
+        os=f"{platform.system()} {platform.machine()}",
+    )
+
+
+def environment() -> dict[str, str]:
+    """Versions of Python and of the packages that can change a result."""
+    return {"python": platform.python_version(), **versions()}
+
+
+def file_sizes(directory: Path) -> dict[str, int]:
+    """Bytes of every file below a directory, by its path within it."""
+    entries = sorted(entry for entry in directory.rglob("*") if entry.is_file())
+    return {entry.relative_to(directory).as_posix(): entry.stat().st_size for entry in entries}
+
+
+def write_result(report: QualityReport | ParityReport | LatencyReport, path: Path) -> None:
+    """Write a report as JSON; the file appears whole or not at all.
+
+    Raises:
+        InputError: The path cannot be written.
+    """
+    beside = path.with_suffix(".new")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_text(report.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        beside.replace(path)
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be written: {error.strerror}; name a writable place"
+        ) from error
+
+
+def read_result(kind: type[R], path: Path) -> R:
+    """Read a report back.
+
+    Raises:
+        InputError: Missing, not JSON, or with a field that is wrong, missing or unknown; the
+            first such field is named.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; run the stage that writes it") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not readable ({error})") from None
+    try:
+        return kind.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"])) or "the file"
+        raise InputError(
+            f"{path}: {field}: {first['msg']}; expected what caliport writes"
+        ) from None
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
