@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -196,6 +198,10 @@ def doctor() -> None:
 
 def main() -> None:
     """Run the command line; every wrong input ends in one line."""
+    debug = "--debug" in sys.argv
+    if not debug:  # libraries log each other's deprecations and every optional part they miss
+        logging.disable(logging.WARNING)
+        warnings.simplefilter("ignore")
     try:
         code = app(standalone_mode=False)
     except InputError as error:
@@ -203,7 +209,7 @@ def main() -> None:
     except KeyboardInterrupt:
         code = _fail("interrupted; the same command goes on from here", 130)
     except Exception as error:
-        if "--debug" in sys.argv:
+        if debug:
             raise
         shown = getattr(error, "format_message", None)  # click's own errors know how to say it
         if shown is not None:

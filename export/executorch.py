@@ -18,6 +18,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from caliport_core.errors import InputError
 from export.quiet import quiet
+from export.retrace import skip_idle_work
 
 if TYPE_CHECKING:
     from executorch.exir import EdgeProgramManager
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 PROGRAM = "model.pte"
 
 _ATTENTION = "caliport_executorch"
-_LINEAR_OPS = ("linear", "addmm", "mm", "bmm", "matmul", "convolution")
+_MATRIX_OPS = ("aten_linear_", "aten_addmm_", "aten_mm_", "aten_bmm_", "aten_convolution_")
 
 
 def lower(
@@ -54,21 +55,22 @@ def lower(
 
     Raises:
         InputError: The model cannot run this way; nothing is written. See ``check_exportable``.
+        RuntimeError: A matrix product is left to ExecuTorch's slow reference kernels.
     """
     check_exportable(model, context)
+    constants = _constant_methods(model, context, eos_ids, bos_id)
     with quiet():
-        program = _trace(model, context)
-        edge = _delegate(program, _constant_methods(model, context, eos_ids, bos_id))
-        delegates, linears = _count_linears(edge)
-        finished = _finish(edge)
+        with skip_idle_work():
+            edge = _delegate(_trace(model, context), constants)
+        counts = _count_delegated(edge)
+        program = _finish(edge)
         with (directory / PROGRAM).open("wb") as stream:
-            finished.write_to_file(stream)
+            program.write_to_file(stream)
     return {
         "backend": "xnnpack",
         "methods": ["forward"],
-        "constant_methods": _constant_methods(model, context, eos_ids, bos_id),
-        "delegates": delegates,
-        "linears_delegated": linears,
+        "constant_methods": constants,
+        **counts,
     }
 
 
@@ -251,6 +253,29 @@ def _delegate(program: ExportedProgram, constants: dict[str, Any]) -> EdgeProgra
         compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
         constant_methods=constants,
     )
+
+
+def _count_delegated(edge: EdgeProgramManager) -> dict[str, int]:
+    """Delegates and matrix products in them; every product must be in one.
+
+    Attention's own products do not appear: they are inside ``llama.custom_sdpa``.
+    """
+    from executorch.devtools.backend_debug import get_delegation_info
+
+    info = get_delegation_info(edge.exported_program().graph_module)
+    products = {
+        name: found
+        for name, found in info.delegation_by_operator.items()
+        if f"{name}_".startswith(_MATRIX_OPS)
+    }
+    left = sorted(name for name, found in products.items() if found.non_delegated)
+    if left:
+        raise RuntimeError(f"XNNPACK did not take {', '.join(left)}; the program would be slow")
+    return {
+        "delegates": info.num_delegated_subgraphs,
+        "linears_delegated": sum(found.delegated for found in products.values()),
+        "linears_not_delegated": 0,
+    }
 
 
 def _finish(edge: EdgeProgramManager) -> Any:

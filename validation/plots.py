@@ -82,6 +82,8 @@ def training_curves(report: QualityReport) -> str:
     """Loss over the share of each run's steps: runs of different lengths side by side."""
 
     def draw(figure: Figure, axes: Axes) -> None:
+        from matplotlib.ticker import LogLocator
+
         for index, (label, curve) in enumerate(report.training.items()):
             style = ("-", "--", ":")[index // len(_SERIES) % 3]
             axes.plot(
@@ -93,8 +95,10 @@ def training_curves(report: QualityReport) -> str:
                 label=f"{label} ({_steps(curve)})",
             )
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.set_xlabel("share of the run's steps")
         axes.set_ylabel("loss, nats a token")
+        axes.minorticks_off()
         _plain_log(axes)
         _legend(figure, columns=2)
 

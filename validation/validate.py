@@ -228,16 +228,25 @@ def _texts(evaluation: Evaluation, answers: Answers) -> list[str]:
 def _stock(
     directory: Path, runtime: str, evaluation: Evaluation, answers: Answers, count: int
 ) -> StockResult | None:
-    """The stock runner's texts against ours; None where no prompt is a text."""
-    ours = _texts(evaluation, answers)
-    asked = [(text, i) for i, text in enumerate(evaluation.texts) if text is not None][:count]
+    """The stock runner's texts against ours; None where no prompt or no answer is a text."""
+    ours = [_readable(text) for text in _texts(evaluation, answers)]
+    texts = enumerate(evaluation.texts)
+    asked = [(text, ours[i]) for i, text in texts if text is not None and ours[i]][:count]
     if not asked:
         return None
+    longest = evaluation.max_new_tokens
     matches = sum(
-        stock_generate(directory, text, evaluation.max_new_tokens).strip() == ours[i]
-        for text, i in asked
+        _readable(stock_generate(directory, text, longest)) == answer for text, answer in asked
     )
     return StockResult(runner=_STOCK_NAMES[runtime], matches=matches, examples=len(asked))
+
+
+def _readable(text: str) -> str:
+    """The text up to the first byte that is no UTF-8: there runners differ in how they go on.
+
+    onnxruntime_genai 0.18 ends the text at such a byte, transformers writes U+FFFD and goes on.
+    """
+    return text.partition("\ufffd")[0].strip()
 
 
 def _samples(evaluation: Evaluation, fp32: Answers, answers: Answers) -> tuple[ParitySample, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,15 @@ INPUTS = [
     "tennis on Friday",
     "grüße",
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Models this small are many times slower when two threads wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @dataclass(frozen=True)
@@ -55,3 +65,14 @@ def scene(base_dir: Path, adapter_dirs: list[Path]) -> Scene:
         eager_answers(composed, "fp32", evaluation),
         eager_answers(rounded, "rounded", evaluation),
     )
+
+
+@pytest.fixture(scope="session")
+def onnx_dir(
+    base_dir: Path, adapter_dirs: list[Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The composition as a real ONNX artifact in int4."""
+    from export.artifact import to_onnx
+
+    out = tmp_path_factory.mktemp("artifacts") / "onnx-int4"
+    return to_onnx(base_dir, out, adapter=adapter_dirs[0], precision="int4")

@@ -1,0 +1,144 @@
+"""The command line itself: fast help, and bad input that ends in one line and leaves nothing."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+
+
+def caliport(*arguments: object, cwd: Path, **settings: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "caliport", *map(str, arguments)]
+    return subprocess.run(
+        command, cwd=cwd, env=ENVIRONMENT, text=True, capture_output=True, check=False, **settings
+    )
+
+
+def one_line(done: subprocess.CompletedProcess, says: str) -> None:
+    """It failed as bad input does: exit code 2 and one line that says what is wrong."""
+    assert done.returncode == 2, done.stdout + done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("caliport: ")
+    assert says in lines[0]
+
+
+def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
+    """What makes ``--help`` fast: no library that takes longer to load than typer."""
+    code = (
+        "import sys, caliport.cli, contextlib, io\n"
+        "with contextlib.redirect_stdout(io.StringIO()):\n"
+        "    caliport.cli.app(['--help'], standalone_mode=False)\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'onnxruntime', 'pydantic', 'matplotlib'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=ENVIRONMENT, text=True, capture_output=True
+    )
+    assert found.stdout.strip() == "[]", found.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["run", "gone.yaml"], "no such recipe"),
+        (["run"], "Missing argument"),
+        (["rnu"], "No such command"),
+        (["export", "--runtime", "onnx", "--out", "o"], "--base is missing"),
+        (["export", "--base", "./gone", "--runtime", "onnx", "--out", "o"], "no such directory"),
+        (["export", "--base", "x", "--runtime", "tflite", "--out", "o"], "--runtime is 'tflite'"),
+        (["validate", "gone"], "no such recipe"),
+        (["report", "."], "no reports"),
+    ],
+)
+def test_wrong_arguments(arguments: list[str], says: str, tmp_path: Path) -> None:
+    one_line(caliport(*arguments, cwd=tmp_path), says)
+    assert not list(tmp_path.iterdir())
+
+
+def test_init_writes_a_recipe_once(tmp_path: Path) -> None:
+    assert caliport("init", cwd=tmp_path).returncode == 0
+    assert "compositions:" in (tmp_path / "recipe.yaml").read_text()
+    one_line(caliport("init", cwd=tmp_path), "is there already")
+
+
+def test_recipe_with_a_typo(tmp_path: Path) -> None:
+    text = (ROOT / "recipes" / "demo.yaml").read_text().replace("rank: 8", "rnak: 8")
+    (tmp_path / "r.yaml").write_text(text)
+    one_line(caliport("run", "r.yaml", cwd=tmp_path), "lora.rnak: unknown field; did you mean rank?")
+    assert not (tmp_path / "runs").exists()
+
+
+def compose(base: Path, adapters: list[Path], cwd: Path) -> subprocess.CompletedProcess:
+    flags = [flag for adapter in adapters for flag in ("--adapter", adapter)]
+    return caliport(
+        "calibrate", "--base", base, *flags, "--method", "linear", "--out", "out/mine", cwd=cwd
+    )
+
+
+def test_truncated_adapter_leaves_nothing(
+    base_dir: Path, adapter_dirs: list[Path], tmp_path: Path
+) -> None:
+    shutil.copytree(adapter_dirs[0], tmp_path / "cut")
+    weights = tmp_path / "cut" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-7])
+    one_line(compose(base_dir, [tmp_path / "cut", adapter_dirs[1]], tmp_path), "truncated")
+    assert not list((tmp_path / "out").iterdir())
+    missing = compose(base_dir, [tmp_path / "gone", adapter_dirs[1]], tmp_path)
+    one_line(missing, "gone: no such")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_tokenizer_of_a_larger_vocabulary(base_dir: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    shutil.copytree(base_dir, tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(base_dir)
+    tokenizer.add_tokens([f"<extra{i}>" for i in range(200)])
+    tokenizer.save_pretrained(tmp_path / "base")
+    done = caliport("export", "--base", "base", "--runtime", "onnx", "--out", "art", cwd=tmp_path)
+    one_line(done, "the base's embedding has 384 rows")
+    assert [p.name for p in tmp_path.iterdir()] == ["base"]
+
+
+MOUNT = "mkdir -p out && mount -t tmpfs -o size={size}k none out && {more} exec {command}"
+IN_NAMESPACE = ["unshare", "--map-root-user", "--mount"]
+
+
+def _can_mount() -> bool:
+    if shutil.which("unshare") is None:
+        return False
+    probe = [*IN_NAMESPACE, "mount", "-t", "tmpfs", "none", "/mnt"]
+    return subprocess.run(probe, capture_output=True, check=False).returncode == 0
+
+
+@pytest.mark.skipif(not _can_mount(), reason="needs mount namespaces to make such a disk")
+@pytest.mark.parametrize(
+    ("size", "more", "says"),
+    [
+        (40, "", "No space left on device"),
+        (999, "mount -o remount,ro out &&", "Read-only file system"),
+    ],
+    ids=["full", "read-only"],
+)
+def test_disk_that_cannot_be_written(
+    size: int, more: str, says: str, base_dir: Path, adapter_dirs: list[Path], tmp_path: Path
+) -> None:
+    command = f"{sys.executable} -m caliport calibrate --base {base_dir} --method linear"
+    command += "".join(f" --adapter {adapter}" for adapter in adapter_dirs) + " --out out/mine"
+    script = MOUNT.format(size=size, more=more, command=command)
+    done = subprocess.run(
+        [*IN_NAMESPACE, "sh", "-c", script + "; ls -A out"],
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        text=True,
+        capture_output=True,
+    )
+    one_line(done, f"out/mine: cannot be written: {says}")

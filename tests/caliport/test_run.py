@@ -1,0 +1,186 @@
+"""The whole path on a tiny model, as a user runs it: the commands, their files and exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from caliport_core.directories import content_hash, read_manifest
+
+RECIPE = """
+name: tiny
+data: {source: pocket, train: 96, validation: 12}
+base:
+  shape: {vocab_size: 400, hidden_size: 64, intermediate_size: 160, layers: 2, context: 320}
+  train: {steps: 12, batch_size: 8, learning_rate: 5.0e-3, prompt_loss: true}
+adapters: {summarize: , translate_es: }
+lora: {rank: 4, alpha: 8, train: {steps: 3, batch_size: 8, learning_rate: 5.0e-3}}
+compositions: {summarize_es: [summarize, translate_es]}
+calibration:
+  examples: 64
+  lc: {steps: 3, batch_size: 8, learning_rate: 5.0e-3}
+  lc++: {steps: 3, batch_size: 8, learning_rate: 5.0e-3}
+  joint: {steps: 3, batch_size: 8, learning_rate: 5.0e-3}
+evaluation: {examples: 8, max_new_tokens: 8}
+export: {context: 256}
+validation: {examples: 4, repetitions: 1}
+"""
+FORMS = [f"{r}-{p}" for r in ("executorch", "onnx") for p in ("fp32", "int8", "int4")]
+
+
+def caliport(*arguments: object, cwd: Path, **settings: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "caliport", *map(str, arguments)]
+    return subprocess.run(
+        command, cwd=cwd, env=ENVIRONMENT, text=True, capture_output=True, check=False, **settings
+    )
+
+
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "COLUMNS": "200"}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory in which the tiny recipe has been run to its end."""
+    place = tmp_path_factory.mktemp("place")
+    (place / "tiny.yaml").write_text(RECIPE)
+    done = caliport("run", "tiny.yaml", cwd=place)
+    (place / "output.txt").write_text(done.stdout + done.stderr)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return place
+
+
+def test_run_directory_is_the_contract(place: Path) -> None:
+    run = place / "runs" / "tiny"
+    expected = ["base", "adapters/summarize", "adapters/translate_es"]
+    expected += [f"composed/summarize_es/{m}" for m in ("linear", "exact", "lc", "lc++", "joint")]
+    expected += [f"artifacts/summarize_es/{form}" for form in FORMS]
+    for name in expected:
+        manifest = read_manifest(run / name)
+        files = {p.name for p in (run / name).iterdir() if p.is_file()} - {"manifest.json"}
+        assert set(manifest["files"]) == files
+        assert manifest["key"]
+        assert manifest["versions"]["torch"]
+    for form in FORMS:
+        files = {p.name for p in (run / "artifacts/summarize_es" / form).iterdir()}
+        graph = {"model.pte"} if form.startswith("executorch") else {"model.onnx"}
+        assert graph | {"tokenizer.json", "manifest.json"} <= files
+        if form.startswith("onnx"):
+            assert {"model.onnx.data", "genai_config.json"} <= files
+    reports = {p.name for p in (run / "reports").iterdir()}
+    assert reports == {"quality.json", "parity.json", "latency.json", "junit.xml", "report.html"}
+    assert not list(run.rglob(".*partial*"))
+    assert not list(run.rglob(".*resume*"))
+
+
+def test_last_screen_shows_tables_and_report(place: Path) -> None:
+    output = (place / "output.txt").read_text()
+    for shown in ("LC++ (Eq. 7)", "joint-expert LoRA", "multi-step", "summarize_es/onnx-int4"):
+        assert shown in output
+    assert "report: runs/tiny/reports/report.html" in output
+    assert "Traceback" not in output
+
+
+def test_composed_adapters_load_in_peft(place: Path) -> None:
+    """PEFT's logits of the saved LC++ are those of the fp32 artifact's eager twin."""
+    from export.artifact import eager
+
+    run = place / "runs" / "tiny"
+    adapter = run / "composed/summarize_es/lc++"
+    base = AutoModelForCausalLM.from_pretrained(run / "base", dtype=torch.float32)
+    tokens = torch.tensor([[1, 3, 50, 60, 70, 4]])
+    with torch.no_grad():
+        theirs = PeftModel.from_pretrained(base, adapter).eval()(tokens).logits
+        ours = eager(run / "base", adapter, "fp32")(tokens).logits
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_second_run_skips_all_and_a_change_only_what_depends_on_it(place: Path) -> None:
+    run = place / "runs" / "tiny"
+    before = {p: p.stat().st_mtime_ns for p in run.rglob("manifest.json")}
+    again = caliport("run", "tiny.yaml", cwd=place)
+    assert again.returncode == 0
+    assert ": done" not in again.stderr
+    assert again.stderr.count("up to date, skipped") == len(before)
+    assert {p: p.stat().st_mtime_ns for p in run.rglob("manifest.json")} == before
+    changed = caliport("calibrate", "tiny.yaml", "--set", "calibration.lc.steps=4", cwd=place)
+    assert changed.returncode == 0, changed.stderr
+    done = [line for line in changed.stderr.splitlines() if line.endswith(": done")]
+    assert done == ["summarize_es: lc: done", "summarize_es: score of lc: done"]
+    assert caliport("calibrate", "tiny.yaml", cwd=place).returncode == 0
+
+
+def test_stages_from_flags(place: Path) -> None:
+    """The same code from flags alone gives what the recipe gives."""
+    run = place / "runs" / "tiny"
+    base, adapters = run / "base", run / "adapters"
+    flags = ["--base", base, "--adapter", adapters / "summarize"]
+    flags += ["--adapter", adapters / "translate_es", "--method", "exact", "--out", "mine"]
+    done = caliport("calibrate", *flags, cwd=place)
+    assert done.returncode == 0, done.stderr
+    assert content_hash(place / "mine") == content_hash(run / "composed/summarize_es/exact")
+    flags = ["--base", base, "--adapter", place / "mine", "--runtime", "onnx"]
+    done = caliport("export", *flags, "--precision", "int4", "--out", "art", cwd=place)
+    assert done.returncode == 0, done.stderr
+    flags = ["--base", base, "--adapter", place / "mine"]
+    done = caliport("validate", "art", *flags, "--out", "checked", cwd=place)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {"parity.json", "junit.xml", "report.html"} == {
+        p.name for p in (place / "checked").iterdir()
+    }
+    done = caliport("validate", "art", "--base", base, "--adapter", adapters / "summarize", cwd=place)
+    assert done.returncode == 1, "an artifact of another adapter passed"
+    assert "FAIL" in done.stdout
+
+
+def test_base_alone_from_flags(place: Path) -> None:
+    flags = ["--base", place / "runs/tiny/base"]
+    done = caliport("export", *flags, "--runtime", "onnx", "--out", "plain", cwd=place)
+    assert done.returncode == 0, done.stderr
+    assert caliport("validate", "plain", *flags, cwd=place).returncode == 0
+
+
+def test_failed_gate_is_exit_1_and_a_junit_failure(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place, tmp_path / "copy")
+    change = ["--set", "validation.limits.int8.kl=0", "--set", "validation.limits.int8.kl_share=0"]
+    done = caliport("validate", "tiny.yaml", *change, cwd=tmp_path / "copy")
+    assert done.returncode == 1, done.stdout + done.stderr
+    reports = tmp_path / "copy/runs/tiny/reports"
+    assert "<failure" in (reports / "junit.xml").read_text()
+    failed = [a for a in json.loads((reports / "parity.json").read_text())["artifacts"] if not a["passed"]]
+    assert {a["precision"] for a in failed} == {"int8"}
+    assert {a["lost_at"] for a in failed} == {"lowering"}
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_it_resumes(place: Path, tmp_path: Path) -> None:
+    """Killed without warning again and again, it leaves no half directory and ends the same."""
+    (tmp_path / "tiny.yaml").write_text(RECIPE)
+    draw = random.Random(0)
+    command = [sys.executable, "-m", "caliport", "calibrate", "tiny.yaml"]
+    for _ in range(8):
+        process = subprocess.Popen(
+            command, cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.DEVNULL
+        )
+        time.sleep(draw.uniform(2.0, 12.0))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        for directory in (tmp_path / "runs/tiny").glob("**/adapter_config.json"):
+            if not any(part.startswith(".") for part in directory.relative_to(tmp_path).parts):
+                assert (directory.parent / "manifest.json").exists(), directory
+    assert caliport("calibrate", "tiny.yaml", cwd=tmp_path).returncode == 0
+    for name in ("base", "adapters/summarize", "composed/summarize_es/lc++"):
+        whole, resumed = place / "runs/tiny" / name, tmp_path / "runs/tiny" / name
+        assert content_hash(whole) == content_hash(resumed)
+    assert not list((tmp_path / "runs/tiny").rglob(".*partial*"))

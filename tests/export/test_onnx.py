@@ -1,0 +1,392 @@
+"""The ONNX artifact gives eager PyTorch's logits and tokens, and holds exactly our integers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir
+import onnxruntime
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from calibrate.low_rank import LowRankUpdate
+from caliport_core.checkpoints import load_base, load_tokenizer, render_prompt
+from caliport_core.directories import new_directory
+from caliport_core.errors import InputError
+from export import onnx as lowering
+from export.activations import quantize_blocks, reference
+from export.fold import fold
+from export.matmul_nbits import block_scales, block_size, pack, unpack
+from export.onnx_weights import swap_weights
+from export.quantize import PRECISIONS, dequantize, quantize, quantized_weight
+from export.tokenizer import save_tokenizer
+from validation.onnx_runner import OnnxRunner, generate, generate_ids
+
+CONTEXT = 96
+BITS = {"int8": 8, "int4": 4}
+
+
+@dataclass
+class Artifact:
+    """An exported directory, what it came from and what ``lower`` said."""
+
+    precision: str
+    directory: Path
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    facts: dict
+
+
+@pytest.fixture(scope="module")
+def artifact_of(
+    base_dir: Path, adapter_dirs: list[Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Artifact]:
+    """Fold, quantize and lower as an export does; each precision once."""
+    made: dict[str, Artifact] = {}
+    root = tmp_path_factory.mktemp("onnx")
+
+    def artifact(precision: str) -> Artifact:
+        if precision not in made:
+            model = load_base(base_dir)
+            fold(model, LowRankUpdate.from_peft(adapter_dirs[0]), adapter_dirs[0])
+            quantize(model, precision)
+            tokenizer = load_tokenizer(base_dir, model)
+            out = root / precision
+            with new_directory(out, "export", {}, {}) as (partial, extra):
+                facts = lowering.lower(model, partial, precision, CONTEXT, tokenizer)
+                save_tokenizer(tokenizer, partial)
+                extra.update(facts)
+            made[precision] = Artifact(precision, out, model, tokenizer, facts)
+        return made[precision]
+
+    return artifact
+
+
+@pytest.fixture(params=PRECISIONS)
+def artifact(request: pytest.FixtureRequest, artifact_of: Callable[[str], Artifact]) -> Artifact:
+    return artifact_of(request.param)
+
+
+@pytest.fixture(scope="module")
+def tokens() -> list[int]:
+    draw = np.random.default_rng(1)
+    return [int(token) for token in draw.integers(5, 300, CONTEXT)]
+
+
+def eager_logits(model: PreTrainedModel, tokens: list[int]) -> np.ndarray:
+    """Logits after every token, without a cache: [n, vocab]."""
+    with torch.no_grad():
+        return model(torch.tensor([tokens]), use_cache=False).logits[0].float().numpy()
+
+
+def in_chunks(runner: OnnxRunner, tokens: list[int], size: int) -> dict[int, np.ndarray]:
+    """Logits by number of tokens read."""
+    runner.reset()
+    rows = {}
+    for start in range(0, len(tokens), size):
+        chunk = tokens[start : start + size]
+        rows[start + len(chunk)] = runner.extend(chunk)
+    return rows
+
+
+@pytest.mark.parametrize("size", [1, 7, 40, CONTEXT])
+def test_graph_equals_eager_at_any_split_up_to_the_last_position(
+    artifact: Artifact, tokens: list[int], size: int
+) -> None:
+    """Without the rounding of activations nothing but float32's own order of sums is left."""
+    expected = eager_logits(dequantize(artifact.model), tokens)
+    runner = OnnxRunner(artifact.directory, threads=1, float_activations=True)
+    found = in_chunks(runner, tokens, size)
+    assert max(found) == CONTEXT
+    for end, row in found.items():
+        np.testing.assert_allclose(row, expected[end - 1], atol=1e-4, rtol=0)
+
+
+def test_caches_are_forgotten(artifact: Artifact, tokens: list[int]) -> None:
+    runner = OnnxRunner(artifact.directory, threads=1)
+    first = runner.prefill(tokens[:20])
+    runner.step(7)
+    np.testing.assert_array_equal(runner.prefill(tokens[:20]), first)
+    runner.reset()
+    for token in tokens[:20]:
+        last = runner.step(token)
+    np.testing.assert_array_equal(runner.prefill(tokens[:20]), first)
+    assert last.shape == first.shape == (artifact.model.config.vocab_size,)
+
+
+def test_shipped_graph_is_near_its_reference(artifact: Artifact, tokens: list[int]) -> None:
+    """With 8-bit activations two exact implementations still part, by far less than logits spread.
+
+    A difference of 1e-7 in a sum lets one rounding fall the other way, and that one step lets
+    others fall: eager against itself with embeddings changed by 1e-6 differs as much.
+    """
+    expected = eager_logits(reference(artifact.model, artifact.precision), tokens)
+    found = in_chunks(OnnxRunner(artifact.directory, threads=1), tokens, 1)
+    rows = np.stack([found[end] for end in range(1, CONTEXT + 1)])
+    error = np.sqrt(((rows - expected) ** 2).mean()) / expected.std()
+    assert error < {"fp32": 1e-5, "int8": 0.05, "int4": 0.05}[artifact.precision]
+
+
+@pytest.mark.parametrize("precision", BITS)
+def test_every_product_rounds_its_input_as_the_reference_says(
+    artifact_of: Callable[[str], Artifact], tokens: list[int], precision: str
+) -> None:
+    """Given the same input, every shipped product and eager's agree; ties are all that is left."""
+    artifact = artifact_of(precision)
+    plain = dequantize(artifact.model)
+    graph = onnx.load(artifact.directory / "model.onnx")
+    products = [node for node in graph.graph.node if node.op_type == "MatMulNBits"]
+    names = sorted({name for node in products for name in (node.input[0], node.output[0])})
+    present = {value.name for value in graph.graph.output}
+    graph.graph.output.extend(
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
+        for name in names
+        if name not in present
+    )
+    session = onnxruntime.InferenceSession(graph.SerializeToString())
+    feeds = {"input_ids": np.array([tokens]), "position_ids": np.arange(CONTEXT)[None]}
+    for value in session.get_inputs()[2:]:
+        feeds[value.name] = np.zeros((1, value.shape[1], 0, value.shape[3]), np.float32)
+    values = dict(zip(names, session.run(names, feeds), strict=True))
+    assert sum(node.name.count("+") + 1 for node in products) == linears(artifact.model)
+    for node in products:
+        block = next(a.i for a in node.attribute if a.name == "block_size")
+        rounded = quantize_blocks(torch.from_numpy(values[node.input[0]]), block)
+        weights = [plain.get_submodule(name).weight for name in node.name.split("+")]
+        with torch.no_grad():
+            expected = (rounded @ torch.cat(weights).T).numpy()
+        difference = np.abs(values[node.output[0]] - expected) / np.abs(expected).max()
+        assert np.median(difference) < 1e-6, node.name
+        assert difference.max() < 0.02, node.name
+
+
+def linears(model: nn.Module) -> int:
+    return sum(isinstance(module, nn.Linear) for module in model.modules())
+
+
+@pytest.mark.parametrize("precision", BITS)
+def test_graph_holds_exactly_our_integers(
+    artifact_of: Callable[[str], Artifact], precision: str
+) -> None:
+    artifact = artifact_of(precision)
+    graph = onnx_ir.load(artifact.directory / "model.onnx").graph
+    seen = []
+    for node in graph:
+        if node.op_type not in ("MatMulNBits", "GatherBlockQuantized"):
+            assert node.op_type not in ("MatMul", "FusedMatMul", "Gemm"), node.name
+            continue
+        modules = [artifact.model.get_submodule(name) for name in node.name.split("+")]
+        seen += node.name.split("+")
+        data, scale = (
+            torch.cat(parts).numpy()
+            for parts in zip(*(quantized_weight(module) for module in modules), strict=True)
+        )
+        if node.op_type == "MatMulNBits":
+            packed, scales = (node.inputs[i].const_value.numpy() for i in (1, 2))
+            bits = BITS[precision]
+        else:
+            packed, scales = (node.inputs[i].const_value.numpy() for i in (0, 2))
+            packed, bits = packed[:, None], 8
+        np.testing.assert_array_equal(unpack(packed, bits, data.shape[1]), data)
+        np.testing.assert_array_equal(scales, np.broadcast_to(scale, scales.shape))
+    layers = (nn.Linear, nn.Embedding)
+    assert sorted(seen) == sorted(
+        name for name, module in artifact.model.named_modules() if isinstance(module, layers)
+    )
+    assert artifact.facts["linears_quantized"] == linears(artifact.model)
+    assert artifact.facts["embeddings_quantized"] == 1
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    bits=st.sampled_from([4, 8]),
+    rows=st.integers(1, 5),
+    columns=st.integers(1, 140),
+    block=st.sampled_from([32, 64, 128]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_unpacking_gives_back_what_was_packed(
+    bits: int, rows: int, columns: int, block: int, seed: int
+) -> None:
+    half = 1 << (bits - 1)
+    data = np.random.default_rng(seed).integers(-half, half, (rows, columns)).astype(np.int8)
+    np.testing.assert_array_equal(unpack(pack(data, bits, block), bits, columns), data)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("columns", [64, 160, 704])
+def test_onnxruntime_reads_the_packing(bits: int, columns: int) -> None:
+    draw = np.random.default_rng(columns)
+    half = 1 << (bits - 1)
+    groups = columns // 32 if bits == 4 else 1
+    data = draw.integers(-half, half, (48, columns)).astype(np.int8)
+    scale = draw.uniform(0.01, 0.02, (48, groups)).astype(np.float32)
+    block = block_size(columns, groups)
+    x = draw.standard_normal((3, columns)).astype(np.float32)
+    found = multiply(x, data, scale, bits, block, accuracy_level=0)
+    weight = data * np.repeat(scale, columns // groups, axis=1)
+    np.testing.assert_allclose(found, x @ weight.T, rtol=1e-4, atol=1e-4)
+    rounded = quantize_blocks(torch.from_numpy(x), block).numpy()
+    found = multiply(x, data, scale, bits, block, accuracy_level=4)
+    np.testing.assert_allclose(found, rounded @ weight.T, rtol=1e-4, atol=1e-4)
+
+
+def multiply(
+    x: np.ndarray, data: np.ndarray, scale: np.ndarray, bits: int, block: int, accuracy_level: int
+) -> np.ndarray:
+    """``x`` times the packed weight, by a graph of this one operator."""
+    outputs, inputs = data.shape
+    node = onnx.helper.make_node(
+        "MatMulNBits",
+        ["x", "data", "scale"],
+        ["y"],
+        domain="com.microsoft",
+        K=inputs,
+        N=outputs,
+        bits=bits,
+        block_size=block,
+        accuracy_level=accuracy_level,
+    )
+    float32 = onnx.TensorProto.FLOAT
+    graph = onnx.helper.make_graph(
+        [node],
+        "product",
+        [onnx.helper.make_tensor_value_info("x", float32, ["n", inputs])],
+        [onnx.helper.make_tensor_value_info("y", float32, ["n", outputs])],
+        [
+            onnx.numpy_helper.from_array(pack(data, bits, block), "data"),
+            onnx.numpy_helper.from_array(block_scales(scale, inputs, block), "scale"),
+        ],
+    )
+    opsets = [onnx.helper.make_opsetid("", 21), onnx.helper.make_opsetid("com.microsoft", 1)]
+    model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    return onnxruntime.InferenceSession(model.SerializeToString()).run(None, {"x": x})[0]
+
+
+@pytest.mark.parametrize(("columns", "block"), [(64, 64), (160, 32), (704, 64), (2048, 256)])
+def test_int8_block_wastes_no_bytes(columns: int, block: int) -> None:
+    assert block_size(columns, groups=1) == block
+    assert block_size(columns, groups=columns // 32) == 32
+
+
+def test_stock_generator_writes_eager_tokens(
+    artifact: Artifact, prompts: list[list[int]], base_dir: Path
+) -> None:
+    """onnxruntime_genai against our runner for every precision, against eager in fp32."""
+    ends = artifact.model.generation_config.eos_token_id
+    runner = OnnxRunner(artifact.directory, threads=1)
+    for prompt in prompts:
+        found = generate_ids(artifact.directory, prompt, 12)
+        logits, expected = runner.prefill(prompt), []
+        while len(expected) < 12 and expected[-1:] != [ends]:
+            expected.append(int(np.argmax(logits)))
+            logits = runner.step(expected[-1])
+        assert found == expected
+        if artifact.precision == "fp32":
+            out = artifact.model.generate(
+                torch.tensor([prompt]), max_new_tokens=12, do_sample=False
+            )
+            assert found == out[0, len(prompt) :].tolist()
+
+
+def test_stock_tokenizer_and_text(artifact_of: Callable[[str], Artifact]) -> None:
+    artifact = artifact_of("fp32")
+    text = render_prompt(artifact.tokenizer, "Anna trifft Tom, wörtlich:  ñandú 😀 don't\n")
+    ids = artifact.tokenizer.encode(text, add_special_tokens=False)
+    written = generate_ids(artifact.directory, ids, 10)
+    expected = artifact.tokenizer.decode(written, skip_special_tokens=True)
+    assert generate(artifact.directory, text, 10) == expected
+    again = load_tokenizer_beside(artifact.directory)
+    assert again.encode(text) == artifact.tokenizer.encode(text)
+    assert again.chat_template == artifact.tokenizer.chat_template
+
+
+def load_tokenizer_beside(directory: Path) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(directory)
+
+
+def test_threads_are_written_only_when_given(
+    artifact_of: Callable[[str], Artifact], tmp_path: Path
+) -> None:
+    artifact = artifact_of("fp32")
+    config = json.loads((artifact.directory / "genai_config.json").read_text())
+    assert "intra_op_num_threads" not in config["model"]["decoder"]["session_options"]
+    lowering.lower(artifact.model, tmp_path, "fp32", CONTEXT, artifact.tokenizer, threads=2)
+    config = json.loads((tmp_path / "genai_config.json").read_text())
+    assert config["model"]["decoder"]["session_options"]["intra_op_num_threads"] == 2
+
+
+def test_tied_weights_are_stored_once(artifact_of: Callable[[str], Artifact]) -> None:
+    artifact = artifact_of("fp32")
+    parameters = sum(p.numel() for p in artifact.model.parameters())
+    size = (artifact.directory / "model.onnx.data").stat().st_size
+    assert size < 4 * parameters * 1.02
+
+
+def test_graph_names_no_file_of_the_machine_that_made_it(artifact: Artifact) -> None:
+    graph = (artifact.directory / "model.onnx").read_bytes()
+    assert str(Path.cwd()).encode() not in graph
+    assert b".py" not in graph
+
+
+def test_a_linear_that_is_not_in_the_graph_is_refused(
+    artifact_of: Callable[[str], Artifact], base_dir: Path
+) -> None:
+    artifact = artifact_of("fp32")
+    model = quantize(load_base(base_dir), "int4")
+    traced = dequantize(model)
+    graph = onnx_ir.load(artifact.directory / "model.onnx").graph
+    with pytest.raises(InputError, match=r"the weight .* is that of no linear layer"):
+        swap_weights(graph, traced, model, 4)
+    empty = onnx_ir.Graph([], [], nodes=[], opset_imports={"": 21})
+    with pytest.raises(InputError, match=r"layers\.0\.self_attn\.q_proj: not found"):
+        swap_weights(empty, traced, model, 4)
+
+
+def test_context_beyond_the_model_is_refused(base_dir: Path, tmp_path: Path) -> None:
+    model = load_base(base_dir)
+    with pytest.raises(InputError, match="context: found 129"):
+        lowering.lower(model, tmp_path, "fp32", 129, load_tokenizer(base_dir))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data", "genai_config.json"])
+@pytest.mark.parametrize("harm", ["cut", "gone"])
+def test_a_broken_artifact_is_one_line(
+    artifact_of: Callable[[str], Artifact], tmp_path: Path, name: str, harm: str
+) -> None:
+    broken = shutil.copytree(artifact_of("int4").directory, tmp_path / "broken")
+    whole = (broken / name).read_bytes()
+    (broken / name).unlink()
+    if harm == "cut":
+        (broken / name).write_bytes(whole[: len(whole) // 2])
+    for load in (lambda: OnnxRunner(broken), lambda: generate_ids(broken, [5], 2)):
+        with pytest.raises(InputError) as caught:
+            load()
+        assert "\n" not in str(caught.value)
+
+
+def test_a_prompt_beyond_the_context_is_refused(
+    artifact_of: Callable[[str], Artifact], tokens: list[int]
+) -> None:
+    artifact = artifact_of("fp32")
+    runner = OnnxRunner(artifact.directory, threads=1)
+    runner.prefill(tokens)
+    with pytest.raises(InputError, match="context is 96"):
+        runner.step(5)
+    with pytest.raises(InputError, match="context is 96"):
+        runner.prefill([*tokens, 5])
+    with pytest.raises(InputError, match="a prompt of 96 tokens"):
+        generate_ids(artifact.directory, tokens, 4)

@@ -1,0 +1,229 @@
+"""Run an ExecuTorch artifact: token by token, and through the stock LLM runner."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import re
+import sys
+import tempfile
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from caliport_core.errors import InputError
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+PROGRAM = "model.pte"
+TOKENIZER = "tokenizer.json"
+
+_loaded: weakref.WeakSet[ExecuTorchRunner] = weakref.WeakSet()
+
+
+class ExecuTorchRunner:
+    """An ExecuTorch program with its key-value cache, fed token by token.
+
+    Attributes:
+        name: Names the runner in reasons and reports.
+        context: Most tokens that the cache holds.
+        threads: Threads of ExecuTorch's pool, which delegates and operators share.
+    """
+
+    def __init__(self, directory: Path, threads: int | None = None) -> None:
+        """Load ``directory/model.pte``.
+
+        Args:
+            directory: An artifact directory.
+            threads: Threads to run with; default ExecuTorch's own choice. The pool belongs to the
+                process: while a runner lives, others must ask for the same number.
+
+        Raises:
+            InputError: No program there, one that cannot be loaded, or another number of threads
+                than living runners use.
+        """
+        self.name = f"{directory.name} (executorch)"
+        self._directory = directory
+        self._module = _load(directory / PROGRAM, threads)
+        self.context = self._constant("get_max_context_len")
+        self._vocabulary = self._constant("get_vocab_size")
+        self._position = 0
+        self.threads = int(_runtime()._threadpool_get_thread_count())
+        _loaded.add(self)
+
+    def prefill(self, tokens: list[int]) -> np.ndarray:
+        """Forget what came before, read ``tokens``; logits after the last, float32 [vocab].
+
+        Raises:
+            InputError: No tokens, more than the context, or one outside the vocabulary.
+        """
+        self.reset()
+        return self.extend(tokens)
+
+    def step(self, token: int) -> np.ndarray:
+        """Read one more token; logits after it, float32 [vocab].
+
+        Raises:
+            InputError: The context is full, or the token is outside the vocabulary.
+        """
+        return self.extend([token])
+
+    def extend(self, tokens: list[int]) -> np.ndarray:
+        """Read more tokens at once; logits after the last, float32 [vocab].
+
+        Raises:
+            InputError: As ``prefill``.
+        """
+        import torch
+
+        end = self._position + len(tokens)
+        if not tokens or end > self.context:
+            raise InputError(
+                f"{self._directory}: {len(tokens)} tokens after {self._position}, "
+                f"expected 1 to {self.context - self._position} within its context of {self.context}"
+            )
+        odd = [token for token in tokens if not 0 <= token < self._vocabulary]
+        if odd:
+            raise InputError(
+                f"{self._directory}: token {odd[0]}, expected 0 to {self._vocabulary - 1}"
+            )
+        inputs = [torch.tensor([tokens]), torch.tensor([self._position])]
+        with _native(self._directory / PROGRAM, "cannot be run"):
+            (logits,) = self._module.forward(inputs)
+        self._position = end
+        return np.asarray(logits.reshape(-1).numpy()).copy()
+
+    def reset(self) -> None:
+        """Forget all tokens read so far.
+
+        Attention only looks at positions before its own, so starting again at 0 is enough.
+        """
+        self._position = 0
+
+    def _constant(self, method: str) -> int:
+        with _native(self._directory / PROGRAM, f"has no {method}; expected one made by caliport"):
+            return int(self._module.run_method(method, [])[0])
+
+
+def generate(directory: Path, prompt_text: str, max_new_tokens: int) -> str:
+    """What ExecuTorch's own ``TextLLMRunner`` writes after a prompt, greedily.
+
+    The runner is the C++ behind ``llama_main`` and Android's ``LlmModule``. It puts nothing before
+    the text here (``num_bos=0``): a prompt from ``caliport_core.checkpoints.render_prompt`` brings
+    its own begin token as text. It stops after a token of the program's ``get_eos_ids``, at
+    ``max_new_tokens``, or when the context is full.
+
+    The process's standard output and error go elsewhere meanwhile, because the C++ prints to them;
+    so do not print from other threads.
+
+    Args:
+        directory: An artifact directory with ``model.pte`` and ``tokenizer.json``.
+        prompt_text: The whole prompt, special tokens as text.
+        max_new_tokens: Most tokens to write.
+
+    Returns:
+        The text of the new tokens.
+
+    Raises:
+        InputError: A file is missing or cannot be loaded, or the prompt does not fit the context.
+    """
+    _load(directory / PROGRAM, None)
+    if not (directory / TOKENIZER).is_file():
+        raise InputError(f"{directory}: no {TOKENIZER}; expected an artifact with its tokenizer")
+    from executorch.extension.llm.runner import GenerationConfig, TextLLMRunner
+
+    config = GenerationConfig(
+        echo=False, max_new_tokens=max_new_tokens, temperature=0.0, num_bos=0, num_eos=0
+    )
+    pieces: list[str] = []
+    with _native(directory / PROGRAM, "cannot be run by TextLLMRunner"):
+        runner = TextLLMRunner(str(directory / PROGRAM), str(directory / TOKENIZER))
+        runner.generate(prompt_text, config, pieces.append)
+    return "".join(pieces)
+
+
+def _load(path: Path, threads: int | None) -> Any:
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; expected an ExecuTorch program")
+    runtime = _runtime()
+    _set_threads(runtime, threads)
+    with _native(path, "not loadable as an ExecuTorch program"):
+        module = runtime._load_for_executorch(str(path))
+        module.method_names()  # the file is read only now
+    return module
+
+
+def _runtime() -> ModuleType:
+    """ExecuTorch's Python binding, with the operators that our programs call registered."""
+    from export.quiet import quiet
+
+    with quiet(), _redirected():
+        import executorch.extension.llm.custom_ops.custom_ops
+        import executorch.kernels.quantized  # noqa: F401
+        from executorch.extension.pybindings import portable_lib
+    return portable_lib
+
+
+def _set_threads(runtime: ModuleType, threads: int | None) -> None:
+    """Resize the process's pool.
+
+    executorch 1.5.1 keeps a bare pointer to the pool in every loaded XNNPACK delegate and frees
+    the pool when it is resized, so it must not be resized under a loaded program.
+    """
+    current = runtime._threadpool_get_thread_count()
+    if threads is None or threads == current:
+        return
+    if threads < 1:
+        raise InputError(f"threads: found {threads}, expected 1 or more")
+    if len(_loaded):
+        raise InputError(
+            f"threads: found {threads}, expected {current} as long as runners with {current} live"
+        )
+    with _redirected():
+        runtime._unsafe_reset_threadpool(threads)
+
+
+@contextlib.contextmanager
+def _native(path: Path, problem: str) -> Iterator[None]:
+    """Turn a failure of the C++ runtime into one line, with what it logged as the reason."""
+    log = b""
+    try:
+        with _redirected() as read:
+            try:
+                yield
+            finally:
+                log = read()
+    except RuntimeError as error:
+        raise InputError(f"{path}: {problem} ({_reason(log, error)})") from error
+
+
+def _reason(log: bytes, error: Exception) -> str:
+    """The first logged line without its source position, else the exception's."""
+    lines = re.findall(r"^\[\w+\.\w+:\d+\] (.+)$", log.decode(errors="replace"), re.MULTILINE)
+    return " ".join((lines or [str(error)])[0].split())[:200]
+
+
+@contextlib.contextmanager
+def _redirected() -> Iterator[Any]:
+    """Send file descriptors 1 and 2 to a file; yields a function that returns what came so far."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    flush = ctypes.CDLL(None).fflush
+    with tempfile.TemporaryFile() as file, contextlib.ExitStack() as undo:
+        for descriptor in (1, 2):
+            kept = os.dup(descriptor)
+            undo.callback(os.close, kept)
+            undo.callback(os.dup2, kept, descriptor)
+            os.dup2(file.fileno(), descriptor)
+        undo.callback(flush, None)
+
+        def read() -> bytes:
+            flush(None)
+            return os.pread(file.fileno(), 1 << 16, 0)
+
+        yield read
