@@ -1,4 +1,4 @@
-"""Eager references that quantize activations as a runtime's kernels do, so that parity can be tight."""
+"""Eager references that quantize activations in blocks, as ONNX Runtime's kernels do."""
 
 from __future__ import annotations
 

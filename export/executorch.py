@@ -36,10 +36,10 @@ def lower(
 ) -> dict[str, Any]:
     """Write ``directory/model.pte``: one method that serves prefill, chunks and single steps.
 
-    ``forward(tokens int64 [1, n], input_pos int64 [1]) -> float32 [1, 1, vocab]``: the logits of the
-    last of n tokens that stand at positions input_pos … input_pos + n - 1, for any n from 1 while
-    input_pos + n <= context. Keys and values stay in the program; starting at position 0 again
-    forgets them.
+    ``forward(tokens int64 [1, n], input_pos int64 [1]) -> float32 [1, 1, vocab]``: the logits of
+    the last of n tokens that stand at positions input_pos … input_pos + n - 1, for any n from 1
+    while input_pos + n <= context. Keys and values stay in the program; starting at position 0
+    again forgets them.
 
     Args:
         model: A decoder as loaded (float32) or as ``export.quantize.quantize`` left it. It is left
@@ -173,11 +173,11 @@ class _Decoder(nn.Module):
 
 def _attention_from(start: Any) -> Callable[..., tuple[Tensor, None]]:
     def attention(
-        module: nn.Module,
+        _module: nn.Module,
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        attention_mask: Tensor | None,
+        *_mask: Tensor | None,
         scaling: float | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:

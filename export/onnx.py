@@ -1,19 +1,22 @@
 """Lower a decoder to an ONNX graph for ONNX Runtime on CPU, as onnxruntime_genai expects it.
 
-The graph comes from transformers' exporter with its ONNX Runtime fusions. One graph serves prefill,
-chunks and single steps: it takes any number of tokens after any number of cached ones.
+The graph comes from transformers' exporter with its ONNX Runtime fusions, over the decoder of
+``export.onnx_decoder``. One graph serves prefill, chunks and single steps: it takes any number of
+tokens after any number of cached ones.
 
 Quantized products are ``MatMulNBits`` in 8 bits as well as in 4. The other 8-bit form,
-``DynamicQuantizeLinear`` and ``MatMulInteger``, was measured with ONNX Runtime 1.31 on x86 with AVX2
-(2048 x 2048 weights over the whole range of 8 bits): a third faster on one token and three times on
-128, but 90 % wrong, since AVX2 adds pairs of 8-bit products in 16 bits and saturates. It also shares
-one activation scale among all tokens, so that a prefill would not equal the same tokens one by one.
-``MatMulNBits`` had 0.9 % error, which is the rounding of its inputs alone.
+``DynamicQuantizeLinear`` with ``MatMulInteger``, was measured with ONNX Runtime 1.31 on x86 with
+AVX2, on 2048 x 2048 weights over the whole range of 8 bits and an input with an outlier. It is a
+third faster on one token and three times on 128, but was up to 90 % wrong, since AVX2 adds pairs
+of 8-bit products in 16 bits and saturates. It also shares one activation scale among all tokens,
+so that a prefill would not equal the same tokens one by one. ``MatMulNBits`` was 0.9 to 1.5 % off
+there, which is the rounding of its input alone.
 """
 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import json
 from collections import Counter
@@ -25,6 +28,7 @@ import torch
 from caliport_core.checkpoints import eos_ids
 from caliport_core.errors import InputError
 from export.executorch import check_exportable
+from export.onnx_decoder import Decoder
 from export.onnx_weights import swap_weights
 from export.quantize import dequantize
 from export.quiet import quiet
@@ -37,7 +41,7 @@ GRAPH = "model.onnx"
 WEIGHTS = "model.onnx.data"
 GENAI_CONFIG = "genai_config.json"
 
-_TOKENS, _POSITIONS, _LOGITS = "input_ids", "position_ids", "logits"
+_TOKENS, _MASK, _POSITIONS, _LOGITS = "input_ids", "attention_mask", "position_ids", "logits"
 # The names that onnxruntime_genai and optimum look for by themselves.
 _PAST = ("past_key_values.%d.key", "past_key_values.%d.value")
 _PRESENT = ("present.%d.key", "present.%d.value")
@@ -50,13 +54,15 @@ def lower(
     precision: str,
     context: int,
     tokenizer: PreTrainedTokenizerBase,
+    *,
     threads: int | None = None,
 ) -> dict[str, Any]:
     """Write ``model.onnx``, its weights ``model.onnx.data`` and ``genai_config.json``.
 
-    The graph takes ``input_ids`` int64 [1, n], ``position_ids`` int64 [1, n] and a key and a value
-    float32 [1, kv heads, past, head size] per layer; it gives ``logits`` float32 [1, 1, vocab] of
-    the last token and the longer caches. n >= 1, past >= 0, n + past <= context.
+    The graph takes ``input_ids`` and ``position_ids`` int64 [1, n], ``attention_mask`` int64
+    [1, past + n] of ones, and per layer a key and a value float32 [1, kv heads, past, head size];
+    it gives ``logits`` float32 [1, 1, vocab] of the last token and the longer caches. n >= 1,
+    past >= 0, past + n <= context. Past and present may be one buffer of any larger size.
 
     Args:
         model: A decoder as loaded (``fp32``) or as ``export.quantize.quantize`` left it. It is left
@@ -78,6 +84,7 @@ def lower(
             graph. Nothing is left behind where ``directory`` is one of ``new_directory``.
     """
     check_exportable(model, context)
+    _check_forward(model)
     traced = model if precision == "fp32" else dequantize(model)
     program = _trace(traced, context)
     graph = program.graph
@@ -104,30 +111,32 @@ def _trace(model: PreTrainedModel, context: int) -> onnx_ir.Model:
     """The decoder as a graph of ONNX Runtime's operators, over a cache of any length."""
     from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
-    tokens = torch.zeros(1, 5, dtype=torch.long)
-    with torch.no_grad():
-        cache = model(tokens[:, :3], use_cache=True).past_key_values
-    count = torch.export.Dim("n", min=1, max=context)
-    past = torch.export.Dim("past", min=0, max=context)
-    inputs = {
-        _TOKENS: tokens[:, 3:],
+    heads, head_size = _cache_shape(model)
+    # Sizes of 0 and 1 would be taken for constants.
+    caches = [torch.zeros(1, heads, 3, head_size) for _ in range(2 * _layers(model))]
+    inputs: dict[str, Any] = {
+        _TOKENS: torch.zeros(1, 2, dtype=torch.long),
+        _MASK: torch.ones(1, 5, dtype=torch.long),
         _POSITIONS: torch.tensor([[3, 4]]),
-        "past_key_values": cache,
-        "use_cache": True,
-        "logits_to_keep": 1,
+        "past": caches,
     }
-    # Said outright, shapes cost a third less time than when every axis is left to torch to find out.
+    count = torch.export.Dim("n", min=1, max=context)
+    total = torch.export.Dim("total", min=1, max=context)
+    past = torch.export.Dim("past", min=0, max=context)
     shapes = {
         _TOKENS: {1: count},
+        _MASK: {1: total},
         _POSITIONS: {1: count},
-        "past_key_values": [{2: past}] * (2 * _layers(model)),
-        "logits_to_keep": None,
+        "past": [{2: past}] * len(caches),
     }
     config = OnnxConfig(dynamic=True, dynamic_shapes=shapes, ort_fusions="cpu")
     try:
         # torch.onnx 2.13 prints its progress.
         with quiet(), contextlib.redirect_stdout(io.StringIO()):
-            return OnnxExporter().export(model, inputs, config).program
+            decoder: Any = Decoder(model).eval()  # any module will do, whatever its types say
+            return OnnxExporter().export(decoder, inputs, config).program
+    except InputError:
+        raise
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(
@@ -135,34 +144,49 @@ def _trace(model: PreTrainedModel, context: int) -> onnx_ir.Model:
         ) from error
 
 
+def _check_forward(model: PreTrainedModel) -> None:
+    """Without positions of ours, a model would count from 0 in every step."""
+    takes = inspect.signature(model.forward).parameters
+    for name in (_POSITIONS, "logits_to_keep"):
+        if name not in takes:
+            raise InputError(
+                f"{type(model).__name__}: its forward takes no {name}; this architecture cannot be "
+                "exported to onnx yet"
+            )
+
+
+def _cache_shape(model: PreTrainedModel) -> tuple[int, int]:
+    """Key-value heads and the size of a head."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(heads), int(size)
+
+
 def _name_caches(graph: onnx_ir.Graph, layers: int) -> None:
-    """Give the caches their usual names; the exporter names them after its own nesting.
+    """Give the past its usual names; the exporter names inputs after how they are nested.
 
     Raises:
-        InputError: Other inputs or outputs than tokens, positions, logits and caches.
+        InputError: Other inputs or outputs than those we traced, such as a cache that is not used.
     """
-    suffixes = [f".layers.{i}.{kind}" for i in range(layers) for kind in ("keys", "values")]
-    for values, first, names in (
-        (graph.inputs, (_TOKENS, _POSITIONS), _PAST),
-        (graph.outputs, (_LOGITS,), _PRESENT),
-    ):
-        found = [value.name or "" for value in values]
-        caches = found[len(first) :]
-        fits = len(caches) == len(suffixes) and all(map(str.endswith, caches, suffixes))
-        if tuple(found[: len(first)]) != first or not fits:
-            raise InputError(
-                f"the traced graph has {', '.join(found[:4])} … ({len(found)}); expected "
-                f"{', '.join(first)} and a key and a value for each of {layers} layers"
-            )
-        for index, value in enumerate(values[len(first) :]):
-            value.name = names[index % 2] % (index // 2)
+    inputs = [_TOKENS, _MASK, _POSITIONS, *(f"past.{i}" for i in range(2 * layers))]
+    outputs = [_LOGITS, *(name % i for i in range(layers) for name in _PRESENT)]
+    for values, expected in ((graph.inputs, inputs), (graph.outputs, outputs)):
+        found = [value.name for value in values]
+        if found != expected:
+            odd = next(iter(set(expected) ^ set(map(str, found))), "another order")
+            raise InputError(f"the traced graph does not have the expected caches: {odd}")
+    for index, value in enumerate(graph.inputs[3:]):
+        value.name = _PAST[index % 2] % (index // 2)
 
 
 def _strip(program: onnx_ir.Model) -> None:
     """Drop what tracing notes beside the graph: stack traces, which name this machine's files."""
     graph = program.graph
-    for item in (program, graph, *graph.inputs, *graph.initializers.values()):
-        item.metadata_props.clear()
+    program.metadata_props.clear()
+    graph.metadata_props.clear()
+    for value in (*graph.inputs, *graph.initializers.values()):
+        value.metadata_props.clear()
     for node in graph.all_nodes():
         node.metadata_props.clear()
         node.doc_string = None
@@ -186,7 +210,7 @@ def _genai_config(
     config = model.config.get_text_config()
     ends = eos_ids(model)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(ends), 0)
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    kv_heads, head_size = _cache_shape(model)
     session: dict[str, Any] = {"log_id": "onnxruntime-genai", "provider_options": []}
     if threads is not None:
         session["intra_op_num_threads"] = threads
@@ -205,10 +229,10 @@ def _genai_config(
                 "hidden_size": config.hidden_size,
                 "num_attention_heads": config.num_attention_heads,
                 "num_hidden_layers": config.num_hidden_layers,
-                "num_key_value_heads": getattr(config, "num_key_value_heads", None)
-                or config.num_attention_heads,
+                "num_key_value_heads": kv_heads,
                 "inputs": {
                     "input_ids": _TOKENS,
+                    "attention_mask": _MASK,
                     "position_ids": _POSITIONS,
                     "past_key_names": _PAST[0],
                     "past_value_names": _PAST[1],
@@ -220,6 +244,5 @@ def _genai_config(
                 },
             },
         },
-        # The graph lengthens its caches, so past and present cannot share one buffer.
-        "search": {"do_sample": False, "max_length": context, "past_present_share_buffer": False},
+        "search": {"do_sample": False, "max_length": context, "past_present_share_buffer": True},
     }

@@ -78,7 +78,7 @@ def _layers(traced: PreTrainedModel, quantized: PreTrainedModel, kind: type) -> 
     for name, module in traced.named_modules():
         if isinstance(module, kind):
             data, scale = quantized_weight(quantized.get_submodule(name))  # type: ignore[arg-type]
-            weight = module.weight.detach().numpy()
+            weight = module.weight.detach().numpy()  # type: ignore[attr-defined]
             layers.append(_Layer(name, weight, data.numpy(), scale.numpy()))
     return layers
 
@@ -98,7 +98,9 @@ def _split(node: onnx_ir.Node, layers: list[_Layer], found: set[str]) -> list[_L
     attributes = {name: attribute.value for name, attribute in node.attributes.items()}
     plain = attributes.get("alpha", 1.0) == 1.0 and len(node.inputs) == 2
     if not plain or any(attributes.get(k) for k in ("transA", "transBatchA", "transBatchB")):
-        raise InputError(f"{node.op_type} {node.name}: not a plain linear layer; cannot quantize it")
+        raise InputError(
+            f"{node.op_type} {node.name}: not a plain linear layer; cannot quantize it"
+        )
     rows = weight if attributes.get("transB") else weight.T
     parts: list[_Layer] = []
     start = 0
@@ -172,13 +174,20 @@ def _gather(node: onnx_ir.Node, layer: _Layer) -> onnx_ir.Node:
 def _initializer(name: str, array: np.ndarray) -> onnx_ir.Value:
     tensor = onnx_ir.tensor(np.ascontiguousarray(array), name=name)
     return onnx_ir.Value(
-        name=name, shape=tensor.shape, type=onnx_ir.TensorType(tensor.dtype), const_value=tensor
+        name=name,
+        shape=onnx_ir.Shape(array.shape),
+        type=onnx_ir.TensorType(tensor.dtype),
+        const_value=tensor,
     )
 
 
 def _replace(graph: onnx_ir.Graph, old: onnx_ir.Node, new: onnx_ir.Node) -> None:
     for value in new.inputs:
-        if value is not None and value.const_value is not None and value.name not in graph.initializers:
+        if (
+            value is not None
+            and value.const_value is not None
+            and value.name not in graph.initializers
+        ):
             graph.register_initializer(value)
     before, after = old.outputs[0], new.outputs[0]
     after.shape, after.type = before.shape, before.type

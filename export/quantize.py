@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from caliport_core.errors import InputError
+from export.quiet import quiet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -191,9 +192,7 @@ def _linear_weight(weight: Tensor, bits: torch.dtype) -> Tensor:
 
 
 def _rows(weight: Tensor, activations: str | None) -> Tensor:
-    from torchao.quantization import IntxUnpackedToInt8Tensor
-
-    return IntxUnpackedToInt8Tensor.from_hp(
+    return _tensor_type().from_hp(
         weight, (1, weight.shape[1]), torch.int8, activation_quantization=activations
     )
 
@@ -204,13 +203,11 @@ def _groups(weight: Tensor) -> Tensor:
     ExecuTorch 1.5.1 stores XNNPACK's group scales as bfloat16 whatever type they come in. Rounding
     them here, before the integers are taken, makes eager and artifact the same numbers.
     """
-    from torchao.quantization import IntxUnpackedToInt8Tensor
-
     block = (1, GROUP_SIZE)
-    fitted = IntxUnpackedToInt8Tensor.from_hp(
+    fitted = _tensor_type().from_hp(
         weight, block, torch.int4, intx_choose_qparams_algorithm="hqq_scale_only"
     )
-    return IntxUnpackedToInt8Tensor.from_hp(
+    return _tensor_type().from_hp(
         weight,
         block,
         torch.int4,
@@ -219,3 +216,9 @@ def _groups(weight: Tensor) -> Tensor:
         custom_scale=fitted.scale.bfloat16().float(),
         custom_zero_point=fitted.zero_point,
     )
+
+
+def _tensor_type() -> Any:
+    with quiet():
+        from torchao.quantization import IntxUnpackedToInt8Tensor
+    return IntxUnpackedToInt8Tensor

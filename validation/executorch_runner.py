@@ -47,11 +47,13 @@ class ExecuTorchRunner:
             InputError: No program there, one that cannot be loaded, or another number of threads
                 than living runners use.
         """
-        self.name = f"{directory.name} (executorch)"
+        self.name = "ExecuTorch"
         self._directory = directory
         self._module = _load(directory / PROGRAM, threads)
         self.context = self._constant("get_max_context_len")
         self._vocabulary = self._constant("get_vocab_size")
+        with _native(directory / PROGRAM, "cannot be run"):
+            self._forward([0], 0)  # loads the method, which packs the weights
         self._position = 0
         self.threads = int(_runtime()._threadpool_get_thread_count())
         _loaded.add(self)
@@ -79,24 +81,21 @@ class ExecuTorchRunner:
         Raises:
             InputError: As ``prefill``.
         """
-        import torch
-
         end = self._position + len(tokens)
         if not tokens or end > self.context:
+            room = self.context - self._position
             raise InputError(
                 f"{self._directory}: {len(tokens)} tokens after {self._position}, "
-                f"expected 1 to {self.context - self._position} within its context of {self.context}"
+                f"expected 1 to {room} within its context of {self.context}"
             )
         odd = [token for token in tokens if not 0 <= token < self._vocabulary]
         if odd:
             raise InputError(
                 f"{self._directory}: token {odd[0]}, expected 0 to {self._vocabulary - 1}"
             )
-        inputs = [torch.tensor([tokens]), torch.tensor([self._position])]
-        with _native(self._directory / PROGRAM, "cannot be run"):
-            (logits,) = self._module.forward(inputs)
+        logits = self._forward(tokens, self._position)
         self._position = end
-        return np.asarray(logits.reshape(-1).numpy()).copy()
+        return logits
 
     def reset(self) -> None:
         """Forget all tokens read so far.
@@ -104,6 +103,12 @@ class ExecuTorchRunner:
         Attention only looks at positions before its own, so starting again at 0 is enough.
         """
         self._position = 0
+
+    def _forward(self, tokens: list[int], position: int) -> np.ndarray:
+        import torch
+
+        inputs = [torch.tensor([tokens]), torch.tensor([position])]
+        return np.asarray(self._module.forward(inputs)[0].reshape(-1).numpy())
 
     def _constant(self, method: str) -> int:
         with _native(self._directory / PROGRAM, f"has no {method}; expected one made by caliport"):

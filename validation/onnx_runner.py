@@ -59,6 +59,8 @@ class OnnxRunner:
         ]
         shape = (1, int(decoder["num_key_value_heads"]), 0, int(decoder["head_size"]))
         self._empty = np.zeros(shape, np.float32)
+        self._length = 0
+        self._caches: list[Any] = []
         self.reset()
 
     def prefill(self, tokens: list[int]) -> np.ndarray:
@@ -84,9 +86,9 @@ class OnnxRunner:
             )
         feeds = dict(zip(self._past, self._caches, strict=True))
         feeds[self._inputs["input_ids"]] = self._value(np.array([tokens], np.int64))
-        if "position_ids" in self._inputs:
-            positions = np.arange(self._length, end, dtype=np.int64)[None]
-            feeds[self._inputs["position_ids"]] = self._value(positions)
+        feeds[self._inputs["attention_mask"]] = self._value(np.ones((1, end), np.int64))
+        positions = np.arange(self._length, end, dtype=np.int64)[None]
+        feeds[self._inputs["position_ids"]] = self._value(positions)
         names = [self._outputs["logits"], *self._present]
         logits, *self._caches = self._session.run_with_ort_values(names, feeds)
         self._length = end
@@ -100,6 +102,8 @@ class OnnxRunner:
 
 def generate(directory: Path, prompt_text: str, max_new_tokens: int) -> str:
     """What onnxruntime_genai writes after ``prompt_text``, greedily, special tokens left out.
+
+    Its decoder (0.18) ends the text at the first byte that is not UTF-8.
 
     Args:
         directory: An artifact directory with its tokenizer files.
@@ -121,7 +125,8 @@ def generate_ids(directory: Path, prompt_ids: Sequence[int], max_new_tokens: int
     """The tokens that onnxruntime_genai writes after ``prompt_ids``, greedily.
 
     Returns:
-        At most ``max_new_tokens`` tokens; the one that ended the text, if any, is the last.
+        At most ``max_new_tokens`` tokens. onnxruntime_genai 0.18 leaves the token that ended the
+        text out.
 
     Raises:
         InputError: Not loadable, or no room for the prompt in the context.

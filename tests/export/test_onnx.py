@@ -20,7 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from calibrate.low_rank import LowRankUpdate
-from caliport_core.checkpoints import load_base, load_tokenizer, render_prompt
+from caliport_core.checkpoints import eos_ids, load_base, load_tokenizer, render_prompt
 from caliport_core.directories import new_directory
 from caliport_core.errors import InputError
 from export import onnx as lowering
@@ -31,6 +31,7 @@ from export.onnx_weights import swap_weights
 from export.quantize import PRECISIONS, dequantize, quantize, quantized_weight
 from export.tokenizer import save_tokenizer
 from validation.onnx_runner import OnnxRunner, generate, generate_ids
+from validation.runner import EagerRunner, greedy
 
 CONTEXT = 96
 BITS = {"int8": 8, "int4": 4}
@@ -154,8 +155,12 @@ def test_every_product_rounds_its_input_as_the_reference_says(
         if name not in present
     )
     session = onnxruntime.InferenceSession(graph.SerializeToString())
-    feeds = {"input_ids": np.array([tokens]), "position_ids": np.arange(CONTEXT)[None]}
-    for value in session.get_inputs()[2:]:
+    feeds = {
+        "input_ids": np.array([tokens]),
+        "attention_mask": np.ones((1, CONTEXT), np.int64),
+        "position_ids": np.arange(CONTEXT)[None],
+    }
+    for value in session.get_inputs()[3:]:
         feeds[value.name] = np.zeros((1, value.shape[1], 0, value.shape[3]), np.float32)
     values = dict(zip(names, session.run(names, feeds), strict=True))
     assert sum(node.name.count("+") + 1 for node in products) == linears(artifact.model)
@@ -233,19 +238,20 @@ def test_onnxruntime_reads_the_packing(bits: int, columns: int) -> None:
     scale = draw.uniform(0.01, 0.02, (48, groups)).astype(np.float32)
     block = block_size(columns, groups)
     x = draw.standard_normal((3, columns)).astype(np.float32)
-    found = multiply(x, data, scale, bits, block, accuracy_level=0)
+    found = multiply(x, data, scale, bits=bits, accuracy_level=0)
     weight = data * np.repeat(scale, columns // groups, axis=1)
     np.testing.assert_allclose(found, x @ weight.T, rtol=1e-4, atol=1e-4)
     rounded = quantize_blocks(torch.from_numpy(x), block).numpy()
-    found = multiply(x, data, scale, bits, block, accuracy_level=4)
+    found = multiply(x, data, scale, bits=bits, accuracy_level=4)
     np.testing.assert_allclose(found, rounded @ weight.T, rtol=1e-4, atol=1e-4)
 
 
 def multiply(
-    x: np.ndarray, data: np.ndarray, scale: np.ndarray, bits: int, block: int, accuracy_level: int
+    x: np.ndarray, data: np.ndarray, scale: np.ndarray, *, bits: int, accuracy_level: int
 ) -> np.ndarray:
     """``x`` times the packed weight, by a graph of this one operator."""
     outputs, inputs = data.shape
+    block = block_size(inputs, scale.shape[1])
     node = onnx.helper.make_node(
         "MatMulNBits",
         ["x", "data", "scale"],
@@ -280,33 +286,49 @@ def test_int8_block_wastes_no_bytes(columns: int, block: int) -> None:
 
 
 def test_stock_generator_writes_eager_tokens(
-    artifact: Artifact, prompts: list[list[int]], base_dir: Path
+    artifact: Artifact, prompts: list[list[int]], tokens: list[int]
 ) -> None:
-    """onnxruntime_genai against our runner for every precision, against eager in fp32."""
-    ends = artifact.model.generation_config.eos_token_id
+    """onnxruntime_genai against our runner in every precision, and against eager in fp32.
+
+    The last prompt leaves room for six tokens: its answer ends at the last position.
+    """
+    ends = eos_ids(artifact.model)
     runner = OnnxRunner(artifact.directory, threads=1)
-    for prompt in prompts:
+    for prompt in [*prompts, tokens[: CONTEXT - 6]]:
         found = generate_ids(artifact.directory, prompt, 12)
-        logits, expected = runner.prefill(prompt), []
-        while len(expected) < 12 and expected[-1:] != [ends]:
-            expected.append(int(np.argmax(logits)))
-            logits = runner.step(expected[-1])
+        expected = [token for token in greedy(runner, prompt, 12, ends) if token not in ends]
         assert found == expected
         if artifact.precision == "fp32":
-            out = artifact.model.generate(
-                torch.tensor([prompt]), max_new_tokens=12, do_sample=False
-            )
-            assert found == out[0, len(prompt) :].tolist()
+            eager = greedy(EagerRunner(artifact.model, "eager"), prompt, len(found), ends)
+            assert found == [token for token in eager if token not in ends]
 
 
-def test_stock_tokenizer_and_text(artifact_of: Callable[[str], Artifact]) -> None:
+def test_stock_generator_reads_and_writes_text(artifact_of: Callable[[str], Artifact]) -> None:
+    """The stock text ends at the first byte that is not UTF-8; random weights write such bytes."""
     artifact = artifact_of("fp32")
-    text = render_prompt(artifact.tokenizer, "Anna trifft Tom, wörtlich:  ñandú 😀 don't\n")
-    ids = artifact.tokenizer.encode(text, add_special_tokens=False)
-    written = generate_ids(artifact.directory, ids, 10)
-    expected = artifact.tokenizer.decode(written, skip_special_tokens=True)
-    assert generate(artifact.directory, text, 10) == expected
+    readable = []
+    for user in (
+        "Anna trifft Tom, wörtlich:  ñandú 😀 don't\n",
+        "Friday",
+        "tennis park",
+        "el parque",
+    ):
+        text = render_prompt(artifact.tokenizer, user)
+        ids = artifact.tokenizer.encode(text, add_special_tokens=False)
+        written = generate_ids(artifact.directory, ids, 10)
+        expected = artifact.tokenizer.decode(written, skip_special_tokens=True)
+        found = generate(artifact.directory, text, 10)
+        readable.append(found.partition("\ufffd")[0])
+        assert readable[-1] == expected.partition("\ufffd")[0]
+    assert any(readable)
+
+
+def test_saved_tokenizer_is_the_same_to_transformers(
+    artifact_of: Callable[[str], Artifact],
+) -> None:
+    artifact = artifact_of("fp32")
     again = load_tokenizer_beside(artifact.directory)
+    text = "Anna trifft Tom, wörtlich:  ñandú 😀 don't\n"
     assert again.encode(text) == artifact.tokenizer.encode(text)
     assert again.chat_template == artifact.tokenizer.chat_template
 

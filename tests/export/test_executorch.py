@@ -1,0 +1,224 @@
+"""The .pte gives eager PyTorch's logits however it is fed, and the stock runner eager's tokens."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from caliport_core.checkpoints import encode_prompt, load_base, load_tokenizer, render_prompt
+from caliport_core.errors import InputError
+from export import executorch, retrace
+from export.quantize import PRECISIONS, quantize
+from export.quiet import quiet
+from validation.executorch_runner import ExecuTorchRunner, generate
+
+CONTEXT = 96
+TEXT = "Anna and Tom meet in the park on Friday"
+
+# Largest distance from eager, as a share of the largest logit. In float the two differ by the
+# order of sums. With quantized activations a value that falls on the edge between two steps may be
+# rounded to either side, and one step of 1/255 of a token's range then moves through the layers.
+TOLERANCE = {"fp32": 1e-5, "int8": 2e-2, "int4": 2e-2}
+
+
+@dataclass
+class Artifact:
+    precision: str
+    directory: Path
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    facts: dict
+    greedy: list[int]
+
+
+def _greedy(model: PreTrainedModel, tokens: list[int], count: int) -> list[int]:
+    new: list[int] = []
+    for _ in range(count):
+        with torch.no_grad():
+            new.append(int(model(torch.tensor([tokens + new])).logits[0, -1].argmax()))
+    return new
+
+
+@pytest.fixture(scope="session")
+def artifact_of(
+    base_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Artifact]:
+    """Quantize and lower, each precision once; the eighth greedy token ends a generation."""
+    made: dict[str, Artifact] = {}
+
+    def artifact(precision: str) -> Artifact:
+        if precision not in made:
+            model = quantize(load_base(base_dir), precision)
+            tokenizer = load_tokenizer(base_dir)
+            greedy = _greedy(model, encode_prompt(tokenizer, TEXT), 8)
+            out = tmp_path_factory.mktemp(precision)
+            facts = executorch.lower(model, out, CONTEXT, [greedy[-1]], tokenizer.bos_token_id)
+            tokenizer.save_pretrained(out)
+            made[precision] = Artifact(precision, out, model, tokenizer, facts, greedy)
+        return made[precision]
+
+    return artifact
+
+
+@pytest.fixture(params=PRECISIONS)
+def artifact(request: pytest.FixtureRequest, artifact_of: Callable[[str], Artifact]) -> Artifact:
+    return artifact_of(request.param)
+
+
+def _eager(artifact: Artifact, tokens: list[int]) -> np.ndarray:
+    with torch.no_grad():
+        return artifact.model(torch.tensor([tokens]), use_cache=False).logits[0].numpy()
+
+
+def _check(artifact: Artifact, found: np.ndarray, expected: np.ndarray) -> None:
+    error = np.abs(found - expected).max() / np.abs(expected).max()
+    assert error < TOLERANCE[artifact.precision], error
+
+
+def test_prefill_gives_eager_logits(artifact: Artifact, prompts: list[list[int]]) -> None:
+    runner = ExecuTorchRunner(artifact.directory)
+    assert runner.context == CONTEXT
+    for prompt in prompts:
+        _check(artifact, runner.prefill(prompt), _eager(artifact, prompt)[-1])
+
+
+def test_steps_and_chunks_give_eager_logits_up_to_the_last_position(artifact: Artifact) -> None:
+    draw = np.random.default_rng(0)
+    tokens = draw.integers(5, 300, CONTEXT).tolist()
+    expected = _eager(artifact, tokens)
+    runner = ExecuTorchRunner(artifact.directory)
+    _check(artifact, runner.prefill(tokens[:1]), expected[0])
+    for position in range(1, 12):
+        _check(artifact, runner.step(tokens[position]), expected[position])
+    for start, end in ((12, 45), (45, CONTEXT - 1), (CONTEXT - 1, CONTEXT)):
+        _check(artifact, runner.extend(tokens[start:end]), expected[end - 1])
+    with pytest.raises(InputError, match=f"within its context of {CONTEXT}"):
+        runner.step(5)
+    _check(artifact, runner.prefill(tokens), expected[-1])
+
+
+def test_reset_forgets(artifact: Artifact, prompts: list[list[int]]) -> None:
+    runner = ExecuTorchRunner(artifact.directory)
+    fresh = runner.prefill(prompts[0])
+    runner.prefill(prompts[2])
+    runner.step(7)
+    np.testing.assert_array_equal(runner.prefill(prompts[0]), fresh)
+    runner.reset()
+    np.testing.assert_array_equal(runner.extend(prompts[0]), fresh)
+
+
+def test_stock_runner_writes_eagers_tokens_and_stops_at_the_end_token(
+    artifact: Artifact, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Same text from a prompt whose begin token is text, with nothing on the terminal."""
+    prompt = render_prompt(artifact.tokenizer, TEXT)
+    ending = artifact.greedy[-1]
+    stop = artifact.greedy.index(ending) + 1
+    for count in (3, 20):
+        written = generate(artifact.directory, prompt, count)
+        expected = artifact.tokenizer.decode(artifact.greedy[: min(count, stop)])
+        assert written in (expected, expected.removesuffix(artifact.tokenizer.decode([ending])))
+    out, err = capfd.readouterr()
+    assert out == err == ""
+
+
+def test_all_linears_run_in_xnnpack_and_the_model_is_left_as_it_was(artifact: Artifact) -> None:
+    facts, model = artifact.facts, artifact.model
+    linears = sum(isinstance(module, torch.nn.Linear) for module in model.modules())
+    assert facts["linears_delegated"] == linears
+    assert facts["linears_not_delegated"] == 0
+    assert facts["constant_methods"]["get_max_context_len"] == CONTEXT
+    assert model.config._attn_implementation == "sdpa"
+    json.dumps(facts)
+
+
+def test_sizes_shrink_with_the_bits(artifact_of: Callable[[str], Artifact]) -> None:
+    sizes = [(artifact_of(p).directory / "model.pte").stat().st_size for p in PRECISIONS]
+    assert sizes[0] > 2 * sizes[1] > 2 * sizes[2]
+
+
+def test_skipping_idle_work_gives_the_same_program(tmp_path: Path) -> None:
+    """Tells also when an executorch release makes ``export.retrace`` needless or wrong."""
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+    )
+    torch.manual_seed(0)
+    model = quantize(LlamaForCausalLM(config).eval(), "int4")
+    executorch.lower(model, tmp_path, 16, [2], 1)
+    with quiet():
+        constants = executorch._constant_methods(model, 16, [2], 1)
+        edge = executorch._delegate(executorch._trace(model, 16), constants)
+        plain = executorch._finish(edge).buffer
+    assert retrace.skip_idle_work
+    assert (tmp_path / "model.pte").read_bytes() == plain
+
+
+def test_what_cannot_be_exported_is_refused_before_any_work(base_dir: Path, tmp_path: Path) -> None:
+    model = load_base(base_dir)
+    for context in (0, 129):
+        with pytest.raises(InputError, match=f"context: found {context}, expected 1 to .* 128"):
+            executorch.lower(model, tmp_path, context, [2], 1)
+    model.config.sliding_window = 64
+    with pytest.raises(InputError, match="sliding window of 64"):
+        executorch.lower(model, tmp_path, 96, [2], 1)
+    executorch.check_exportable(model, 64)
+    model.config.layer_types = ["full_attention", "linear_attention"]
+    with pytest.raises(InputError, match="layer_types has linear_attention"):
+        executorch.lower(model, tmp_path, 64, [2], 1)
+    model.config.layer_types = None
+    model.config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    with pytest.raises(InputError, match="rope_type is dynamic"):
+        executorch.lower(model, tmp_path, 64, [2], 1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_programs_and_prompts_end_in_one_line(
+    artifact_of: Callable[[str], Artifact], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    good = artifact_of("fp32").directory
+    program = (good / "model.pte").read_bytes()
+    with pytest.raises(InputError, match=r"model\.pte: no such file"):
+        ExecuTorchRunner(tmp_path)
+    for wrong in (b"", b"x" * 500, program[:1000], program[:-1000]):
+        (tmp_path / "model.pte").write_bytes(wrong)
+        for load in (ExecuTorchRunner, lambda path: generate(path, "a", 1)):
+            with pytest.raises(InputError, match=r"model\.pte: not loadable") as info:
+                load(tmp_path)
+            assert "\n" not in str(info.value)
+    shutil.copy(good / "model.pte", tmp_path)
+    with pytest.raises(InputError, match=r"no tokenizer\.json"):
+        generate(tmp_path, "a", 1)
+    with pytest.raises(InputError, match=r"cannot be run by TextLLMRunner"):
+        generate(good, "<|begin|>" + "a " * 200, 1)
+    runner = ExecuTorchRunner(good)
+    for tokens in ([], [5] * (CONTEXT + 1)):
+        with pytest.raises(InputError, match=f"{len(tokens)} tokens after 0, expected 1 to"):
+            runner.prefill(tokens)
+    with pytest.raises(InputError, match="token 384, expected 0 to 383"):
+        runner.prefill([384])
+    assert capfd.readouterr() == ("", "")
+
+
+def test_threads_are_set_and_not_changed_under_a_living_runner(
+    artifact_of: Callable[[str], Artifact],
+) -> None:
+    directory = artifact_of("fp32").directory
+    runner = ExecuTorchRunner(directory, threads=1)
+    assert runner.threads == 1
+    with pytest.raises(InputError, match="threads: found 2, expected 1 as long as"):
+        ExecuTorchRunner(directory, threads=2)
+    del runner
+    assert ExecuTorchRunner(directory, threads=2).threads == 2
