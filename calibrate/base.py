@@ -79,4 +79,4 @@ def build_model(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    return LlamaForCausalLM(config).to(torch.float32)
+    return LlamaForCausalLM(config).float()

@@ -56,7 +56,9 @@ class LC(nn.Module):
 
     def __init__(self, shapes: Mapping[str, tuple[int, int]]) -> None:
         super().__init__()
-        self.p = nn.ParameterDict({c: nn.Parameter(torch.zeros(out)) for c, (out, _) in shapes.items()})
+        self.p = nn.ParameterDict(
+            {c: nn.Parameter(torch.zeros(out)) for c, (out, _) in shapes.items()}
+        )
         self._ones = {c: torch.ones(1, into) for c, (_, into) in shapes.items()}
 
     def factors(self, component: str) -> tuple[Tensor, Tensor]:
@@ -101,7 +103,9 @@ def frozen(merged: LowRankUpdate, correction: Correction) -> LowRankUpdate:
     factors = corrected(merged, correction)
     with torch.no_grad():
         pairs = {name: factors(name) for name in merged.modules}
-    return LowRankUpdate({n: a for n, (a, _) in pairs.items()}, {n: b for n, (_, b) in pairs.items()})
+    return LowRankUpdate(
+        {n: a for n, (a, _) in pairs.items()}, {n: b for n, (_, b) in pairs.items()}
+    )
 
 
 @contextmanager

@@ -80,7 +80,7 @@ def train_lora(
 def _update_of(peft_model: torch.nn.Module, lora: LoraSettings) -> LowRankUpdate:
     from peft import get_peft_model_state_dict
 
-    state = get_peft_model_state_dict(peft_model)  # type: ignore[arg-type]
+    state = get_peft_model_state_dict(peft_model)
     sides: dict[str, dict[str, torch.Tensor]] = {"A": {}, "B": {}}
     for key, tensor in state.items():
         name, _, side = key.removesuffix(".weight").rpartition(".lora_")

@@ -120,7 +120,9 @@ class LowRankUpdate:
                 raise InputError(f"{weights}: {key} holds values that are not finite")
             (a if side == "A" else b)[name] = tensor.to(torch.float32)
         if not a:
-            raise InputError(f"{weights}: no LoRA matrices; expected …lora_A.weight, …lora_B.weight")
+            raise InputError(
+                f"{weights}: no LoRA matrices; expected …lora_A.weight, …lora_B.weight"
+            )
         for name in sorted(a.keys() | b.keys()):
             if name not in a or name not in b:
                 raise InputError(f"{weights}: {name} has only one of lora_A and lora_B")
@@ -201,7 +203,9 @@ def _read_config(directory: Path) -> dict[str, Any]:
         raise InputError(f"{path}: peft_type is {kind}, expected LORA")
     for field in _REFUSED:
         if config.get(field):
-            raise InputError(f"{path}: {field} = {config[field]!r} is not supported; expected a plain LoRA")
+            raise InputError(
+                f"{path}: {field} = {config[field]!r} is not supported; expected a plain LoRA"
+            )
     if config.get("bias", "none") != "none":
         raise InputError(f"{path}: bias = {config['bias']!r} is not supported; expected none")
     start = str(config.get("init_lora_weights", "")).lower()
@@ -212,7 +216,9 @@ def _read_config(directory: Path) -> dict[str, Any]:
         )
     for field in ("r", "lora_alpha"):
         if not isinstance(config.get(field), (int, float)) or config[field] <= 0:
-            raise InputError(f"{path}: {field} is {config.get(field)!r}, expected a positive number")
+            raise InputError(
+                f"{path}: {field} is {config.get(field)!r}, expected a positive number"
+            )
     return config
 
 
@@ -230,6 +236,6 @@ def _rank_and_alpha(config: dict[str, Any], name: str) -> tuple[int, float]:
         from peft.utils.other import get_pattern_key
 
         ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
-        rank = ranks.get(get_pattern_key(ranks.keys(), name), rank)
-        alpha = alphas.get(get_pattern_key(alphas.keys(), name), alpha)
+        rank = ranks.get(get_pattern_key(list(ranks), name), rank)
+        alpha = alphas.get(get_pattern_key(list(alphas), name), alpha)
     return int(rank), float(alpha)

@@ -11,7 +11,9 @@ from calibrate.low_rank import LowRankUpdate
 from caliport_core.errors import InputError
 
 
-def linear(updates: Sequence[LowRankUpdate], weights: Sequence[float] | None = None) -> LowRankUpdate:
+def linear(
+    updates: Sequence[LowRankUpdate], weights: Sequence[float] | None = None
+) -> LowRankUpdate:
     """Average A and B separately: A' = Σ wᵢAᵢ, B' = Σ wᵢBᵢ, ΔW' = B'·A'.
 
     Eq. 5 of Learnable Calibration (arXiv 2507.16083), where wᵢ = 1/N. This is not the weighted
@@ -35,7 +37,9 @@ def linear(updates: Sequence[LowRankUpdate], weights: Sequence[float] | None = N
     )
 
 
-def exact(updates: Sequence[LowRankUpdate], weights: Sequence[float] | None = None) -> LowRankUpdate:
+def exact(
+    updates: Sequence[LowRankUpdate], weights: Sequence[float] | None = None
+) -> LowRankUpdate:
     """The weighted sum itself, by concatenation: ΔW = Σ wᵢ·Bᵢ·Aᵢ, of rank Σ rᵢ.
 
     A module that only some updates target keeps what those give it.

@@ -115,7 +115,9 @@ def fit(
             loss = loss_of(model, batch)
             value = loss.item()
             if not torch.isfinite(loss):
-                raise InputError(f"{title}: loss is {value} at step {step}; lower the learning rate")
+                raise InputError(
+                    f"{title}: loss is {value} at step {step}; lower the learning rate"
+                )
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(parameters.values(), 1.0)

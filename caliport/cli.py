@@ -190,7 +190,7 @@ def init(
 
 @app.command()
 def doctor() -> None:
-    """Say what is installed, and what would not work and why; exit code 1 if something would not."""
+    """Say what is installed, what would not work and why; exit code 1 if anything would not."""
     from caliport.doctor import examine
 
     raise typer.Exit(0 if examine() else 1)
@@ -254,6 +254,4 @@ def _needed(**flags: Any) -> tuple[Any, ...]:
 def _no_flags(**flags: Any) -> None:
     for name, value in flags.items():
         if value:
-            raise InputError(
-                f"--{name} goes with flags alone; with a recipe use --set FIELD=VALUE"
-            )
+            raise InputError(f"--{name} goes with flags alone; with a recipe use --set FIELD=VALUE")

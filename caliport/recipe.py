@@ -253,7 +253,9 @@ def _first(error: ValidationError) -> str:
     field = ".".join(str(part) for part in problem["loc"]) or "recipe"
     if problem["type"] == "extra_forbidden":
         near = difflib.get_close_matches(str(problem["loc"][-1]), _fields(problem["loc"]), 1)
-        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(_fields(problem['loc']))}"
+        hint = (
+            f"did you mean {near[0]}?" if near else f"known: {', '.join(_fields(problem['loc']))}"
+        )
         return f"{field}: unknown field; {hint}"
     if problem["type"] == "missing":
         return f"{field}: missing; expected a value"

@@ -141,9 +141,9 @@ def _score_model(
             tokenizer,
             prompts,
             references,
-            settings.max_new_tokens,
-            settings.batch_size,
-            advance,
+            max_new_tokens=settings.max_new_tokens,
+            batch_size=settings.batch_size,
+            progress=advance,
         )
 
 
@@ -221,9 +221,7 @@ def _write_quality(space: Workspace) -> None:
     write_result(report, space.reports / QUALITY)
 
 
-def _method(
-    space: Workspace, composition: str, method: str, score: dict[str, Any]
-) -> MethodResult:
+def _method(space: Workspace, composition: str, method: str, score: dict[str, Any]) -> MethodResult:
     from validation.results import MethodResult
 
     manifest = read_manifest(space.composed(composition, method)) if method in COMPOSED else {}

@@ -5,11 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from validation.results import ArtifactResult
+    from validation.results import (
+        ArtifactResult,
+        LatencyReport,
+        LatencyResult,
+        ParityReport,
+        QualityReport,
+    )
 
 _console = Console()
 
@@ -35,19 +42,18 @@ def show_tables(reports: Path) -> None:
         _artifacts(read_result(ParityReport, reports / PARITY), times)
 
 
-def _methods(report) -> None:  # type: ignore[no-untyped-def]  # its type is heavy to import
+def _methods(report: QualityReport) -> None:
     for composition, result in report.compositions.items():
-        title = f"{composition}: {result.examples} {result.split} examples, eager fp32"
-        table = Table(title=title, title_justify="left")
-        for name in ("method", "loss", "ROUGE-L", "chrF", "extra values", "extra bytes", "passes"):
-            table.add_column(name, justify="left" if name == "method" else "right")
+        table = _table(
+            f"{composition}: {result.examples} {result.split} examples, eager fp32",
+            ("method", "loss", "ROUGE-L", "chrF", "extra bytes", "passes"),
+        )
         for method in result.methods:
             table.add_row(
                 method.label,
                 "" if method.loss is None else f"{method.loss:.3f}",
                 f"{method.rougeL:.1f}",
                 f"{method.chrf:.1f}",
-                f"{method.parameters:,}",
                 f"{method.bytes:,}",
                 str(method.passes),
                 style="bold" if method.method == result.best else None,
@@ -55,27 +61,41 @@ def _methods(report) -> None:  # type: ignore[no-untyped-def]  # its type is hea
         _console.print(table)
 
 
-def _artifacts(parity, latency) -> None:  # type: ignore[no-untyped-def]  # as above
+def _artifacts(parity: ParityReport, latency: LatencyReport | None) -> None:
     times = {t.path: t for t in latency.artifacts} if latency else {}
-    table = Table(title="artifacts: parity with eager PyTorch, speed here", title_justify="left")
-    heads = ("artifact", "MB", "max abs", "KL", "top-1", "task", "stock", "tok/s", "gates")
-    for name in heads:
-        table.add_column(name, justify="left" if name in ("artifact", "gates") else "right")
-    for result in parity.artifacts:
-        time = times.get(result.path)
-        lowering = result.lowering
-        table.add_row(
-            result.path,
-            f"{result.bytes / 1e6:.1f}",
-            f"{lowering.max_abs:.1e}" if lowering else "",
-            f"{lowering.kl:.1e}" if lowering else "",
-            f"{lowering.top1:.1%}" if lowering else "",
-            f"{result.task.difference:+.1f}" if result.task else "",
-            f"{result.stock.matches}/{result.stock.examples}" if result.stock else "",
-            f"{time.decode_rate.median:.0f}" if time else "",
-            "[green]pass[/green]" if result.passed else f"[red]FAIL: {result.lost_at}[/red]",
+    for composition in dict.fromkeys(result.composition for result in parity.artifacts):
+        results = [r for r in parity.artifacts if r.composition == composition]
+        table = _table(
+            f"{composition} by {results[0].method}: parity with quantized eager, task against fp32",
+            ("artifact", "MB", "KL", "top-1", "task", "stock", "tok/s", "gates"),
         )
-    _console.print(table)
+        for result in results:
+            _artifact(table, result, times.get(result.path))
+        _console.print(table)
+
+
+def _artifact(table: Table, result: ArtifactResult, time: LatencyResult | None) -> None:
+    lowering = result.lowering
+    table.add_row(
+        f"{result.runtime} {result.precision}",
+        f"{result.bytes / 1e6:.1f}",
+        f"{lowering.kl:.1e}" if lowering else "",
+        f"{lowering.top1:.1%}" if lowering else "",
+        f"{result.task.difference:+.1f}" if result.task else "",
+        f"{result.stock.matches}/{result.stock.examples}" if result.stock else "",
+        f"{time.decode_rate.median:.0f}" if time else "",
+        "[green]pass[/green]" if result.passed else f"[red]FAIL: {result.lost_at}[/red]",
+    )
+
+
+def _table(title: str, heads: tuple[str, ...]) -> Table:
+    """A table whose cells never wrap; the first column is text, the others are numbers."""
+    table = Table(
+        title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False
+    )
+    for index, head in enumerate(heads):
+        table.add_column(head, justify="right" if index else "left", no_wrap=True)
+    return table
 
 
 def show_gates(result: ArtifactResult) -> None:

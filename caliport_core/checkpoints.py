@@ -38,7 +38,9 @@ def load_base(path: str | Path, dtype: torch.dtype | None = None) -> PreTrainedM
             path, dtype=dtype or torch.float32, use_safetensors=True, trust_remote_code=False
         )
     except Exception as error:
-        raise InputError(f"{path}: not loadable as a causal language model ({_line(error)})") from error
+        raise InputError(
+            f"{path}: not loadable as a causal language model ({_line(error)})"
+        ) from error
     return model.eval()
 
 
@@ -113,7 +115,9 @@ def check_safetensors(path: Path) -> None:
             raise InputError(f"{path}: {size} bytes and no complete header; the file is truncated")
         try:
             header = json.loads(stream.read(length))
-            end = max((v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"), default=0)
+            end = max(
+                (v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"), default=0
+            )
         except (ValueError, KeyError, TypeError, AttributeError, IndexError):
             raise InputError(f"{path}: header is not JSON; expected a safetensors file") from None
     if size != 8 + length + end:
@@ -136,7 +140,9 @@ def _check_checkpoint(path: str | Path) -> None:
     if not weights:
         pickled = [*directory.glob("*.bin"), *directory.glob("*.pt")]
         if pickled:
-            raise InputError(f"{pickled[0]}: pickled weights, expected safetensors; convert them first")
+            raise InputError(
+                f"{pickled[0]}: pickled weights, expected safetensors; convert them first"
+            )
 
 
 def _line(error: Exception) -> str:

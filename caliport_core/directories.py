@@ -90,7 +90,9 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise InputError(f"{directory}: no {MANIFEST}; expected a directory made by caliport") from None
+        raise InputError(
+            f"{directory}: no {MANIFEST}; expected a directory made by caliport"
+        ) from None
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: not readable as JSON ({error})") from None
     if not isinstance(manifest, dict):

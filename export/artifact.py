@@ -97,7 +97,9 @@ def fill(
     if runtime == "executorch":
         from export import executorch
 
-        lowered = executorch.lower(model, directory, context, eos_ids(model), tokenizer.bos_token_id)
+        lowered = executorch.lower(
+            model, directory, context, eos_ids(model), tokenizer.bos_token_id
+        )
     else:
         from export import onnx
 

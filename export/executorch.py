@@ -17,8 +17,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, Cache
 from transformers.cache_utils import CacheLayerMixin
 
 from caliport_core.errors import InputError
+from export.fast_lowering import fast_lowering
 from export.quiet import quiet
-from export.retrace import skip_idle_work
 
 if TYPE_CHECKING:
     from executorch.exir import EdgeProgramManager
@@ -60,7 +60,7 @@ def lower(
     check_exportable(model, context)
     constants = _constant_methods(model, context, eos_ids, bos_id)
     with quiet():
-        with skip_idle_work():
+        with fast_lowering():
             edge = _delegate(_trace(model, context), constants)
         counts = _count_delegated(edge)
         program = _finish(edge)
@@ -107,6 +107,9 @@ def check_exportable(model: PreTrainedModel, context: int) -> None:
 
 class _CacheLayer(CacheLayerMixin):
     """One layer's keys and values, [1, context, heads, dim] each, written in place."""
+
+    keys: Tensor
+    values: Tensor
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         super().__init__()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx_ir
@@ -57,12 +58,12 @@ def swap_weights(
         if node.op_type in ("MatMul", "FusedMatMul", "Gemm") and _weight(node, 1) is not None:
             parts = _split(node, linears, found)
             found.update(part.name for part in parts)
-            _replace(graph, node, _matmul(node, parts, bits))
+            _replace(graph, node, _product(node, parts, bits))
         elif node.op_type == "Gather" and (table := _weight(node, 0)) is not None:
             layer = _find(table, embeddings, found)
             if layer is not None:
                 found.add(layer.name)
-                _replace(graph, node, _gather(node, layer))
+                _replace(graph, node, [_gather(node, layer)])
     lost = [layer.name for layer in (*linears, *embeddings) if layer.name not in found]
     if lost:
         raise InputError(
@@ -95,9 +96,9 @@ def _split(node: onnx_ir.Node, layers: list[_Layer], found: set[str]) -> list[_L
     """The linear layers whose outputs, side by side, are those of a product."""
     weight = _weight(node, 1)
     assert weight is not None
-    attributes = {name: attribute.value for name, attribute in node.attributes.items()}
-    plain = attributes.get("alpha", 1.0) == 1.0 and len(node.inputs) == 2
-    if not plain or any(attributes.get(k) for k in ("transA", "transBatchA", "transBatchB")):
+    attributes = _attributes(node)
+    odd = [name for name in ("transA", "transBatchA", "transBatchB") if attributes.get(name)]
+    if odd or attributes.get("beta", 1.0) != 1.0:
         raise InputError(
             f"{node.op_type} {node.name}: not a plain linear layer; cannot quantize it"
         )
@@ -127,6 +128,22 @@ def _find(rows: np.ndarray, layers: list[_Layer], found: set[str]) -> _Layer | N
         and np.array_equal(layer.weight, rows[: len(layer.weight)])
     ]
     return next((layer for layer in fits if layer.name not in found), fits[0] if fits else None)
+
+
+def _attributes(node: onnx_ir.Node) -> dict[str, Any]:
+    return {name: attribute.value for name, attribute in node.attributes.items()}
+
+
+def _product(node: onnx_ir.Node, parts: list[_Layer], bits: int) -> list[onnx_ir.Node]:
+    """The quantized product, then the factor and the bias that the exporter fused into it."""
+    nodes = [_matmul(node, parts, bits)]
+    factor = _attributes(node).get("alpha", 1.0)
+    if factor != 1.0:
+        value = _initializer(f"{nodes[0].name}.factor", np.array(factor, np.float32))
+        nodes.append(onnx_ir.node("Mul", [nodes[-1].outputs[0], value]))
+    if len(node.inputs) > 2 and node.inputs[2] is not None:
+        nodes.append(onnx_ir.node("Add", [nodes[-1].outputs[0], node.inputs[2]]))
+    return nodes
 
 
 def _matmul(node: onnx_ir.Node, parts: list[_Layer], bits: int) -> onnx_ir.Node:
@@ -181,15 +198,12 @@ def _initializer(name: str, array: np.ndarray) -> onnx_ir.Value:
     )
 
 
-def _replace(graph: onnx_ir.Graph, old: onnx_ir.Node, new: onnx_ir.Node) -> None:
-    for value in new.inputs:
-        if (
-            value is not None
-            and value.const_value is not None
-            and value.name not in graph.initializers
-        ):
-            graph.register_initializer(value)
-    before, after = old.outputs[0], new.outputs[0]
+def _replace(graph: onnx_ir.Graph, old: onnx_ir.Node, new: list[onnx_ir.Node]) -> None:
+    for value in (value for node in new for value in node.inputs):
+        if value is None or value.const_value is None or value.name in graph.initializers:
+            continue
+        graph.register_initializer(value)
+    before, after = old.outputs[0], new[-1].outputs[0]
     after.shape, after.type = before.shape, before.type
     graph.insert_before(old, new)
     onnx_ir.convenience.replace_all_uses_with(before, after, replace_graph_outputs=True)

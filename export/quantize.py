@@ -7,6 +7,8 @@ their inputs while they run: 8 bits, asymmetric, one scale and zero point per to
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +22,9 @@ if TYPE_CHECKING:
 
 PRECISIONS = ("fp32", "int8", "int4")
 GROUP_SIZE = 32
+_SMALL = 1 << 21
 
+_INT4: torch.dtype = torch.int4  # type: ignore[attr-defined]  # not in torch 2.13's stubs
 _PER_TOKEN = "int8_asym_per_token"
 _ACTIVATIONS = {"bits": 8, "kind": "dynamic", "granularity": "token", "symmetric": False}
 _EMBEDDING = {
@@ -99,7 +103,7 @@ def quantize(model: PreTrainedModel, precision: str) -> PreTrainedModel:
         return model
     _check_layers(model, precision)
     _untie(model)
-    bits = torch.int8 if precision == "int8" else torch.int4
+    bits = torch.int8 if precision == "int8" else _INT4
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, nn.Linear):
@@ -204,18 +208,35 @@ def _groups(weight: Tensor) -> Tensor:
     them here, before the integers are taken, makes eager and artifact the same numbers.
     """
     block = (1, GROUP_SIZE)
-    fitted = _tensor_type().from_hp(
-        weight, block, torch.int4, intx_choose_qparams_algorithm="hqq_scale_only"
-    )
+    with _threads_that_pay(weight):
+        fitted = _tensor_type().from_hp(
+            weight, block, _INT4, intx_choose_qparams_algorithm="hqq_scale_only"
+        )
     return _tensor_type().from_hp(
         weight,
         block,
-        torch.int4,
+        _INT4,
         activation_quantization=_PER_TOKEN,
         intx_choose_qparams_algorithm=None,
         custom_scale=fitted.scale.bfloat16().float(),
         custom_zero_point=fitted.zero_point,
     )
+
+
+@contextmanager
+def _threads_that_pay(weight: Tensor) -> Iterator[None]:
+    """One thread for a small weight.
+
+    The fit is some two hundred short operations; on busy cores their threads wait for each other
+    up to fifty times longer than they work.
+    """
+    before = torch.get_num_threads()
+    if weight.numel() < _SMALL:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _tensor_type() -> Any:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import io
 import os
 import re
 import sys
 import tempfile
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -140,7 +141,8 @@ def generate(directory: Path, prompt_text: str, max_new_tokens: int) -> str:
     _load(directory / PROGRAM, None)
     if not (directory / TOKENIZER).is_file():
         raise InputError(f"{directory}: no {TOKENIZER}; expected an artifact with its tokenizer")
-    from executorch.extension.llm.runner import GenerationConfig, TextLLMRunner
+    with _redirected():
+        from executorch.extension.llm.runner import GenerationConfig, TextLLMRunner
 
     config = GenerationConfig(
         echo=False, max_new_tokens=max_new_tokens, temperature=0.0, num_bos=0, num_eos=0
@@ -214,21 +216,29 @@ def _reason(log: bytes, error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def _redirected() -> Iterator[Any]:
-    """Send file descriptors 1 and 2 to a file; yields a function that returns what came so far."""
+def _redirected() -> Iterator[Callable[[], bytes]]:
+    """Send standard output and error, C++'s and Python's, to a file; yields what reads it.
+
+    Both, because ExecuTorch's binding writes part of its log through ``sys.stderr``.
+    """
+    flush_c = ctypes.CDLL(None).fflush
     sys.stdout.flush()
     sys.stderr.flush()
-    flush = ctypes.CDLL(None).fflush
     with tempfile.TemporaryFile() as file, contextlib.ExitStack() as undo:
         for descriptor in (1, 2):
             kept = os.dup(descriptor)
             undo.callback(os.close, kept)
             undo.callback(os.dup2, kept, descriptor)
             os.dup2(file.fileno(), descriptor)
-        undo.callback(flush, None)
+        text = io.TextIOWrapper(file, write_through=True)
+        undo.callback(text.detach)
+        undo.callback(flush_c, None)
+        undo.enter_context(contextlib.redirect_stdout(text))
+        undo.enter_context(contextlib.redirect_stderr(text))
 
         def read() -> bytes:
-            flush(None)
+            text.flush()
+            flush_c(None)
             return os.pread(file.fileno(), 1 << 16, 0)
 
         yield read

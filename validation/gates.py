@@ -98,7 +98,7 @@ class Limits:
 DEFAULTS = {
     # float32 sums in another order: differences of 1e-5 to 1e-4 on logits of order 10.
     "fp32": Limits(1e-3, 1e-6, 0.0, 0.99, 0.5, 0.5, 1e-4, 1.0),
-    # Measured on a small random decoder, ONNX Runtime: KL 2e-5 for int8 and int4, where the
+    # Measured on a small random decoder, both runtimes: KL 2e-5 for int8 and int4, where the
     # quantization costs 2e-4 and 2e-2.
     "int8": Limits(None, 1e-3, 0.5, 0.95, 0.5, 2.0, 0.1, 0.75),
     "int4": Limits(None, 1e-3, 0.25, 0.95, 0.5, 5.0, 0.5, 0.75),

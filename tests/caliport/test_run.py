@@ -139,7 +139,9 @@ def test_stages_from_flags(place: Path) -> None:
     assert {"parity.json", "junit.xml", "report.html"} == {
         p.name for p in (place / "checked").iterdir()
     }
-    done = caliport("validate", "art", "--base", base, "--adapter", adapters / "summarize", cwd=place)
+    done = caliport(
+        "validate", "art", "--base", base, "--adapter", adapters / "summarize", cwd=place
+    )
     assert done.returncode == 1, "an artifact of another adapter passed"
     assert "FAIL" in done.stdout
 
@@ -158,7 +160,9 @@ def test_failed_gate_is_exit_1_and_a_junit_failure(place: Path, tmp_path: Path) 
     assert done.returncode == 1, done.stdout + done.stderr
     reports = tmp_path / "copy/runs/tiny/reports"
     assert "<failure" in (reports / "junit.xml").read_text()
-    failed = [a for a in json.loads((reports / "parity.json").read_text())["artifacts"] if not a["passed"]]
+    failed = [
+        a for a in json.loads((reports / "parity.json").read_text())["artifacts"] if not a["passed"]
+    ]
     assert {a["precision"] for a in failed} == {"int8"}
     assert {a["lost_at"] for a in failed} == {"lowering"}
 
