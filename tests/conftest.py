@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+# The models are tiny: more threads would wait for one another longer than they work.
+torch.set_num_threads(1)
+
 TEXTS = [
     "Anna and Tom meet in the park on Friday to play tennis.",
     "Summarize the following text and translate it from English to Spanish:",

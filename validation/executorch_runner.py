@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import io
+import json
 import os
 import re
 import sys
@@ -119,17 +120,18 @@ class ExecuTorchRunner:
 def generate(directory: Path, prompt_text: str, max_new_tokens: int) -> str:
     """What ExecuTorch's own ``TextLLMRunner`` writes after a prompt, greedily.
 
-    The runner is the C++ behind ``llama_main`` and Android's ``LlmModule``. It puts nothing before
-    the text here (``num_bos=0``): a prompt from ``caliport_core.checkpoints.render_prompt`` brings
-    its own begin token as text. It stops after a token of the program's ``get_eos_ids``, at
-    ``max_new_tokens``, or when the context is full.
+    The runner is the C++ behind ``llama_main`` and Android's ``LlmModule``. It reads the tokens
+    that ``encode_prompt`` makes: a chat template brings its own begin token as text, so the runner
+    is told to add none; without a template it adds one if ``tokenizer.json`` says so. It stops
+    after a token of the program's ``get_eos_ids``, at ``max_new_tokens``, or when the context is
+    full.
 
     The process's standard output and error go elsewhere meanwhile, because the C++ prints to them;
     so do not print from other threads.
 
     Args:
         directory: An artifact directory with ``model.pte`` and ``tokenizer.json``.
-        prompt_text: The whole prompt, special tokens as text.
+        prompt_text: The whole prompt as ``caliport_core.checkpoints.render_prompt`` gives it.
         max_new_tokens: Most tokens to write.
 
     Returns:
@@ -145,13 +147,24 @@ def generate(directory: Path, prompt_text: str, max_new_tokens: int) -> str:
         from executorch.extension.llm.runner import GenerationConfig, TextLLMRunner
 
     config = GenerationConfig(
-        echo=False, max_new_tokens=max_new_tokens, temperature=0.0, num_bos=0, num_eos=0
+        echo=False,
+        max_new_tokens=max_new_tokens,
+        temperature=0.0,
+        num_bos=0 if _has_chat_template(directory) else 1,
+        num_eos=0,
     )
     pieces: list[str] = []
     with _native(directory / PROGRAM, "cannot be run by TextLLMRunner"):
         runner = TextLLMRunner(str(directory / PROGRAM), str(directory / TOKENIZER))
         runner.generate(prompt_text, config, pieces.append)
     return "".join(pieces)
+
+
+def _has_chat_template(directory: Path) -> bool:
+    settings = directory / "tokenizer_config.json"
+    return (directory / "chat_template.jinja").is_file() or (
+        settings.is_file() and "chat_template" in json.loads(settings.read_text(encoding="utf-8"))
+    )
 
 
 def _load(path: Path, threads: int | None) -> Any:

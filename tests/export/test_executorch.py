@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from caliport_core.checkpoints import encode_prompt, load_base, load_tokenizer, render_prompt
@@ -165,6 +167,25 @@ def test_stock_runner_writes_eagers_tokens_and_stops_at_the_end_token(
     if artifact.precision == "fp32":
         assert clear == expected == artifact.greedy
     assert capfd.readouterr() == ("", "")
+
+
+def test_stock_runner_adds_the_begin_token_that_a_tokenizer_without_template_adds(
+    artifact_of: Callable[[str], Artifact], tmp_path: Path
+) -> None:
+    artifact = artifact_of("fp32")
+    begin = artifact.tokenizer.bos_token
+    shutil.copy(artifact.directory / "model.pte", tmp_path)
+    tokenizer = Tokenizer.from_file(str(artifact.directory / "tokenizer.json"))
+    tokenizer.post_processor = TemplateProcessing(
+        single=f"{begin} $A", special_tokens=[(begin, artifact.tokenizer.bos_token_id)]
+    )
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    text = "Anna"
+    tokens = tokenizer.encode(text).ids
+    assert tokens[0] == artifact.tokenizer.bos_token_id
+    expected, without = (_greedy(artifact.model, ids, 6) for ids in (tokens, tokens[1:]))
+    assert expected != without
+    assert generate(tmp_path, text, 6) == artifact.tokenizer.decode(expected)
 
 
 def test_all_linears_run_in_xnnpack_and_the_model_is_left_as_it_was(artifact: Artifact) -> None:
