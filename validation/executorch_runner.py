@@ -186,6 +186,8 @@ def _runtime() -> ModuleType:
         import executorch.extension.llm.custom_ops.custom_ops
         import executorch.kernels.quantized  # noqa: F401
         from executorch.extension.pybindings import portable_lib
+
+        portable_lib._threadpool_get_thread_count()  # makes the pool, which logs what it looks for
     return portable_lib
 
 
