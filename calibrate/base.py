@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging
 
 PAD, BEGIN, END, USER, ASSISTANT = "<|pad|>", "<|begin|>", "<|end|>", "<|user|>", "<|assistant|>"
 
@@ -65,6 +66,7 @@ def build_model(
     tokenizer: PreTrainedTokenizerFast, shape: BaseShape, seed: int
 ) -> LlamaForCausalLM:
     """A Llama of the given shape with random weights and the tokenizer's special tokens."""
+    logging.disable_progress_bar()  # saving a few megabytes needs no bar of its own
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=shape.vocab_size,

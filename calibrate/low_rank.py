@@ -149,7 +149,7 @@ class LowRankUpdate:
         ranks = {name: self.rank(name) for name in self.modules}
         most = max(ranks.values())
         odd = {name: rank for name, rank in ranks.items() if rank != most}
-        LoraConfig(
+        config = LoraConfig(
             r=most,
             lora_alpha=most,
             rank_pattern=dict(odd),
@@ -158,7 +158,12 @@ class LowRankUpdate:
             task_type="CAUSAL_LM",
             inference_mode=True,
             base_model_name_or_path=base,
-        ).save_pretrained(str(directory))
+        )
+        config.save_pretrained(str(directory))
+        # PEFT 0.21 holds target_modules as a set, so their order in the file would differ by run.
+        path = directory / _CONFIG
+        content = {**json.loads(path.read_text(encoding="utf-8")), "target_modules": self.modules}
+        path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         tensors = {}
         for name in self.modules:
             tensors[f"{_PREFIX}{name}.lora_A.weight"] = self.a[name].contiguous()

@@ -86,7 +86,13 @@ def test_run_directory_is_the_contract(place: Path) -> None:
 
 def test_last_screen_shows_tables_and_report(place: Path) -> None:
     output = (place / "output.txt").read_text()
-    for shown in ("LC++ (Eq. 7)", "joint-expert LoRA", "multi-step", "summarize_es/onnx-int4"):
+    for shown in (
+        "LC++ (Eq. 7)",
+        "joint-expert LoRA",
+        "multi-step",
+        "onnx int4",
+        "executorch int8",
+    ):
         assert shown in output
     assert "report: runs/tiny/reports/report.html" in output
     assert "Traceback" not in output
@@ -124,7 +130,7 @@ def test_second_run_skips_all_and_a_change_only_what_depends_on_it(place: Path) 
 def test_stages_from_flags(place: Path) -> None:
     """The same code from flags alone gives what the recipe gives."""
     run = place / "runs" / "tiny"
-    base, adapters = run / "base", run / "adapters"
+    base, adapters = "runs/tiny/base", run / "adapters"
     flags = ["--base", base, "--adapter", adapters / "summarize"]
     flags += ["--adapter", adapters / "translate_es", "--method", "exact", "--out", "mine"]
     done = caliport("calibrate", *flags, cwd=place)
