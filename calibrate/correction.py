@@ -130,10 +130,3 @@ def attached(model: nn.Module, modules: tuple[str, ...], factors: Factors) -> It
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def applied(model: nn.Module, update: LowRankUpdate) -> Iterator[None]:
-    """``attached`` for a finished update."""
-    with attached(model, update.modules, lambda name: (update.a[name], update.b[name])):
-        yield

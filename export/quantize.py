@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from caliport_core.errors import InputError
+from export.artifact import PRECISIONS
 from export.quiet import quiet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-PRECISIONS = ("fp32", "int8", "int4")
 GROUP_SIZE = 32
 _SMALL = 1 << 21
 

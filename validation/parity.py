@@ -36,11 +36,6 @@ class Measures(Record):
     perplexity: float
     reference_perplexity: float
 
-    @property
-    def perplexity_ratio(self) -> float:
-        """Model's perplexity over the reference's; 1 is equal."""
-        return self.perplexity / self.reference_perplexity
-
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
     """Log-probabilities in float64, same shape as ``logits`` [..., vocab]."""

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 from caliport_core.checkpoints import eos_ids
 from caliport_core.errors import InputError
 from caliport_core.progress import Advance
-from validation.runner import Runner, greedy
 
 if TYPE_CHECKING:
     import torch
@@ -130,36 +129,6 @@ def score(
         progress=progress,
     )
     return judge(decode(tokenizer, tokens), references, loss)
-
-
-def score_runner(
-    runner: Runner,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: list[list[int]],
-    references: list[str],
-    *,
-    max_new_tokens: int,
-    ends: Sequence[int],
-    progress: Advance | None = None,
-) -> Score:
-    """Score a runner's greedy answers, one prompt after the other; the loss is teacher-forced.
-
-    Args:
-        ends: Token ids that end an answer. The others are as in ``score``.
-    """
-    import numpy as np
-
-    from validation.parity import log_softmax, trace
-
-    outputs, total, count = [], 0.0, 0
-    for index, (prompt, reference) in enumerate(zip(prompts, references, strict=True)):
-        target = target_tokens(tokenizer, reference)[: runner.context - len(prompt)]
-        chosen = log_softmax(trace(runner, prompt, target))[np.arange(len(target)), target]
-        total, count = total - float(chosen.sum()), count + len(target)
-        outputs.append(greedy(runner, prompt, max_new_tokens, ends))
-        if progress is not None:
-            progress(index + 1, "")
-    return judge(decode(tokenizer, outputs), references, total / max(1, count))
 
 
 def target_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from calibrate import LowRankUpdate
-from calibrate.correction import applied
+from calibrate.correction import attached
 from caliport_core.checkpoints import load_base
 from caliport_core.errors import InputError
 from export.fold import fold
@@ -57,7 +57,7 @@ def test_delta_and_logits_equal_peft(
         )
     wanted = peft_logits(base_dir, adapter, prompts[1])
     model = load_base(base_dir)
-    with torch.no_grad(), applied(model, update):
+    with torch.no_grad(), attached(model, update.modules, lambda n: (update.a[n], update.b[n])):
         beside = model(torch.tensor([prompts[1]])).logits
         plain = load_base(base_dir)(torch.tensor([prompts[1]])).logits
         folded = fold(load_base(base_dir), update, adapter)(torch.tensor([prompts[1]])).logits

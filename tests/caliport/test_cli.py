@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[2]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
-
-
-def caliport(*arguments: object, cwd: Path, **settings: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "caliport", *map(str, arguments)]
-    return subprocess.run(
-        command, cwd=cwd, env=ENVIRONMENT, text=True, capture_output=True, check=False, **settings
-    )
+from commands import ENVIRONMENT, ROOT, caliport
 
 
 def one_line(done: subprocess.CompletedProcess, says: str) -> None:

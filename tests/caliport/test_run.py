@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 import signal
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import ENVIRONMENT, caliport
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -38,16 +38,6 @@ export: {context: 256}
 validation: {examples: 4, repetitions: 1}
 """
 FORMS = [f"{r}-{p}" for r in ("executorch", "onnx") for p in ("fp32", "int8", "int4")]
-
-
-def caliport(*arguments: object, cwd: Path, **settings: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "caliport", *map(str, arguments)]
-    return subprocess.run(
-        command, cwd=cwd, env=ENVIRONMENT, text=True, capture_output=True, check=False, **settings
-    )
-
-
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "COLUMNS": "200"}
 
 
 @pytest.fixture(scope="module")

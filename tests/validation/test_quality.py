@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from caliport_core.checkpoints import load_base, load_tokenizer
 from caliport_core.errors import InputError
-from validation.quality import generate, judge, metric, score, score_runner
+from validation.quality import generate, judge, metric, score
 from validation.runner import EagerRunner, greedy
 
 
@@ -86,16 +86,3 @@ def test_batched_generation_is_greedy_decoding_one_by_one(
     ends = {tokenizer.eos_token_id}
     assert batched == [greedy(runner, prompt, 10, ends) for prompt in prompts]
     assert done == [3]
-
-
-def test_a_runner_scores_as_its_model_does(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]]
-) -> None:
-    references = ["the park", "Anna y Tom", "à midi"]
-    whole = score(model, tokenizer, prompts, references, max_new_tokens=6, batch_size=3)
-    ends = [tokenizer.eos_token_id]
-    runner = EagerRunner(model, "eager")
-    single = score_runner(runner, tokenizer, prompts, references, max_new_tokens=6, ends=ends)
-    assert single.outputs == whole.outputs
-    assert single.examples == whole.examples
-    assert single.loss == pytest.approx(whole.loss, rel=1e-4)
