@@ -84,8 +84,16 @@ def _artifact(table: Table, result: ArtifactResult, time: LatencyResult | None) 
         f"{result.task.difference:+.1f}" if result.task else "",
         f"{result.stock.matches}/{result.stock.examples}" if result.stock else "",
         f"{time.decode_rate.median:.0f}" if time else "",
-        "[green]pass[/green]" if result.passed else f"[red]FAIL: {result.lost_at}[/red]",
+        _verdict(result),
     )
+
+
+def _verdict(result: ArtifactResult) -> str:
+    if not result.passed:
+        return f"[red]FAIL: {result.lost_at}[/red]"
+    if not all(gate.decided for gate in result.gates):
+        return "[yellow]too few examples[/yellow]"
+    return "[green]pass[/green]"
 
 
 def _table(title: str, heads: tuple[str, ...]) -> Table:
