@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 import platform
 import shutil
 from importlib import metadata
@@ -34,6 +33,8 @@ def examine() -> bool:
     """Print versions, cores, memory and abilities; whether everything would work."""
     import psutil
 
+    from validation.results import this_machine
+
     console = Console()
     versions = Table("package", "installed", "wanted", "", title="Packages", title_justify="left")
     problems = []
@@ -52,7 +53,7 @@ def examine() -> bool:
             )
     console.print(versions)
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = this_machine().cores
     memory = psutil.virtual_memory()
     disk = shutil.disk_usage(Path.cwd())
     console.print(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,7 +75,9 @@ def validate_all(space: Workspace) -> bool:
 
 def threads_of(space: Workspace) -> int:
     """Threads to run artifacts with: the recipe's, or the cores this process may use."""
-    return space.recipe.validation.threads or len(os.sched_getaffinity(0))
+    from validation.results import this_machine
+
+    return space.recipe.validation.threads or this_machine().cores
 
 
 class References:

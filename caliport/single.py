@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -95,7 +94,7 @@ def validate_one(
             composition=artifact.name,
             method="adapter" if adapter is not None else "base",
             metric="rougeL",
-            threads=threads or len(os.sched_getaffinity(0)),
+            threads=threads or this_machine().cores,
             limits={},
         )
     show_gates(result)

@@ -6,7 +6,7 @@ attention is ExecuTorch's ``llama.custom_sdpa`` and the cache is written by ``ll
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -105,6 +105,20 @@ def check_exportable(model: PreTrainedModel, context: int) -> None:
         )
 
 
+def check_attention(options: Mapping[str, Any], runtime: str) -> None:
+    """Check what a model asks of its attention function beyond plain softmax attention.
+
+    Raises:
+        InputError: Soft-capped scores or attention sinks, which the kernels do not compute.
+    """
+    for name in ("softcap", "s_aux"):
+        if options.get(name) is not None:
+            raise InputError(
+                f"config.json: attention with {name} cannot be exported to {runtime} yet; "
+                "expected plain softmax attention"
+            )
+
+
 class _CacheLayer(CacheLayerMixin):
     """One layer's keys and values, [1, context, heads, dim] each, written in place."""
 
@@ -184,12 +198,7 @@ def _attention_from(start: Any) -> Callable[..., tuple[Tensor, None]]:
         scaling: float | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        for name in ("softcap", "s_aux"):
-            if kwargs.get(name) is not None:
-                raise InputError(
-                    f"config.json: attention with {name} cannot be exported to executorch yet; "
-                    "expected plain softmax attention"
-                )
+        check_attention(kwargs, "executorch")
         out = torch.ops.llama.custom_sdpa(
             query.transpose(1, 2), key, value, start, None, 0.0, True, scaling
         )

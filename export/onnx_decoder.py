@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, Cache
 from transformers.cache_utils import CacheLayerMixin
 
-from caliport_core.errors import InputError
+from export.executorch import check_attention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -119,12 +119,7 @@ def _attention_over(
         scaling: float | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        for name in ("softcap", "s_aux"):
-            if kwargs.get(name) is not None:
-                raise InputError(
-                    f"config.json: attention with {name} cannot be exported to onnx yet; "
-                    "expected plain softmax attention"
-                )
+        check_attention(kwargs, "onnx")
         layer = layers[module.layer_idx]  # type: ignore[index]
         batch, heads, count, dim = query.shape
         kv_heads = key.shape[1]
