@@ -99,8 +99,7 @@ def train_base(space: Workspace) -> None:
         from calibrate.train import fit
 
         shape = BaseShape(**recipe.base.shape.model_dump())
-        prompts = prompts_of(recipe)
-        texts = [prompts[name] for name in (*recipe.adapters, *recipe.compositions)]
+        texts = [prompts_of(recipe)[task] for task in recipe.adapters]
         for task in recipe.adapters:
             for example in examples_of(space, task, "train"):
                 texts += [example.input, example.output]
@@ -118,7 +117,8 @@ def train_base(space: Workspace) -> None:
 
     whole = {"shape": recipe.base.shape, "train": settings, "tasks": list(recipe.adapters)}
     whole["prompts"] = {task: prompts_of(recipe)[task] for task in recipe.adapters}
-    stage(space.root / "base", "base", "base model", {"data": space.data}, whole, build)
+    inputs = {task: space.data / f"{task}.train.jsonl" for task in recipe.adapters}
+    stage(space.root / "base", "base", "base model", inputs, whole, build)
 
 
 def train_adapter(space: Workspace, task: str) -> None:
