@@ -77,6 +77,21 @@ class Batch:
     position_ids: Tensor
     labels: Tensor
 
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on a device."""
+        return Batch(
+            self.input_ids.to(device),
+            self.attention_mask.to(device),
+            self.position_ids.to(device),
+            self.labels.to(device),
+        )
+
+
+def target_count(example: Encoded, prompt_loss: bool = False) -> int:
+    """How many of an example's tokens have a loss; its very first token is never predicted."""
+    predicted = len(example.prompt) + len(example.target) - 1
+    return predicted if prompt_loss else min(len(example.target), predicted)
+
 
 def collate(examples: Sequence[Encoded], pad: int, prompt_loss: bool = False) -> Batch:
     """Pad examples to one length. With ``prompt_loss`` the prompt's tokens are targets too."""
@@ -89,8 +104,8 @@ def collate(examples: Sequence[Encoded], pad: int, prompt_loss: bool = False) ->
     for row, (tokens, example) in enumerate(zip(rows, examples, strict=True)):
         ids[row, length - len(tokens) :] = torch.tensor(tokens)
         mask[row, length - len(tokens) :] = 1
-        wanted = len(tokens) - 1 if prompt_loss else len(example.target)
-        labels[row, length - wanted :] = torch.tensor(tokens[-wanted:])
+        wanted = target_count(example, prompt_loss)
+        labels[row, length - wanted :] = torch.tensor(tokens[len(tokens) - wanted :])
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
     return Batch(ids, mask, positions, labels[:, length - kept :])
 

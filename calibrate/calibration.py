@@ -1,58 +1,101 @@
-"""Train a correction on top of a frozen merge and give back one update."""
+"""Train a correction on top of frozen adapters and give back one update a composition."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
+from calibrate.attach import Rounding, Rows, attached, attached_rounded
 from calibrate.batches import Encoded
-from calibrate.correction import LC, LCPlusPlus, attached, components, corrected, frozen
+from calibrate.correction import CORRECTIONS, Composition, frozen
 from calibrate.low_rank import LowRankUpdate
 from calibrate.train import TrainSettings, fit
 
-CORRECTIONS: Mapping[str, Callable[[Mapping[str, tuple[int, int]]], nn.Module]] = {
-    "lc": LC,
-    "lc++": LCPlusPlus,
-}
+
+@dataclass(frozen=True)
+class Calibrated:
+    """What a calibration gives.
+
+    Attributes:
+        updates: By composition, the merge plus its correction as one update.
+        parameters: Number of trained values, all compositions together.
+        curve: Loss while training, see ``calibrate.train.fit``.
+    """
+
+    updates: dict[str, LowRankUpdate]
+    parameters: int
+    curve: list[dict[str, float]]
 
 
 def calibrate(
     model: PreTrainedModel,
-    merged: LowRankUpdate,
+    compositions: Mapping[str, Composition],
     method: str,
-    examples: Sequence[Encoded],
+    examples: Mapping[str, Sequence[Encoded]],
     settings: TrainSettings,
     title: str,
+    *,
+    per_layer: bool = False,
+    rounding: Rounding | None = None,
+    micro_batch: int | None = None,
     resume: Path | None = None,
-) -> tuple[LowRankUpdate, int, list[dict[str, float]]]:
-    """Learnable Calibration (``lc``, Eq. 6) or LC++ (``lc++``, Eq. 7) of a merge.
+) -> Calibrated:
+    """Learnable Calibration (``lc``, Eq. 6), LC++ (``lc++``, Eq. 7) or column scales (``scales``).
 
-    Only the correction has gradients; the base and the merge stay as they are.
+    Only the correction has gradients; the base and the adapters stay as they are, bit by bit.
+    With several compositions one correction is trained for all of them (the paper's "shared"
+    rows), on their examples in one mixture; each row of a batch uses its own composition's merge.
 
     Args:
-        model: The base.
-        merged: The merge underneath, as a rule ``calibrate.merge.linear``.
-        method: A key of ``CORRECTIONS``.
-        examples: Compositional examples.
+        model: The base, computing as it will ship: with ``rounding`` its other layers should
+            hold the values that ship for them.
+        compositions: By name what to correct; as a rule one.
+        method: A key of ``calibrate.correction.CORRECTIONS``.
+        examples: By composition, examples of it.
         settings: How to train; the paper uses Adam, 5e-4, one pass over 10,000 examples.
         title: For the progress bar and errors.
+        per_layer: A correction for every layer instead of one shared by all.
+        rounding: Quantization-aware calibration of folded weights: Q of Q(W0 + ΔW), with a
+            straight-through gradient. For weights that ship apart from ΔW, give a model whose
+            weights are quantized already, and no rounding.
+        micro_batch: Most examples in one forward pass; gradients of the rest are accumulated.
         resume: Checkpoint file, see ``calibrate.train.fit``.
-
-    Returns:
-        Merge plus correction as one update, the number of trained values, and the loss curve.
     """
-    merged.check_fits(model, title)
+    for name, composition in compositions.items():
+        composition.merged.check_fits(model, name)
     torch.manual_seed(settings.seed)
-    correction = CORRECTIONS[method](components(merged))
+    correction = CORRECTIONS[method](compositions, per_layer)
+    modules = sorted({m for c in compositions.values() for u in _parts(c) for m in u.modules})
+    rows = Rows([name for name in compositions for _ in examples[name]])
+
+    def terms(module: str) -> list[Any]:
+        return [(index, *correction.factors(name, module)) for name, index in rows.groups]
+
+    attach = (
+        attached(model, modules, terms)
+        if rounding is None
+        else attached_rounded(model, modules, terms, rounding)
+    )
+    pooled = [example for name in compositions for example in examples[name]]
     model.eval().requires_grad_(False)
     try:
-        with attached(model, merged.modules, corrected(merged, correction)):  # type: ignore[arg-type]
-            curve = fit(model, correction, examples, settings, title, resume)
+        with attach:
+            curve = fit(
+                model, correction, pooled, settings, title, resume, rows, micro_batch=micro_batch
+            )
     finally:
         model.requires_grad_(True)
-    count = sum(p.numel() for p in correction.parameters())
-    return frozen(merged, correction), count, curve  # type: ignore[arg-type]
+    return Calibrated(
+        {name: frozen(correction, name, c) for name, c in compositions.items()},
+        sum(p.numel() for p in correction.parameters() if p.requires_grad),
+        curve,
+    )
+
+
+def _parts(composition: Composition) -> tuple[LowRankUpdate, ...]:
+    return composition.merged, *composition.updates.values()

@@ -41,6 +41,7 @@ def train_lora(
     settings: TrainSettings,
     title: str,
     resume: Path | None = None,
+    micro_batch: int | None = None,
 ) -> tuple[LowRankUpdate, list[dict[str, float]]]:
     """Train one LoRA on a frozen base.
 
@@ -53,6 +54,7 @@ def train_lora(
         settings: How to train.
         title: For the progress bar and errors.
         resume: Checkpoint file, see ``calibrate.train.fit``.
+        micro_batch: Most examples in one forward pass.
 
     Returns:
         The adapter, and its loss curve.
@@ -68,7 +70,7 @@ def train_lora(
     peft_model = get_peft_model(model, config)
     peft_model.train()
     try:
-        curve = fit(model, peft_model, examples, settings, title, resume)
+        curve = fit(model, peft_model, examples, settings, title, resume, micro_batch=micro_batch)
         update = _update_of(peft_model, lora)
     finally:
         peft_model.eval()

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -27,21 +27,61 @@ if TYPE_CHECKING:
 _CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-# Settings under which ΔW is not B·A of the base as published; each is refused by name.
-_REFUSED = (
-    "use_dora",
-    "lora_bias",
-    "modules_to_save",
-    "layer_replication",
-    "trainable_token_indices",
-    "target_parameters",
-    "fan_in_fan_out",
-    "use_qalora",
-    "alora_invocation_tokens",
-    "layers_to_tie",
-)
+# Settings under which what the adapter does is not W0 + B·A of the base as published, and why.
+# Read in PEFT 0.21.2's LoraConfig and LoRA variants; a test compares the lists with its fields.
+_REFUSED = {
+    "use_dora": "DoRA rescales each row of W0 + ΔW, which is no low-rank update; "
+    "retrain without DoRA or merge it into the base",
+    "lora_bias": "it adds a bias beside ΔW; retrain without it or merge it into the base",
+    "modules_to_save": "it replaces whole layers of the base; "
+    "retrain without it or merge it into the base",
+    "trainable_token_indices": "it replaces rows of the embedding; "
+    "retrain without it or merge it into the base",
+    "target_parameters": "it updates bare parameters, not linear layers; "
+    "retrain with target_modules or merge it into the base",
+    "layer_replication": "it belongs to a base whose layers are repeated; save that base as a "
+    "checkpoint of its own and retrain on it",
+    "use_qalora": "QA-LoRA averages the inputs in groups before A, and its A is [R, groups]; "
+    "retrain without it",
+    "use_bdlora": "BD-LoRA saves only the blocks of a block-diagonal A or B; retrain without it",
+    "alora_invocation_tokens": "aLoRA adds ΔW only from its invocation tokens on, which no fixed "
+    "W0 + ΔW does; retrain without it",
+    "arrow_config": "Arrow chooses among adapters token by token, which no fixed ΔW does; "
+    "give the adapters it chooses from",
+    "kasa_config": "KaSA cuts the smallest singular values off the base's weights, so it does not "
+    "fit the base as published; retrain without it or merge it into the base",
+    "megatron_config": "it belongs to Megatron's parallel layers; retrain on the Hugging Face "
+    "checkpoint",
+}
+# Settings that are read here; settings that say how the adapter was trained or which layers it has
+# (its file says that), not what it computes; and initialisations that leave the base as it is.
+# fan_in_fan_out: the base stores its weight transposed, A and B are as ever.
+# fmt: off
+_READ = frozenset((
+    "peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora",
+    "fan_in_fan_out", "bias", "init_lora_weights",
+))
+_HARMLESS = frozenset((
+    "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
+    "inference_mode", "runtime_config", "target_modules", "exclude_modules",
+    "layers_to_transform", "layers_pattern", "lora_dropout", "megatron_core", "loftq_config",
+    "eva_config", "corda_config", "lora_ga_config", "velora_config", "monteclora_config",
+    "qalora_group_size", "ensure_weight_tying",
+))
+_STARTS = frozenset(("true", "false", "none", "gaussian", "eva", "orthogonal", "mica"))
+# fmt: on
 # Initialisations that also change the base's weights, so that the adapter fits only that base.
 _CHANGES_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
+# Training state of VeLoRA and MonteCLoRA, whose forward in eval mode is a plain LoRA's.
+_TRAINING_STATE = (".lora_velora_embed", ".lora_monteclora_sampler.")
+_OTHER_TENSORS = {
+    ".lora_embedding_": "LoRA on an embedding looks A up by token, it is no update of a linear "
+    "layer; retrain without the embedding in target_modules or merge it into the base",
+    ".lora_magnitude_vector": _REFUSED["use_dora"],
+    ".lora_B.bias": _REFUSED["lora_bias"],
+    ".base_layer.": "a layer of the base saved along with the adapter, which may differ from the "
+    "base as published; save the adapter again with save_embedding_layers=False",
+}
 
 
 @dataclass(frozen=True)
@@ -95,29 +135,17 @@ class LowRankUpdate:
 
         Raises:
             InputError: The directory or a file is missing, the weights are pickled, truncated or
-                not finite, or the adapter uses something whose ΔW is not B·A (DoRA, biases,
-                fully trained modules, …), which is refused by name.
+                not finite, or the adapter uses something whose effect is not B·A on linear
+                layers (DoRA, biases, fully trained modules, LoRA on embeddings, …) or that is not
+                known here; it is refused by name, with the reason.
         """
         directory = Path(directory)
         config = _read_config(directory)
         weights = directory / _WEIGHTS
-        if not weights.is_file():
-            pickled = directory / "adapter_model.bin"
-            if pickled.is_file():
-                raise InputError(
-                    f"{pickled}: pickled weights, expected {_WEIGHTS}; pickles are not read"
-                )
-        check_safetensors(weights)
-        try:
-            tensors = load_file(weights)
-        except SafetensorError as error:
-            raise InputError(f"{weights}: not a readable safetensors file ({error})") from None
         a: dict[str, Tensor] = {}
         b: dict[str, Tensor] = {}
-        for key, tensor in tensors.items():
+        for key, tensor in _read_tensors(directory).items():
             name, side = _parse_key(key, weights)
-            if not torch.isfinite(tensor).all():
-                raise InputError(f"{weights}: {key} holds values that are not finite")
             (a if side == "A" else b)[name] = tensor.to(torch.float32)
         if not a:
             raise InputError(
@@ -138,6 +166,8 @@ class LowRankUpdate:
     def to_peft(self, directory: str | Path, base: str | None = None) -> None:
         """Write a PEFT LoRA directory that PEFT loads to the same ΔW (α = r, so scaling 1).
 
+        PEFT knows no rank 0: a module of rank 0 is written as rank 1 with A = 0 and B = 0.
+
         Args:
             directory: Where to; made if missing.
             base: The base model's directory or hub name, for ``base_model_name_or_path``.
@@ -146,7 +176,7 @@ class LowRankUpdate:
 
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        ranks = {name: self.rank(name) for name in self.modules}
+        ranks = {name: max(self.rank(name), 1) for name in self.modules}
         most = max(ranks.values())
         odd = {name: rank for name, rank in ranks.items() if rank != most}
         config = LoraConfig(
@@ -166,8 +196,11 @@ class LowRankUpdate:
         path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         tensors = {}
         for name in self.modules:
-            tensors[f"{_PREFIX}{name}.lora_A.weight"] = self.a[name].contiguous()
-            tensors[f"{_PREFIX}{name}.lora_B.weight"] = self.b[name].contiguous()
+            a, b = self.a[name], self.b[name]
+            if self.rank(name) == 0:
+                a, b = a.new_zeros(1, a.shape[1]), b.new_zeros(b.shape[0], 1)
+            tensors[f"{_PREFIX}{name}.lora_A.weight"] = a.contiguous()
+            tensors[f"{_PREFIX}{name}.lora_B.weight"] = b.contiguous()
         save_file(tensors, directory / _WEIGHTS, metadata={"format": "pt"})
 
     def check_fits(self, model: nn.Module, source: str | Path) -> None:
@@ -177,15 +210,15 @@ class LowRankUpdate:
             InputError: A module that the base does not have, or one of another shape; ``source``
                 names the adapter in the message.
         """
-        linears = {n: m for n, m in model.named_modules() if hasattr(m, "in_features")}
+        shapes = {name: _linear_shape(module) for name, module in model.named_modules()}
         for name in self.modules:
             out, into = self.shape(name)
-            if name not in linears:
+            found = shapes.get(name)
+            if found is None:
                 raise InputError(
                     f"{source}: module {name} is not a linear layer of the base; "
                     "the adapter was made for another base"
                 )
-            found = (linears[name].out_features, linears[name].in_features)
             if found != (out, into):
                 raise InputError(
                     f"{source}: {name} updates a [{out}, {into}] weight, the base has "
@@ -193,7 +226,57 @@ class LowRankUpdate:
                 )
 
 
-def _read_config(directory: Path) -> dict[str, Any]:
+def check_same_base(directories: Sequence[str | Path]) -> None:
+    """Check that PEFT adapters name one base: equal last path components, whatever their case.
+
+    A base may lie in different places for different adapters, so only the last component counts
+    (in a hub's cache, models--ORG--NAME/snapshots/HASH, that is NAME). A base that is not named
+    says nothing; nor does a revision that is not named or is the moving "main".
+
+    Raises:
+        InputError: A directory without a readable ``adapter_config.json``, or two adapters that
+            name different bases or different revisions of one.
+    """
+    first: tuple[str, str, Path] | None = None
+    revised: tuple[str, str, Path] | None = None
+    for directory in map(Path, directories):
+        config = _read_json(directory)
+        base, revision = config.get("base_model_name_or_path"), config.get("revision")
+        if not isinstance(base, str) or not base.strip():
+            continue
+        first = first or (_base_name(base), base, directory)
+        if _base_name(base) != first[0]:
+            raise InputError(
+                f"{directory / _CONFIG}: base {base}, but {first[2] / _CONFIG} has base "
+                f"{first[1]}; expected adapters of one base"
+            )
+        if isinstance(revision, str) and revision not in ("", "main"):
+            revised = revised or (revision, base, directory)
+            if revision != revised[0]:
+                raise InputError(
+                    f"{directory / _CONFIG}: base {base} at revision {revision}, but "
+                    f"{revised[2] / _CONFIG} has base {revised[1]} at revision {revised[0]}; "
+                    "expected adapters of one base"
+                )
+
+
+def _base_name(base: str) -> str:
+    parts = [part for part in base.strip().lower().replace("\\", "/").split("/") if part]
+    if len(parts) > 2 and parts[-2] == "snapshots":
+        return parts[-3].rpartition("--")[2]
+    return parts[-1] if parts else ""
+
+
+def _linear_shape(module: nn.Module) -> tuple[int, int] | None:
+    """(out, in) of a linear layer or of transformers' Conv1D (GPT-2), None of others."""
+    if hasattr(module, "in_features") and hasattr(module, "out_features"):
+        return cast(int, module.out_features), cast(int, module.in_features)
+    if hasattr(module, "nf") and hasattr(module, "nx"):
+        return cast(int, module.nf), cast(int, module.nx)
+    return None
+
+
+def _read_json(directory: Path) -> dict[str, Any]:
     path = directory / _CONFIG
     if not directory.is_dir():
         raise InputError(f"{directory}: no such directory; expected a PEFT LoRA adapter")
@@ -206,25 +289,72 @@ def _read_config(directory: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
         raise InputError(f"{path}: peft_type is {kind}, expected LORA")
-    for field in _REFUSED:
-        if config.get(field):
+    return config
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    config, path = _read_json(directory), directory / _CONFIG
+    for field, value in config.items():
+        if value and field in _REFUSED:
+            raise InputError(f"{path}: {field} = {value!r}: {_REFUSED[field]}")
+        if value and field not in _READ | _HARMLESS:
             raise InputError(
-                f"{path}: {field} = {config[field]!r} is not supported; expected a plain LoRA"
+                f"{path}: {field} = {value!r} is not known here and may change what the adapter "
+                "computes; expected a plain LoRA"
             )
     if config.get("bias", "none") != "none":
-        raise InputError(f"{path}: bias = {config['bias']!r} is not supported; expected none")
-    start = str(config.get("init_lora_weights", "")).lower()
+        raise InputError(
+            f"{path}: bias = {config['bias']!r}: the base's biases were trained too, expected "
+            "none; retrain without them or merge the adapter into the base"
+        )
+    start = str(config.get("init_lora_weights", True)).lower()
     if start.startswith(_CHANGES_BASE):
         raise InputError(
             f"{path}: init_lora_weights = {start!r} changes the base's weights; convert the "
             "adapter to a plain LoRA first (PEFT: path_initial_model_for_weight_conversion)"
         )
-    for field in ("r", "lora_alpha"):
-        if not isinstance(config.get(field), (int, float)) or config[field] <= 0:
-            raise InputError(
-                f"{path}: {field} is {config.get(field)!r}, expected a positive number"
-            )
+    if start not in _STARTS:
+        raise InputError(
+            f"{path}: init_lora_weights = {start!r} is not known here and may change the base's "
+            f"weights; expected one of {', '.join(sorted(_STARTS))}"
+        )
+    numbers = {field: config.get(field) for field in ("r", "lora_alpha")}
+    for field in ("rank_pattern", "alpha_pattern"):
+        pattern = config.get(field) or {}
+        if not isinstance(pattern, dict):
+            raise InputError(f"{path}: {field} is {pattern!r}, expected a mapping to numbers")
+        numbers |= {f"{field}.{key}": value for key, value in pattern.items()}
+    for field, value in numbers.items():
+        if not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            raise InputError(f"{path}: {field} is {value!r}, expected a positive number")
     return config
+
+
+def _read_tensors(directory: Path) -> dict[str, Tensor]:
+    """The tensors that decide what the adapter computes, all finite matrices."""
+    path = directory / _WEIGHTS
+    pickled = directory / "adapter_model.bin"
+    if not path.is_file() and pickled.is_file():
+        raise InputError(f"{pickled}: pickled weights, expected {_WEIGHTS}; pickles are not read")
+    check_safetensors(path)
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise InputError(f"{path}: not a readable safetensors file ({error})") from None
+    for mark, reason in _OTHER_TENSORS.items():
+        for key in tensors:
+            if mark in key:
+                raise InputError(f"{path}: {key}: {reason}")
+    tensors = {k: t for k, t in tensors.items() if not any(mark in k for mark in _TRAINING_STATE)}
+    for key, tensor in tensors.items():
+        if key.endswith(".weight") and ".lora_" in key and tensor.dim() != 2:
+            raise InputError(
+                f"{path}: {key} has shape {tuple(tensor.shape)}, expected a matrix; "
+                "only LoRA on linear layers is supported"
+            )
+        if not torch.isfinite(tensor).all():
+            raise InputError(f"{path}: {key} holds values that are not finite")
+    return tensors
 
 
 def _parse_key(key: str, file: Path) -> tuple[str, str]:

@@ -1,24 +1,43 @@
-"""One training loop for the base, adapters and corrections."""
+"""One training loop for the base, adapters and corrections, on one process or several."""
 
 from __future__ import annotations
 
+import math
 import os
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel, get_scheduler
 
-from calibrate.batches import IGNORED, Batch, Encoded, Order, collate
+from calibrate.batches import IGNORED, Batch, Encoded, Order, collate, target_count
+from calibrate.processes import (
+    accelerated,
+    gathered,
+    on_device,
+    random_state,
+    same_start,
+    set_random_state,
+    stoppable,
+    summed,
+)
 from caliport_core.errors import InputError
-from caliport_core.progress import progress
+from caliport_core.progress import console, progress
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 _CHECKPOINT_SECONDS = 30.0
 _POINTS = 200
+_SHOWN_EXAMPLES = 8
+
+OnBatch = Callable[[Sequence[int], int], None]
+"""Called before each forward with the rows' indices into the examples, and the step."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +63,8 @@ class TrainSettings:
     prompt_loss: bool = False
 
 
-def loss_of(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Mean cross-entropy in nats of the batch's targets."""
+def losses_of(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Cross-entropy in nats of every target, [batch, kept]; 0 where there is no target."""
     kept = batch.labels.shape[1]
     logits = model(
         input_ids=batch.input_ids,
@@ -60,7 +79,50 @@ def loss_of(model: PreTrainedModel, batch: Batch) -> Tensor:
         predicted.reshape(-1, predicted.shape[-1]).float(),
         labels.reshape(-1),
         ignore_index=IGNORED,
-    )
+        reduction="none",
+    ).view(labels.shape)
+
+
+def loss_of(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Mean cross-entropy in nats of the batch's targets."""
+    return losses_of(model, batch).sum() / (batch.labels != IGNORED).sum()
+
+
+@torch.no_grad()
+def evaluate(
+    model: PreTrainedModel,
+    examples: Sequence[Encoded],
+    batch_size: int = 64,
+    on_batch: OnBatch | None = None,
+) -> list[float]:
+    """Each example's mean loss in nats a target token, in eval mode and on the model's device.
+
+    Nothing is shared between processes: each that calls it gets all the losses.
+
+    Args:
+        model: Whatever is attached to it takes part.
+        examples: What to measure.
+        batch_size: Examples in one forward; it changes nothing but rounding.
+        on_batch: Called before each forward with the rows' indices and the number of the batch.
+    """
+    pad = model.config.pad_token_id or 0
+    device = next(model.parameters()).device
+    near = sorted(range(len(examples)), key=lambda i: len(examples[i].prompt + examples[i].target))
+    found = [0.0] * len(examples)
+    training = model.training
+    model.eval()
+    try:
+        for start in range(0, len(near), batch_size):
+            rows = near[start : start + batch_size]
+            if on_batch is not None:
+                on_batch(rows, start // batch_size)
+            batch = collate([examples[i] for i in rows], pad).to(device)
+            sums = losses_of(model, batch).sum(dim=1).tolist()
+            for index, loss in zip(rows, sums, strict=True):
+                found[index] = loss / max(1, target_count(examples[index]))
+    finally:
+        model.train(training)
+    return found
 
 
 def fit(
@@ -70,90 +132,190 @@ def fit(
     settings: TrainSettings,
     title: str,
     resume: Path | None = None,
+    on_batch: OnBatch | None = None,
+    micro_batch: int | None = None,
 ) -> list[dict[str, float]]:
     """Train ``trained``'s parameters that require gradients on the model's loss.
 
+    The loss of a step is the mean over all targets of its batch, however many processes share
+    the batch and however it is cut into forwards. Device, processes and precision are
+    accelerate's: what its launcher was told, else the GPU with bf16 autocast where there is one,
+    else fp32 on the CPU.
+
     Args:
-        model: Computes the loss; whatever is to be trained is part of it or attached to it.
+        model: Computes the loss; whatever is to be trained is part of it or attached to it. It
+            is given back on the device that it came on, as is ``trained``.
         trained: Holds the parameters to train; saved and restored on resume.
-        examples: What to train on.
+        examples: What to train on; the same on all processes.
         settings: How.
         title: For the progress bar and errors.
-        resume: A file for checkpoints. One that is there is continued from, with the same
-            result as an uninterrupted run; it is the caller's to remove when all is done.
+        resume: A file for checkpoints, which all processes can read. One that is there is
+            continued from, with the same result as an uninterrupted run; it is the caller's to
+            remove when all is done. An interrupt (SIGINT, SIGTERM) leaves one.
+        on_batch: Called before each forward with the rows' indices into ``examples`` and the step.
+        micro_batch: Most examples in one forward; gradients of a larger batch are accumulated.
 
     Returns:
         The loss curve: up to 200 points of ``step`` and mean ``loss`` since the one before.
 
     Raises:
-        InputError: The loss is not finite; names the step.
+        InputError: The loss or the gradient is not finite: names the step and its examples.
+            ``trained`` and ``resume`` then hold the state before that step.
+        KeyboardInterrupt: SIGINT or SIGTERM came and the checkpoint is written.
     """
-    parameters = {n: p for n, p in trained.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.Adam(parameters.values(), lr=settings.learning_rate)
-    scheduler = get_scheduler(
-        settings.schedule, optimizer, int(settings.steps * settings.warmup), settings.steps
-    )
-    lengths = [len(e.prompt) + len(e.target) for e in examples]
-    order = Order(lengths, settings.batch_size, settings.seed)
-    torch.manual_seed(settings.seed)
-    start, curve, recent = 0, [], []
-    if resume is not None and resume.is_file():
-        state = torch.load(resume, weights_only=True)
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(state["parameters"][name])
-        optimizer.load_state_dict(state["optimizer"])
-        scheduler.load_state_dict(state["scheduler"])
-        torch.set_rng_state(state["rng"])
-        start, curve, recent = state["step"], state["curve"], state["recent"]
-    pad = model.config.pad_token_id or 0
-    every = max(1, settings.steps // _POINTS)
-    saved = time.monotonic()
-    with progress(title, settings.steps) as advance:
-        for step in range(start, settings.steps):
-            batch = collate([examples[i] for i in order[step]], pad, settings.prompt_loss)
-            loss = loss_of(model, batch)
-            value = loss.item()
-            if not torch.isfinite(loss):
-                raise InputError(
-                    f"{title}: loss is {value} at step {step}; lower the learning rate"
-                )
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(parameters.values(), 1.0)
-            optimizer.step()
-            scheduler.step()
-            recent.append(value)
-            if (step + 1) % every == 0 or step + 1 == settings.steps:
-                curve.append({"step": step + 1, "loss": sum(recent) / len(recent)})
-                recent = []
-            advance(step + 1, f"loss {value:.3f}")
-            if resume is not None and time.monotonic() - saved > _CHECKPOINT_SECONDS:
-                _save(resume, step + 1, parameters, optimizer, scheduler, curve, recent)
-                saved = time.monotonic()
-    return curve
+    with accelerated() as accelerator, on_device(accelerator.device, model, trained):
+        state = _State.new(trained, settings)
+        parameters = list(state.parameters.values())
+        torch.manual_seed(settings.seed + accelerator.process_index)
+        if resume is not None and resume.is_file():
+            state.load(resume, accelerator, title)
+        same_start(accelerator, parameters, state.step)
+        lengths = [len(e.prompt) + len(e.target) for e in examples]
+        order = Order(lengths, settings.batch_size, settings.seed)
+        saved = time.monotonic()
+        try:
+            with stoppable(resume is not None) as stop, progress(title, settings.steps) as advance:
+                for step in range(state.step, settings.steps):
+                    before = random_state(accelerator.device)
+                    loss = _backward(
+                        accelerator,
+                        model,
+                        examples,
+                        order[step],
+                        step,
+                        settings.prompt_loss,
+                        on_batch,
+                        micro_batch,
+                    )
+                    due = time.monotonic() - saved > _CHECKPOINT_SECONDS
+                    flags = [due and accelerator.is_main_process, stop.asked]
+                    values = torch.cat([loss[None], loss.new_tensor(flags)])
+                    value, save, stopping = summed(accelerator, parameters, values)
+                    norm = nn.utils.clip_grad_norm_(parameters, 1.0).item()
+                    if not (math.isfinite(value) and math.isfinite(norm)):
+                        if resume is not None:
+                            state.save(resume, accelerator, before)
+                        raise InputError(_not_finite(title, value, norm, step, order[step], resume))
+                    state.advance(value, settings.steps)
+                    advance(step + 1, f"loss {value:.3f}")
+                    if resume is not None and (save or stopping):
+                        state.save(resume, accelerator, random_state(accelerator.device))
+                        saved = time.monotonic()
+                    if stopping:
+                        raise KeyboardInterrupt
+        finally:
+            state.optimizer.zero_grad(set_to_none=True)
+    return state.curve
 
 
-def _save(
-    path: Path,
+def _backward(
+    accelerator: Accelerator,
+    model: PreTrainedModel,
+    examples: Sequence[Encoded],
+    batch: Sequence[int],
     step: int,
-    parameters: dict[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LRScheduler,
-    curve: list[dict[str, float]],
-    recent: list[float],
-) -> None:
-    """Write a checkpoint beside and rename, so that a kill leaves the one before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    state = {
-        "step": step,
-        "parameters": {name: p.detach() for name, p in parameters.items()},
-        "optimizer": optimizer.state_dict(),
-        "scheduler": scheduler.state_dict(),
-        "rng": torch.get_rng_state(),
-        "curve": curve,
-        "recent": recent,
-    }
-    beside = path.with_suffix(".new")
-    torch.save(state, beside)
-    os.replace(beside, path)
+    prompt_loss: bool,
+    on_batch: OnBatch | None,
+    micro_batch: int | None,
+) -> Tensor:
+    """Add the gradients of this process's share of a batch; its part of the mean loss, []."""
+    pad = model.config.pad_token_id or 0
+    targets = max(1, sum(target_count(examples[i], prompt_loss) for i in batch))
+    mine = batch[accelerator.process_index :: accelerator.num_processes]
+    size = micro_batch or len(batch)
+    total = torch.zeros((), device=accelerator.device)
+    for start in range(0, len(mine), size):
+        rows = mine[start : start + size]
+        if on_batch is not None:
+            on_batch(rows, step)
+        part = collate([examples[i] for i in rows], pad, prompt_loss).to(accelerator.device)
+        with accelerator.autocast():
+            loss = losses_of(model, part).sum() / targets
+        loss.backward()
+        total += loss.detach()
+    return total
+
+
+def _not_finite(
+    title: str, loss: float, norm: float, step: int, batch: Sequence[int], resume: Path | None
+) -> str:
+    what = f"gradient norm is {norm}" if math.isfinite(loss) else f"loss is {loss}"
+    shown = ", ".join(map(str, batch[:_SHOWN_EXAMPLES])) + ", …" * (len(batch) > _SHOWN_EXAMPLES)
+    kept = f"; the last good state is in {resume}" if resume is not None else ""
+    return (
+        f"{title}: {what} at step {step}, whose {len(batch)} examples are {shown} (from 0)"
+        f"{kept}; lower the learning rate or look at those examples"
+    )
+
+
+@dataclass
+class _State:
+    """All that a checkpoint holds but the random numbers.
+
+    ``curve`` is what ``fit`` returns; ``recent`` are the losses since its last point.
+    """
+
+    parameters: dict[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    step: int = 0
+    curve: list[dict[str, float]] = field(default_factory=list)
+    recent: list[float] = field(default_factory=list)
+
+    @staticmethod
+    def new(trained: nn.Module, settings: TrainSettings) -> _State:
+        parameters = {n: p for n, p in trained.named_parameters() if p.requires_grad}
+        optimizer = torch.optim.Adam(parameters.values(), lr=settings.learning_rate)
+        warmup = int(settings.steps * settings.warmup)
+        scheduler = get_scheduler(settings.schedule, optimizer, warmup, settings.steps)
+        return _State(parameters, optimizer, scheduler)
+
+    def advance(self, loss: float, steps: int) -> None:
+        """Step with the gradients that are there and note the loss."""
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self.recent.append(loss)
+        if self.step % max(1, steps // _POINTS) == 0 or self.step == steps:
+            self.curve.append({"step": self.step, "loss": sum(self.recent) / len(self.recent)})
+            self.recent = []
+
+    def save(self, path: Path, accelerator: Accelerator, random: dict[str, Tensor]) -> None:
+        """Write beside and rename, so that a kill leaves the one before. All processes call it."""
+        every = gathered(accelerator, random)
+        if not accelerator.is_main_process:
+            return
+        state = {
+            "step": self.step,
+            "parameters": {name: p.detach() for name, p in self.parameters.items()},
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "rng": every,
+            "curve": self.curve,
+            "recent": self.recent,
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_suffix(".new")
+        torch.save(state, beside)
+        os.replace(beside, path)
+
+    def load(self, path: Path, accelerator: Accelerator, title: str) -> None:
+        """Take over a checkpoint and this process's random numbers, if it has them."""
+        state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(state["parameters"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.step, self.curve, self.recent = state["step"], state["curve"], state["recent"]
+        random = state["rng"]
+        if isinstance(random, Tensor):  # as written before there could be several processes
+            random = [{"cpu": random}]
+        if len(random) != accelerator.num_processes:
+            console.print(
+                f"{title}: going on with {accelerator.num_processes} processes from a checkpoint "
+                f"of {len(random)}; their dropout differs from here on"
+            )
+        if accelerator.process_index < len(random):
+            set_random_state(accelerator.device, random[accelerator.process_index])

@@ -53,6 +53,7 @@ def run(recipe: NeededRecipe, overrides: Overrides = None, runs: Runs = Path("ru
     space = _space(recipe, overrides, runs)
     compose_all(space)
     score_all(space)
+    _only_main()
     export_all(space)
     passed = validate_all(space)
     _show(space.reports)
@@ -68,15 +69,31 @@ def calibrate(
     adapter: Annotated[
         list[Path] | None, typer.Option("--adapter", help="PEFT LoRA directory; repeatable.")
     ] = None,
-    method: Annotated[str, typer.Option(help="linear, exact, lc or lc++.")] = "lc++",
+    method: Annotated[
+        str,
+        typer.Option(
+            help="linear, exact, svd, ties, dare, slerp; lorahub, lm-cocktail; lc, lc++, scales, "
+            "with variants such as lc++-per-layer or lc++-int4 (docs/calibrate.md)."
+        ),
+    ] = "lc++",
+    weight: Annotated[
+        list[float] | None,
+        typer.Option("--weight", help="Of each adapter in a merge; default equal."),
+    ] = None,
     data: Annotated[
-        Path | None, typer.Option(help="JSON Lines with `input` and `output` (lc and lc++).")
+        Path | None, typer.Option(help="JSON Lines with `input` and `output`, to train on.")
     ] = None,
     prompt: Annotated[str, typer.Option(help="Prompt around each input.")] = "{input}",
-    steps: Annotated[int, typer.Option(help="Optimizer steps (lc and lc++).", min=1)] = 300,
+    steps: Annotated[int, typer.Option(help="Optimizer steps of a correction.", min=1)] = 300,
     batch_size: Annotated[int, typer.Option(help="Examples a step.", min=1)] = 32,
     learning_rate: Annotated[float, typer.Option(help="Of Adam, at its highest.")] = 5e-4,
     seed: Annotated[int, typer.Option(help="Of the order of examples and initial values.")] = 0,
+    rank: Annotated[
+        list[str] | None, typer.Option("--rank", help="FLix: NAME=RANK of a feature to train.")
+    ] = None,
+    features: Annotated[
+        Path | None, typer.Option(help="FLix: features trained earlier; they stay as they are.")
+    ] = None,
     out: Out = None,
 ) -> None:
     """Train what a recipe trains, merge and calibrate, and score every method."""
@@ -84,22 +101,27 @@ def calibrate(
         from caliport.composing import compose_all
         from caliport.scoring import score_all
 
-        _no_flags(base=base, adapter=adapter, data=data, out=out)
+        _no_flags(base=base, adapter=adapter, data=data, weight=weight, rank=rank, out=out)
         space = _space(recipe, overrides, runs)
         compose_all(space)
         score_all(space)
+        _only_main()
         _show(space.reports)
         return
-    from caliport.single import calibrate_one
+    from caliport.single import calibrate_one, features_one
 
-    base, adapters, target = _needed(base=base, adapter=adapter, out=out)
     training = {
         "steps": steps,
         "batch_size": batch_size,
         "learning_rate": learning_rate,
         "seed": seed,
     }
-    calibrate_one(base, adapters, method, data, prompt, training, target)
+    if method == "flix":
+        base, data, rank, target = _needed(base=base, data=data, rank=rank, out=out)
+        features_one(base, data, prompt, rank, training, features, target)
+        return
+    base, adapters, target = _needed(base=base, adapter=adapter, out=out)
+    calibrate_one(base, adapters, method, data, prompt, training, weight or [], target)
 
 
 @app.command()
@@ -179,6 +201,25 @@ def report(
 
 
 @app.command()
+def audit(
+    adapters: Annotated[
+        list[Path], typer.Argument(metavar="ADAPTER ADAPTER...", help="PEFT LoRA directories.")
+    ],
+    weight: Annotated[
+        list[float] | None,
+        typer.Option(help="Of each adapter in the sum, in their order; default 1/N each."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Also write audit.json and the report here.")
+    ] = None,
+) -> None:
+    """Say what adapters share and how far each merge is from their sum, before any training."""
+    from caliport.auditing import audit_adapters
+
+    audit_adapters(adapters, weight, out)
+
+
+@app.command()
 def init(
     path: Annotated[Path, typer.Argument(help="The file to write.")] = Path("recipe.yaml"),
 ) -> None:
@@ -228,7 +269,7 @@ def _fail(message: str, code: int) -> int:
 
 
 def _space(recipe: Path, overrides: list[str] | None, runs: Path) -> Any:
-    from caliport.recipe import read_recipe
+    from caliport.reading import read_recipe
     from caliport.workspace import Workspace
 
     found = read_recipe(recipe, overrides or [])
@@ -242,6 +283,14 @@ def _show(reports: Path) -> None:
     page = write_report(reports)
     show_tables(reports)
     print(f"report: {page}")
+
+
+def _only_main() -> None:
+    """End every process but the main one: what follows is not done together."""
+    from caliport_core.processes import is_main
+
+    if not is_main():
+        raise typer.Exit(0)
 
 
 def _needed(**flags: Any) -> tuple[Any, ...]:

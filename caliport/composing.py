@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from caliport.auditing import audit_all
+from caliport.calibrating import How, Job, compose_shared, compose_to, pick
 from caliport.data.examples import Example, read_jsonl, write_jsonl
-from caliport.recipe import COMPOSED, Recipe, Train, prompts_of
+from caliport.methods import CORRECTED, Method, parse
+from caliport.recipe import Recipe, Train, prompts_of
+from caliport.sources import Source
+from caliport.training import Training, compose_features_to, features_to, lora_to
 from caliport.workspace import Workspace, stage
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from calibrate.batches import Encoded
     from calibrate.train import TrainSettings
 
 SPLITS = ("train", "validation")
@@ -21,16 +23,22 @@ SPLITS = ("train", "validation")
 
 def compose_all(space: Workspace) -> None:
     """Make all that a run has to have before anything is scored or exported."""
+    prepare_all(space)
+    audit_all(space)
+    for composition in space.recipe.compositions:
+        for method in map(parse, space.recipe.calibration.methods):
+            if method.composed:
+                compose(space, composition, method)
+
+
+def prepare_all(space: Workspace) -> None:
+    """Examples, base and single-task adapters: what there is before anything is composed."""
     make_data(space)
     if space.recipe.base.train is not None:
         train_base(space)
     for task, path in space.recipe.adapters.items():
         if path is None:
             train_adapter(space, task)
-    for composition in space.recipe.compositions:
-        for method in space.recipe.calibration.methods:
-            if method in COMPOSED:
-                compose(space, composition, method)
 
 
 def make_data(space: Workspace) -> None:
@@ -64,6 +72,18 @@ def _draw(recipe: Recipe, task: str, split: str) -> list[Example]:
 
         assert data.directory is not None
         return multi30k.examples(data.directory, task, split, count, recipe.seed)
+    if data.source == "paper":
+        from caliport.data import paper
+        from caliport.data.rewriting import Rewriter
+
+        assert data.directory is not None
+        assert data.paper is not None
+        folder = data.directory / getattr(data.paper, paper.set_of(task))
+        part = split if split == "train" else data.paper.split
+        if split == "train" and task in paper.COMPOSITIONS:
+            count = min(count or data.paper.compositional, data.paper.compositional)
+        rewrite = Rewriter(data.paper.translation, data.paper.tone, data.paper.cache)
+        return paper.examples(folder, task, part, count, recipe.seed, rewrite)
     from caliport.data import pocket
 
     return pocket.examples(task, split, count or 10_000, recipe.seed)
@@ -72,20 +92,6 @@ def _draw(recipe: Recipe, task: str, split: str) -> list[Example]:
 def examples_of(space: Workspace, task: str, split: str, count: int | None = None) -> list[Example]:
     """The first ``count`` examples of a task (all of them when None)."""
     return read_jsonl(space.data / f"{task}.{split}.jsonl")[:count]
-
-
-def encoded_of(
-    space: Workspace,
-    tokenizer: PreTrainedTokenizerBase,
-    context: int,
-    task: str,
-    count: int | None = None,
-) -> list[Encoded]:
-    """A task's training examples as token ids."""
-    from calibrate.batches import encode
-
-    pairs = [(e.input, e.output) for e in examples_of(space, task, "train", count)]
-    return encode(tokenizer, prompts_of(space.recipe)[task], pairs, context, task)
 
 
 def train_base(space: Workspace) -> None:
@@ -108,9 +114,11 @@ def train_base(space: Workspace) -> None:
         encoded = [
             example
             for task in recipe.adapters
-            for example in encoded_of(space, tokenizer, shape.context, task)
+            for example in source_of(space, task, False).encoded(tokenizer, model)
         ]
-        extra["curve"] = fit(model, model, encoded, settings, "base", resume)
+        extra["curve"] = fit(
+            model, model, encoded, settings, "base", resume, micro_batch=recipe.micro_batch
+        )
         extra["parameters"] = sum(p.numel() for p in model.parameters())
         model.eval().save_pretrained(partial)
         tokenizer.save_pretrained(partial)
@@ -118,135 +126,130 @@ def train_base(space: Workspace) -> None:
     whole = {"shape": recipe.base.shape, "train": settings, "tasks": list(recipe.adapters)}
     whole["prompts"] = {task: prompts_of(recipe)[task] for task in recipe.adapters}
     inputs = {task: space.data / f"{task}.train.jsonl" for task in recipe.adapters}
-    stage(space.root / "base", "base", "base model", inputs, whole, build)
+    stage(space.root / "base", "base", "base model", inputs, whole, build, together=True)
 
 
 def train_adapter(space: Workspace, task: str) -> None:
     """Train one single-task LoRA."""
-    recipe = space.recipe
-    assert recipe.lora.train is not None
-    settings = train_settings(recipe.lora.train, recipe.seed)
-    _train_lora(space, space.adapter(task), task, f"adapter {task}", settings, None)
+    train = space.recipe.lora.train
+    assert train is not None
+    source = source_of(space, task, tuned=len(train.rates) > 1)
+    _lora(space, space.adapter(task), f"adapter {task}", [source], train)
 
 
-def _train_lora(
+def _lora(
     space: Workspace,
     out: Path,
-    task: str,
     title: str,
-    settings: TrainSettings,
-    count: int | None,
+    sources: Sequence[Source],
+    train: Train,
+    rank: int | None = None,
 ) -> None:
+    from calibrate.lora import LoraSettings
+
     lora = space.recipe.lora
-
-    def build(partial: Path, extra: dict[str, Any], resume: Path) -> None:
-        from calibrate.lora import LoraSettings, train_lora
-        from caliport_core.checkpoints import load_base, load_tokenizer
-
-        model = load_base(space.base)
-        tokenizer = load_tokenizer(space.base, model)
-        encoded = encoded_of(space, tokenizer, model.config.max_position_embeddings, task, count)
-        shape = LoraSettings(lora.rank, lora.alpha, lora.dropout, lora.target_modules)
-        update, extra["curve"] = train_lora(model, encoded, shape, settings, title, resume)
-        extra["parameters"] = update.parameter_count
-        update.to_peft(partial, base=str(space.base))
-
-    inputs = {"base": space.base, "examples": space.data / f"{task}.train.jsonl"}
-    whole = {
-        "lora": lora.model_dump(mode="json", exclude={"train"}),
-        "train": settings,
-        "prompt": prompts_of(space.recipe)[task],
-        "examples": count,
-    }
-    stage(out, "lora", title, inputs, whole, build)
+    shape = LoraSettings(
+        rank or lora.rank,
+        lora.alpha * (rank or lora.rank) / lora.rank,
+        lora.dropout,
+        lora.target_modules,
+    )
+    lora_to(out, title, sources, shape, _training(space, train))
 
 
-def compose(space: Workspace, composition: str, method: str) -> None:
-    """Make one composed adapter by one method."""
+def _training(space: Workspace, train: Train) -> Training:
     recipe = space.recipe
-    out = space.composed(composition, method)
-    title = f"{composition}: {method}"
-    if method == "joint":
-        settings = train_settings(recipe.calibration.joint, recipe.seed)
-        count = recipe.calibration.examples
-        _train_lora(space, out, composition, title, settings, count)
-        return
-    adapters = {task: space.adapter(task) for task in recipe.compositions[composition]}
-    train = {"lc": recipe.calibration.lc, "lc++": recipe.calibration.lcpp}.get(method)
-    compose_to(
-        out,
-        title,
-        space.base,
-        adapters,
-        method,
-        train_settings(train, recipe.seed) if train else None,
-        space.data / f"{composition}.train.jsonl",
-        prompts_of(recipe)[composition],
-        recipe.calibration.examples,
+    return Training(space.base, train_settings(train, recipe.seed), train.rates, recipe.micro_batch)
+
+
+def source_of(space: Workspace, task: str, tuned: bool, count: int | None = None) -> Source:
+    """The training examples of a task or composition; with ``tuned`` some are held out."""
+    recipe = space.recipe
+    features = recipe.flix.features.get(task, ()) if recipe.flix is not None else ()
+    return Source(
+        space.data / f"{task}.train.jsonl",
+        prompts_of(recipe)[task],
+        count,
+        recipe.calibration.tuning if tuned else 0,
+        features,
     )
 
 
-def compose_to(
-    out: Path,
-    title: str,
-    base: str | Path,
-    adapters: Mapping[str, Path],
-    method: str,
-    train: TrainSettings | None,
-    examples: Path | None,
-    prompt: str,
-    count: int | None,
-) -> None:
-    """Merge adapters and, for ``lc`` and ``lc++``, train the correction; write a PEFT directory.
+def compose(space: Workspace, composition: str, method: Method) -> None:
+    """Make one composed adapter by one method, with what it shares with others."""
+    out = space.composed(composition, method.name)
+    title = f"{composition}: {method.name}"
+    if method.kind == "flix":
+        assert space.recipe.flix is not None
+        _train_flix(space)
+        names = space.recipe.flix.features[composition]
+        compose_features_to(out, title, space.shared("flix"), names, str(space.base))
+    elif method.kind == "mixture":
+        _train_mixture(space)
+        pick(out, title, space.shared("mixture"), ".")
+    elif method.shared:
+        jobs = {name: job_of(space, name, method) for name in space.recipe.compositions}
+        compose_shared(space.shared(method.name), method.name, jobs, _how(space, method))
+        pick(out, title, space.shared(method.name), composition)
+    elif method.kind == "joint":
+        calibration = space.recipe.calibration
+        tuned = len(calibration.joint.rates) > 1
+        source = source_of(space, composition, tuned, calibration.examples)
+        _lora(space, out, title, [source], calibration.training(method))
+    else:
+        compose_to(out, title, job_of(space, composition, method), _how(space, method))
 
-    Args:
-        out: The directory to appear.
-        title: What to tell the user.
-        base: The base model.
-        adapters: Adapter directories by a name for each.
-        method: ``linear``, ``exact``, ``lc`` or ``lc++``.
-        train: How to train the correction; None for a plain merge.
-        examples: JSON Lines of compositional examples; None for a plain merge.
-        prompt: The composition's prompt with ``{input}``.
-        count: Most examples used.
-    """
 
-    def build(partial: Path, extra: dict[str, Any], resume: Path) -> None:
-        from calibrate import LowRankUpdate
-        from calibrate.batches import encode
-        from calibrate.calibration import calibrate
-        from calibrate.merge import MERGES
-        from caliport_core.checkpoints import load_base, load_tokenizer
+def job_of(space: Workspace, composition: str, method: Method) -> Job:
+    """Adapters and examples of a composition."""
+    recipe = space.recipe
+    tuned = method.kind in CORRECTED and len(recipe.calibration.training(method).rates) > 1
+    return Job(
+        {task: space.adapter(task) for task in recipe.compositions[composition]},
+        source_of(space, composition, tuned, recipe.calibration.examples),
+    )
 
-        updates = {name: LowRankUpdate.from_peft(path) for name, path in adapters.items()}
-        model = load_base(base)
-        for name, update in updates.items():
-            update.check_fits(model, adapters[name])
-        merged = MERGES["linear" if train else method](list(updates.values()))
-        extra["parameters"] = 0
-        if train is not None:
-            assert examples is not None
-            tokenizer = load_tokenizer(base, model)
-            pairs = [(e.input, e.output) for e in read_jsonl(examples)[:count]]
-            context = model.config.max_position_embeddings
-            encoded = encode(tokenizer, prompt, pairs, context, str(examples))
-            merged, extra["parameters"], extra["curve"] = calibrate(
-                model, merged, method, encoded, train, title, resume
-            )
-        merged.to_peft(partial, base=str(base))
 
-    inputs: dict[str, Path | str] = {"base": base}
-    inputs |= {f"adapter {name}": path for name, path in adapters.items()}
-    settings: dict[str, Any] = {"method": method}
-    if train is not None:
-        assert examples is not None
-        inputs["examples"] = examples
-        settings |= {"train": train, "prompt": prompt, "examples": count}
-    stage(out, "compose", title, inputs, settings, build)
+def _how(space: Workspace, method: Method) -> How:
+    recipe = space.recipe
+    train = recipe.calibration.training(method) if method.kind in CORRECTED else None
+    return How(
+        space.base,
+        method,
+        train_settings(train, recipe.seed) if train else None,
+        train.rates if train else (),
+        recipe.calibration.merge,
+        None,
+        recipe.calibration.density,
+        recipe.seed,
+        recipe.micro_batch,
+    )
+
+
+def _train_flix(space: Workspace) -> None:
+    from calibrate.flix import FeatureSettings
+
+    recipe = space.recipe
+    flix = recipe.flix
+    assert flix is not None
+    scale = recipe.lora.alpha / recipe.lora.rank
+    features = FeatureSettings(flix.ranks, scale, flix.dropout, recipe.lora.target_modules)
+    sources = [source_of(space, t, len(flix.train.rates) > 1) for t in flix.train_on]
+    features_to(space.shared("flix"), "FLix", sources, features, _training(space, flix.train))
+
+
+def _train_mixture(space: Workspace) -> None:
+    """One LoRA on FLix's mixture, of the rank that FLix has active at once."""
+    flix = space.recipe.flix
+    assert flix is not None
+    train = flix.mixture or flix.train
+    sources = [source_of(space, t, len(train.rates) > 1) for t in flix.train_on]
+    out = space.shared("mixture")
+    _lora(space, out, "one LoRA on the mixture", sources, train, flix.active_rank)
 
 
 def train_settings(train: Train, seed: int) -> TrainSettings:
-    """The recipe's fields as the library's plain settings."""
+    """The recipe's fields as the library's plain settings, at the first learning rate."""
     from calibrate.train import TrainSettings
 
-    return TrainSettings(**train.model_dump(), seed=seed)
+    return TrainSettings(**{**train.model_dump(), "learning_rate": train.rates[0]}, seed=seed)

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    model_validator,
+)
 
-from caliport_core.errors import InputError
+from caliport.methods import Method, parse
 
 Runtime = Literal["executorch", "onnx"]
 Precision = Literal["fp32", "int8", "int4"]
-Method = Literal["zero-shot", "lora", "linear", "exact", "lc", "lc++", "joint", "multi-step"]
-Metric = Literal["rougeL", "chrf"]
-COMPOSED: tuple[Method, ...] = ("linear", "exact", "lc", "lc++", "joint")
-"""Methods that give one adapter for the composition."""
-MERGED: tuple[Method, ...] = ("linear", "exact", "lc", "lc++")
-"""Those of them that add at most kilobytes to the single-task adapters; `best` is one of these."""
+MethodName = Annotated[str, AfterValidator(lambda name: parse(name).name)]
+Metric = Literal["rougeL", "chrf", "weighted_rouge"]
 
 
 class _Part(BaseModel):
@@ -34,12 +35,60 @@ class TaskFiles(_Part):
     prompt: str
 
 
+class PaperJudge(_Part):
+    """Who judges answers: an OpenAI-compatible ``endpoint`` and a ``model`` there, or a ``path``.
+
+    ``key_variable`` names the environment variable with the endpoint's key; see
+    ``validation.judge`` for the rest.
+    """
+
+    endpoint: str | None = None
+    model: str | None = None
+    key_variable: str | None = None
+    timeout: float = Field(60, gt=0)
+    tries: int = Field(5, gt=0)
+    path: str | None = None
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> PaperJudge:
+        if (self.endpoint is None) == (self.path is None):
+            raise ValueError("needs either `endpoint` and `model`, or `path`, and not both")
+        if (self.endpoint is None) != (self.model is None):
+            raise ValueError("needs `endpoint` and `model` together")
+        return self
+
+
+class Paper(_Part):
+    """The paper's sets and models: see ``caliport.data.paper`` and docs/paper_benchmark.md.
+
+    Attributes:
+        dialogsum, persona_chat, ted, sound_natural: The sets' folders in ``data.directory``.
+        translation: A sequence-to-sequence model from English for each language.
+        tone: A causal language model that changes the tone.
+        cache: Where rewritten texts are kept, for all runs.
+        split: The split that stands as ``validation`` in the run; the paper scores on test.
+        compositional: Most training examples of a composition, each rewritten by a model.
+    """
+
+    dialogsum: Path = Path("dialogsum")
+    persona_chat: Path = Path("persona_chat")
+    ted: Path = Path("ted")
+    sound_natural: Path = Path("sound_natural")
+    translation: dict[Annotated[str, Field(pattern="^(es|fr|de)$")], str] = {}
+    tone: str | None = None
+    cache: Path = Path("runs/paper-rewritten.jsonl")
+    split: Literal["validation", "test"] = "test"
+    compositional: int = Field(10_000, gt=0)
+    judge: PaperJudge | None = None
+
+
 class Data(_Part):
     """Where examples come from and how many of each task are used."""
 
-    source: Literal["pocket", "multi30k", "files"]
+    source: Literal["pocket", "multi30k", "paper", "files"]
     directory: Path | None = None
     files: dict[str, TaskFiles] = {}
+    paper: Paper | None = None
     train: int | None = Field(None, gt=0)
     validation: int | None = Field(None, gt=0)
 
@@ -47,20 +96,32 @@ class Data(_Part):
     def _source_has_its_fields(self) -> Data:
         if self.source == "multi30k" and self.directory is None:
             raise ValueError("source multi30k needs `directory`, the folder with task1/ and task2/")
+        if self.source == "paper" and (self.directory is None or self.paper is None):
+            raise ValueError("source paper needs `directory`, the sets' folder, and `paper`")
         if self.source == "files" and not self.files:
             raise ValueError("source files needs `files`, a mapping from task to its files")
         return self
 
 
 class Train(_Part):
-    """One training: see ``calibrate.train.TrainSettings``."""
+    """One training: see ``calibrate.train.TrainSettings``.
+
+    Several learning rates are each tried; the one of lowest loss on ``calibration.tuning`` examples
+    is kept.
+    """
 
     steps: int = Field(gt=0)
     batch_size: int = Field(32, gt=0)
-    learning_rate: float = Field(5e-4, gt=0)
+    learning_rate: PositiveFloat | tuple[PositiveFloat, ...] = 5e-4
     schedule: Literal["constant_with_warmup", "linear", "cosine"] = "cosine"
     warmup: float = Field(0.05, ge=0, le=1)
     prompt_loss: bool = False
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """The learning rates to try."""
+        rate = self.learning_rate
+        return rate if isinstance(rate, tuple) else (rate,)
 
 
 class Shape(_Part):
@@ -86,6 +147,8 @@ class Base(_Part):
     def _one_of_two(self) -> Base:
         if (self.path is None) == (self.train is None):
             raise ValueError("needs either `path` (a checkpoint) or `train`, and not both")
+        if self.train is not None and len(self.train.rates) > 1:
+            raise ValueError("train.learning_rate: expected one; a base is trained once")
         return self
 
 
@@ -111,7 +174,10 @@ class Calibration(_Part):
     """How the corrections and the joint expert are trained on compositional examples."""
 
     examples: int = Field(10_000, gt=0)
-    methods: tuple[Method, ...] = (
+    tuning: int = Field(0, ge=0)
+    merge: Literal["linear", "exact", "svd", "ties", "dare", "slerp"] = "linear"
+    density: float = Field(0.5, gt=0, le=1)
+    methods: tuple[MethodName, ...] = (
         "zero-shot",
         "lora",
         "linear",
@@ -123,12 +189,63 @@ class Calibration(_Part):
     )
     lc: Train = Train(steps=300, learning_rate=5e-3)
     lcpp: Train = Field(Train(steps=300, learning_rate=5e-3), alias="lc++")
+    scales: Train = Train(steps=300, learning_rate=5e-3)
     joint: Train = Train(steps=300, learning_rate=1e-3)
+    overrides: dict[MethodName, Train] = {}
+
+    def training(self, method: Method) -> Train:
+        """How a method is trained: by its own entry of ``overrides``, else as its kind is."""
+        kinds = {"lc": self.lc, "lc++": self.lcpp, "scales": self.scales, "joint": self.joint}
+        return self.overrides.get(method.name) or kinds[method.kind]
+
+
+class Flix(_Part):
+    """FLix, and one LoRA on the same mixture with the rank of the active features.
+
+    Attributes:
+        ranks: Rank of each feature.
+        features: Features of each task and composition; ``train_on`` says which are trained.
+        dropout: Probability that a feature is off for an example of a step.
+    """
+
+    ranks: dict[str, Annotated[int, Field(gt=0)]]
+    features: dict[str, tuple[str, ...]]
+    train_on: tuple[str, ...]
+    dropout: float = Field(0.1, ge=0, lt=1)
+    train: Train
+    mixture: Train | None = None
+
+    @model_validator(mode="after")
+    def _names_fit(self) -> Flix:
+        for task, features in self.features.items():
+            for feature in features:
+                if feature not in self.ranks:
+                    known = ", ".join(self.ranks)
+                    raise ValueError(
+                        f"features.{task} names {feature!r}, which has no rank; expected one of: "
+                        f"{known}"
+                    )
+        for task in self.train_on:
+            if task not in self.features:
+                raise ValueError(f"train_on names {task!r}, which has no entry in features")
+        return self
+
+    @property
+    def active_rank(self) -> int:
+        """The most rank that is active at once in a task trained on."""
+        return max(sum(self.ranks[f] for f in self.features[t]) for t in self.train_on)
 
 
 class Evaluation(_Part):
-    """How methods are scored on the validation split."""
+    """How methods are scored on the validation split.
 
+    ``quantized`` names methods that are also scored with quantized weights, folded (``int4``) or
+    with the update beside a quantized base (``int4-bundle``).
+    """
+
+    quantized: dict[
+        Literal["int8", "int4", "int8-bundle", "int4-bundle"], tuple[MethodName, ...]
+    ] = {}
     examples: int | None = Field(None, gt=0)
     max_new_tokens: int = Field(48, gt=0)
     batch_size: int = Field(64, gt=0)
@@ -138,7 +255,7 @@ class Evaluation(_Part):
 class Export(_Part):
     """What is exported: every runtime in every precision."""
 
-    method: Literal["best", "linear", "exact", "lc", "lc++", "joint"] = "best"
+    method: str = "best"
     runtimes: tuple[Runtime, ...] = ("executorch", "onnx")
     precisions: tuple[Precision, ...] = ("fp32", "int8", "int4")
     context: int | None = Field(None, gt=0)
@@ -164,6 +281,8 @@ class Recipe(_Part):
     lora: Lora = Lora()
     compositions: dict[str, tuple[str, ...]]
     calibration: Calibration = Calibration()
+    flix: Flix | None = None
+    micro_batch: int | None = Field(None, gt=0)
     evaluation: Evaluation = Evaluation()
     export: Export = Export()
     validation: Validation = Validation()
@@ -188,104 +307,49 @@ class Recipe(_Part):
             raise ValueError(
                 f"adapters.{untrained[0]} has no path and lora.train is missing; give one of them"
             )
-        if self.export.method not in ("best", *self.calibration.methods):
-            raise ValueError(
-                f"export.method is {self.export.method}, which is not in calibration.methods"
-            )
+        methods = {name: parse(name) for name in self.calibration.methods}
+        self._export_fits(methods)
+        self._training_fits(methods)
         if self.data.source == "files":
             for task in (*self.adapters, *self.compositions):
                 if task not in self.data.files:
                     raise ValueError(f"data.files has no entry for {task}")
         return self
 
+    def _export_fits(self, methods: Mapping[str, Method]) -> None:
+        wanted = self.export.method
+        composed = [name for name, method in methods.items() if method.composed]
+        if wanted != "best" and wanted not in composed:
+            raise ValueError(
+                f"export.method is {wanted}, expected best or one of calibration.methods that "
+                f"give an adapter: {', '.join(composed) or 'none'}"
+            )
 
-def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read and check a recipe.
+    def _training_fits(self, methods: Mapping[str, Method]) -> None:
+        calibration = self.calibration
+        trained = {"lc", "lc++", "scales", "joint"}
+        sweeps = [n for n, m in methods.items() if m.kind in trained and self._sweeps(m)]
+        if sweeps and not calibration.tuning:
+            raise ValueError(
+                f"several learning rates for {sweeps[0]} need calibration.tuning, the number of "
+                "training examples held out to choose by"
+            )
+        if {"flix", "mixture"} & {m.kind for m in methods.values()}:
+            if self.flix is None:
+                raise ValueError("calibration.methods has flix or mixture; expected a `flix` part")
+            missing = [c for c in self.compositions if c not in self.flix.features]
+            if missing:
+                raise ValueError(f"flix.features has no entry for {missing[0]}")
+        if self.flix is not None:
+            for task in self.flix.features:
+                if task not in (*self.adapters, *self.compositions):
+                    raise ValueError(
+                        f"flix.features names the task {task!r}, which is neither in adapters nor "
+                        "in compositions"
+                    )
 
-    Args:
-        path: A YAML file.
-        overrides: ``field.subfield=value`` with the value in YAML; each replaces a field.
-
-    Raises:
-        InputError: One line that names the field, what was found and what would be right.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such recipe; `caliport init` writes one") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not readable as UTF-8 text ({error})") from None
-    try:
-        content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise InputError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: found {type(content).__name__}, expected fields and values")
-    for override in overrides:
-        _override(content, override)
-    try:
-        return Recipe.model_validate(content)
-    except ValidationError as error:
-        raise InputError(f"{path}: {_first(error)}") from None
-
-
-def _override(content: dict[str, Any], override: str) -> None:
-    field, equals, value = override.partition("=")
-    if not equals or not field:
-        raise InputError(f"--set {override}: expected FIELD=VALUE, such as lora.rank=16")
-    *parents, last = field.split(".")
-    place = content
-    for parent in parents:
-        if place.get(parent) is None:
-            place[parent] = {}
-        place = place[parent]
-        if not isinstance(place, dict):
-            raise InputError(f"--set {override}: {parent} has no fields of its own")
-    try:
-        place[last] = yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise InputError(f"--set {override}: {value!r} is not a YAML value") from None
-
-
-def _first(error: ValidationError) -> str:
-    """The first problem as one line: field, what was found, what would be right."""
-    problem = error.errors()[0]
-    field = ".".join(str(part) for part in problem["loc"]) or "recipe"
-    if problem["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(problem["loc"][-1]), _fields(problem["loc"]), 1)
-        hint = (
-            f"did you mean {near[0]}?" if near else f"known: {', '.join(_fields(problem['loc']))}"
-        )
-        return f"{field}: unknown field; {hint}"
-    if problem["type"] == "missing":
-        return f"{field}: missing; expected a value"
-    message = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] == "value_error":
-        return message if field == "recipe" else f"{field}: {message}"
-    return f"{field}: found {problem['input']!r}, {message[0].lower()}{message[1:]}"
-
-
-def _fields(location: tuple[int | str, ...]) -> list[str]:
-    """The names that are right where the last part of ``location`` is wrong."""
-    part: Any = Recipe
-    for step in location[:-1]:
-        if not (isinstance(part, type) and issubclass(part, BaseModel)):
-            return []
-        found = [f for n, f in part.model_fields.items() if step in (n, f.alias)]
-        if not found:
-            return []
-        part = _model_in(found[0].annotation)
-    if not (isinstance(part, type) and issubclass(part, BaseModel)):
-        return []
-    return [field.alias or name for name, field in part.model_fields.items()]
-
-
-def _model_in(annotation: Any) -> Any:
-    """The model inside ``X``, ``X | None`` or ``dict[str, X]``."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    inside = [_model_in(argument) for argument in getattr(annotation, "__args__", ())]
-    return next((model for model in inside if model is not None), None)
+    def _sweeps(self, method: Method) -> bool:
+        return len(self.calibration.training(method).rates) > 1
 
 
 def prompts_of(recipe: Recipe) -> Mapping[str, str]:
@@ -296,6 +360,10 @@ def prompts_of(recipe: Recipe) -> Mapping[str, str]:
         from caliport.data import multi30k
 
         return multi30k.PROMPTS
+    if recipe.data.source == "paper":
+        from caliport.data import paper
+
+        return paper.PROMPTS
     from caliport.data import pocket
 
     return pocket.PROMPTS

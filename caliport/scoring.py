@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from caliport.composing import examples_of
-from caliport.recipe import COMPOSED, MERGED, prompts_of
+from caliport.methods import parse
+from caliport.recipe import prompts_of
 from caliport.workspace import Workspace, need, stage
 from caliport_core.directories import read_manifest
 from caliport_core.errors import InputError
+from caliport_core.processes import is_main
 from caliport_core.progress import progress
 
 if TYPE_CHECKING:
@@ -22,23 +24,23 @@ if TYPE_CHECKING:
 
 _SAMPLES = 6
 _BYTES_A_VALUE = 2  # adapters are counted at 16 bit, as in the paper
-_LABELS = {
-    "zero-shot": "base alone",
-    "linear": "linear merge (Eq. 5)",
-    "exact": "exact merge",
-    "lc": "LC (Eq. 6)",
-    "lc++": "LC++ (Eq. 7)",
-    "joint": "joint-expert LoRA",
-    "multi-step": "multi-step",
-}
+FP32 = "fp32"
 
 
 def score_all(space: Workspace) -> None:
     """Score each method by itself, so that a killed run repeats one at most; then the report."""
     for composition, tasks in space.recipe.compositions.items():
         for method in _expanded(space, tasks):
-            _score(space, composition, method)
-    _write_quality(space)
+            for variant in variants_of(space, method):
+                score_method(space, composition, method, variant)
+    if is_main():
+        _write_quality(space)
+
+
+def variants_of(space: Workspace, method: str) -> tuple[str, ...]:
+    """The weights that a method is scored with: fp32, and those of ``evaluation.quantized``."""
+    quantized = space.recipe.evaluation.quantized
+    return (FP32, *(variant for variant, methods in quantized.items() if method in methods))
 
 
 def best_method(space: Workspace, composition: str) -> str:
@@ -50,13 +52,13 @@ def best_method(space: Workspace, composition: str) -> str:
     if space.recipe.export.method != "best":
         return space.recipe.export.method
     scores = {
-        method: _read(space, composition, method)["loss"]
-        for method in space.recipe.calibration.methods
-        if method in MERGED
+        name: read_score(space, composition, name)["loss"]
+        for name in space.recipe.calibration.methods
+        if parse(name).small
     }
     if not scores:
         raise InputError(
-            f"export.method is best and calibration.methods has none of {', '.join(MERGED)}"
+            "export.method is best and calibration.methods has no merge and no correction"
         )
     return min(scores, key=lambda method: scores[method])
 
@@ -69,33 +71,36 @@ def _expanded(space: Workspace, tasks: tuple[str, ...]) -> list[str]:
     return found
 
 
-def _score(space: Workspace, composition: str, method: str) -> None:
+def score_method(space: Workspace, composition: str, method: str, variant: str) -> None:
+    """Score one method with fp32 weights, or with quantized ones such as ``int4``."""
     recipe = space.recipe
     tasks = recipe.compositions[composition]
     adapters: list[Path] = []
-    if method in COMPOSED:
-        adapters = [space.composed(composition, method)]
-    elif method == "multi-step":
+    if method == "multi-step":
         adapters = [space.adapter(task) for task in tasks]
-    elif method != "zero-shot":
+    elif method.startswith("lora-"):
         adapters = [space.adapter(method.removeprefix("lora-"))]
+    elif parse(method).composed:
+        adapters = [space.composed(composition, method)]
+    shown = f"{method} in {variant}" if variant != FP32 else method
 
     def build(partial: Path, extra: dict[str, Any], resume: Path) -> None:
         from caliport_core.checkpoints import load_base, load_tokenizer
 
         examples = examples_of(space, composition, "validation", recipe.evaluation.examples)
         tokenizer = load_tokenizer(space.base, load_base(space.base))
-        title = f"{composition}: scoring {method}"
+        title = f"{composition}: scoring {shown}"
         if method == "multi-step":
             score = _score_chain(space, tokenizer, tasks, examples, title)
         else:
-            model = _with_adapter(space, adapters[0] if adapters else None)
+            model = _with_adapter(space, adapters[0] if adapters else None, variant)
             prompt = prompts_of(recipe)[composition]
             score = _score_model(space, model, tokenizer, prompt, examples, title)
         result = {
             "loss": score.loss,
             "rougeL": score.rougeL,
             "chrf": score.chrf,
+            "weighted_rouge": sum(score.examples["weighted_rouge"]) / len(examples),
             "outputs": score.outputs,
             "examples": score.examples,
         }
@@ -105,20 +110,28 @@ def _score(space: Workspace, composition: str, method: str) -> None:
     inputs |= {"base": space.base, "examples": space.data / f"{composition}.validation.jsonl"}
     settings = {
         "method": method,
-        "evaluation": recipe.evaluation,
+        "variant": variant,
+        "evaluation": recipe.evaluation.model_dump(mode="json", exclude={"quantized"}),
         "prompts": [prompts_of(recipe)[name] for name in (composition, *tasks)],
     }
-    out = space.kept("scores", composition, method)
-    stage(out, "score", f"{composition}: score of {method}", inputs, settings, build)
+    out = space.kept("scores", composition, method, variant)
+    stage(out, "score", f"{composition}: score of {shown}", inputs, settings, build)
 
 
-def _with_adapter(space: Workspace, adapter: Path | None) -> PreTrainedModel:
+def _with_adapter(space: Workspace, adapter: Path | None, variant: str = FP32) -> PreTrainedModel:
+    """The base with an adapter folded in: in fp32, quantized, or beside a quantized base."""
     from calibrate import LowRankUpdate
     from caliport_core.checkpoints import load_base
     from export.fold import fold
+    from export.quantize import as_shipped, quantize
 
     model = load_base(space.base)
-    return model if adapter is None else fold(model, LowRankUpdate.from_peft(adapter), adapter)
+    precision, _, bundle = variant.partition("-")
+    if bundle:
+        model = as_shipped(model, precision)
+    if adapter is not None:
+        model = fold(model, LowRankUpdate.from_peft(adapter), adapter)
+    return model if bundle else quantize(model, precision)
 
 
 def _score_model(
@@ -171,8 +184,11 @@ def _score_chain(
     return score
 
 
-def _read(space: Workspace, composition: str, method: str) -> dict[str, Any]:
-    path = space.kept("scores", composition, method) / "score.json"
+def read_score(
+    space: Workspace, composition: str, method: str, variant: str = FP32
+) -> dict[str, Any]:
+    """What ``score_method`` found: loss, metrics, outputs, and each example's figures."""
+    path = space.kept("scores", composition, method, variant) / "score.json"
     need(path, f"score of {method}", "calibrate")
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return content
@@ -193,7 +209,7 @@ def _write_quality(space: Workspace) -> None:
     results = {}
     for composition, tasks in recipe.compositions.items():
         methods = _expanded(space, tasks)
-        found = {method: _read(space, composition, method) for method in methods}
+        found = {method: read_score(space, composition, method) for method in methods}
         examples = examples_of(space, composition, "validation", recipe.evaluation.examples)
         results[composition] = CompositionResult(
             tasks=list(tasks),
@@ -221,21 +237,33 @@ def _write_quality(space: Workspace) -> None:
     write_result(report, space.reports / QUALITY)
 
 
-def _method(space: Workspace, composition: str, method: str, score: dict[str, Any]) -> MethodResult:
-    from validation.results import MethodResult
+def _method(space: Workspace, composition: str, name: str, score: dict[str, Any]) -> MethodResult:
+    from validation.results import MethodResult, QuantizedScore
 
-    manifest = read_manifest(space.composed(composition, method)) if method in COMPOSED else {}
+    method = None if name.startswith("lora-") else parse(name)
+    composed = method is not None and method.composed
+    manifest = read_manifest(space.composed(composition, name)) if composed else {}
     parameters = manifest.get("parameters", 0)
+    quantized = {
+        variant: read_score(space, composition, name, variant)
+        for variant in variants_of(space, name)
+        if variant != FP32
+    }
     return MethodResult(
-        method=method,
-        label=_LABELS.get(method) or f"{method.removeprefix('lora-')} LoRA alone",
+        method=name,
+        label=method.label if method else f"{name.removeprefix('lora-')} LoRA alone",
         loss=score["loss"],
         rougeL=score["rougeL"],
         chrf=score["chrf"],
+        weighted_rouge=score["weighted_rouge"],
         parameters=parameters,
         bytes=_BYTES_A_VALUE * parameters,
-        passes=len(space.recipe.compositions[composition]) if method == "multi-step" else 1,
+        passes=len(space.recipe.compositions[composition]) if name == "multi-step" else 1,
         seconds=manifest.get("seconds", 0.0),
+        quantized={
+            variant: QuantizedScore(loss=s["loss"], rougeL=s["rougeL"], chrf=s["chrf"])
+            for variant, s in quantized.items()
+        },
     )
 
 
@@ -246,8 +274,9 @@ def _curves(space: Workspace) -> dict[str, list[Any]]:
     places = {"base": space.root / "base"}
     places |= {f"adapter {task}": space.root / "adapters" / task for task in space.recipe.adapters}
     for composition in space.recipe.compositions:
-        for method in space.recipe.calibration.methods:
-            if method in COMPOSED:
-                places[f"{composition} {method}"] = space.composed(composition, method)
+        for method in map(parse, space.recipe.calibration.methods):
+            if method.composed:
+                place = space.composed(composition, method.name)
+                places[f"{composition} {method.name}"] = place
     curves = {label: read_manifest(p).get("curve") for label, p in places.items() if p.exists()}
     return {label: [Point(**point) for point in curve] for label, curve in curves.items() if curve}

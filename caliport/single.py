@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from caliport.composing import compose_to
+from caliport.calibrating import How, Job, compose_to
 from caliport.data.examples import read_jsonl
+from caliport.methods import CORRECTED, MERGED, WEIGHTED, parse
 from caliport.shipping import References, check_artifact, export_to
+from caliport.sources import Source
+from caliport.training import Training, features_to
 from caliport_core.errors import InputError
 from caliport_core.progress import console, progress
-
-_METHODS = ("linear", "exact", "lc", "lc++")
 
 
 def calibrate_one(
@@ -22,28 +23,76 @@ def calibrate_one(
     data: Path | None,
     prompt: str,
     training: Mapping[str, Any],
+    weights: Sequence[float],
     out: Path,
 ) -> None:
     """Compose adapters by one method into ``out``."""
     from calibrate.train import TrainSettings
 
-    if method not in _METHODS:
-        raise InputError(f"--method is {method!r}, expected one of {', '.join(_METHODS)}")
-    trained = method in ("lc", "lc++")
-    if trained and data is None:
+    try:
+        parsed = parse(method)
+    except ValueError as error:
+        raise InputError(f"--method: {error}") from None
+    if parsed.kind not in (*MERGED, *WEIGHTED, *CORRECTED) or parsed.shared:
+        raise InputError(f"--method {method} needs a recipe; see caliport init")
+    if weights and parsed.kind not in MERGED:
+        raise InputError(f"--weight goes with {', '.join(MERGED)}; {method} finds its own")
+    if weights and len(weights) != len(adapters):
+        raise InputError(
+            f"found {len(weights)} --weight for {len(adapters)} --adapter; expected one each"
+        )
+    if parsed.kind not in MERGED and data is None:
         raise InputError(f"--method {method} needs --data, examples of the composition")
-    compose_to(
-        out,
-        f"{method} of {len(adapters)} adapters",
-        base,
+    job = Job(
         {str(index): path for index, path in enumerate(adapters, start=1)},
-        method,
-        TrainSettings(**training) if trained else None,
-        data,
-        prompt,
-        None,
+        Source(data, prompt) if data is not None else None,
     )
+    train = TrainSettings(**training) if parsed.kind in CORRECTED else None
+    how = How(base, parsed, train, weights=tuple(weights) or None, seed=training["seed"])
+    compose_to(out, f"{method} of {len(adapters)} adapters", job, how)
     console.print(f"composed adapter: {out}")
+
+
+def features_one(
+    base: str,
+    data: Path,
+    prompt: str,
+    ranks: Sequence[str],
+    training: Mapping[str, Any],
+    earlier: Path | None,
+    out: Path,
+) -> None:
+    """Train FLix features on examples that name theirs; ``earlier`` ones stay as they are.
+
+    Args:
+        base: Directory or hub name of the base.
+        data: JSON Lines with ``features``.
+        prompt: Around each input.
+        ranks: ``NAME=RANK`` of each feature to train.
+        training: Fields of ``TrainSettings``.
+        earlier: A directory of features trained earlier.
+        out: The directory to appear, with a PEFT directory a feature.
+    """
+    from calibrate.flix import FeatureSettings
+    from calibrate.train import TrainSettings
+
+    found = {}
+    for text in ranks:
+        name, _, rank = text.partition("=")
+        if not name.replace("_", "").replace("-", "").isalnum() or not rank.isdecimal():
+            raise InputError(f"--rank {text}: expected NAME=RANK, such as de=8")
+        if int(rank) < 1:
+            raise InputError(f"--rank {text}: expected a rank of at least 1")
+        found[name] = int(rank)
+    features_to(
+        out,
+        f"FLix: {', '.join(found)}",
+        [Source(data, prompt)],
+        FeatureSettings(found),
+        Training(base, TrainSettings(**training)),
+        earlier,
+    )
+    console.print(f"features: {out}")
 
 
 def export_one(

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
+    from validation.audit_summary import Summary
     from validation.results import (
         ArtifactResult,
+        CompositionAudit,
+        CompositionResult,
         LatencyReport,
         LatencyResult,
         ParityReport,
@@ -59,6 +64,21 @@ def _methods(report: QualityReport) -> None:
                 style="bold" if method.method == result.best else None,
             )
         _console.print(table)
+        _quantized(composition, result)
+
+
+def _quantized(composition: str, result: CompositionResult) -> None:
+    """Methods with the weights that ship; nothing where none was scored so."""
+    rows = [(m, w, q) for m in result.methods for w, q in m.quantized.items()]
+    if not rows:
+        return
+    heads = ("method", "weights", "loss", "against fp32", "ROUGE-L", "chrF")
+    table = _table(f"{composition}: what quantization cost", heads)
+    for method, weights, found in rows:
+        against = "" if method.loss is None else f"{found.loss - method.loss:+.4f}"
+        scores = (f"{found.loss:.4f}", against, f"{found.rougeL:.1f}", f"{found.chrf:.1f}")
+        table.add_row(method.label, weights, *scores)
+    _console.print(table)
 
 
 def _artifacts(parity: ParityReport, latency: LatencyReport | None) -> None:
@@ -104,6 +124,76 @@ def _table(title: str, heads: tuple[str, ...]) -> Table:
     for index, head in enumerate(heads):
         table.add_column(head, justify="right" if index else "left", no_wrap=True)
     return table
+
+
+def show_audit(title: str, audit: CompositionAudit) -> None:
+    """Adapters and merges of one composition by component, then a verdict on each merge."""
+    from validation.audit_summary import summaries, summary
+
+    rows = {**summaries(audit, lambda m: m.component), "all": summary(audit, audit.modules)}
+    _adapters(title, audit, rows)
+    _overlap(rows)
+    _merge_errors(audit, rows)
+    show_verdicts(audit)
+
+
+def show_verdicts(audit: CompositionAudit) -> None:
+    """One line a merge: how far it is from the weighted sum."""
+    terms = " + ".join(f"{weight:.3g}·{name}" for name, weight in audit.weights.items())
+    _console.print(Text(f"Merges against the weighted sum {terms}:"))
+    for merge in audit.merges:
+        colour = {"exact": "green", "close": "green", "far": "red"}.get(merge.verdict, "yellow")
+        _console.print(Text.assemble((merge.merge, f"bold {colour}"), f": {merge.text}"))
+
+
+def show_far(title: str, audit: CompositionAudit) -> None:
+    """Only the merges that are far from the weighted sum, one line each."""
+    for merge in audit.merges:
+        if merge.verdict == "far":
+            _console.print(
+                Text.assemble(f"{title}: ", (merge.merge, "bold red"), f": {merge.text}")
+            )
+
+
+def _adapters(title: str, audit: CompositionAudit, rows: Mapping[str, Summary]) -> None:
+    heads = ("component", *audit.weights)
+    table = _table(f"{title}: norm of ΔW; nominal, numerical, effective rank", heads)
+    for component, row in rows.items():
+        parts = [row.adapters.get(name) for name in audit.weights]
+        cells = [
+            f"{p.norm:.3g}; {p.rank:.3g} {p.numerical_rank:.3g} {p.effective_rank:.1f}" if p else ""
+            for p in parts
+        ]
+        table.add_row(component, *cells, style=_last(component))
+    _console.print(table)
+
+
+def _overlap(rows: Mapping[str, Summary]) -> None:
+    from validation.audit_summary import shown_cosine
+
+    heads = ("component", "ΔW", "columns", "rows")
+    table = _table("cosines; of spaces: mean, highest, at most by chance", heads)
+    for component, row in rows.items():
+        cells = [shown_cosine(row.cosine)]
+        for angles in (row.columns, row.rows):
+            found = (angles.mean, angles.highest, angles.chance) if angles else ()
+            cells.append(" ".join(f"{cosine:.2f}" for cosine in found))
+        table.add_row(component, *cells, style=_last(component))
+    _console.print(table)
+
+
+def _merge_errors(audit: CompositionAudit, rows: Mapping[str, Summary]) -> None:
+    from validation.audit_summary import applied, shown
+
+    table = _table("relative error of each merge", ("component", *applied(audit)))
+    for component, row in rows.items():
+        cells = [shown(error) for error in row.errors.values()]
+        table.add_row(component, *cells, style=_last(component))
+    _console.print(table)
+
+
+def _last(component: str) -> str | None:
+    return "bold" if component == "all" else None
 
 
 def show_gates(result: ArtifactResult) -> None:

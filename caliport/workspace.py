@@ -8,11 +8,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, is_dataclass
 from functools import lru_cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from caliport.recipe import Recipe
 from caliport_core.directories import content_hash, key, new_directory, up_to_date
 from caliport_core.errors import InputError
+from caliport_core.processes import is_main, wait_until
 from caliport_core.progress import console
 
 Build = Callable[[Path, dict[str, Any], Path], None]
@@ -44,6 +46,10 @@ class Workspace:
         """A composed adapter."""
         return self.root / "composed" / composition / method
 
+    def shared(self, method: str) -> Path:
+        """What a method trains once for all compositions."""
+        return self.root / "shared" / method
+
     def artifact(self, composition: str, runtime: str, precision: str) -> Path:
         """An exported artifact."""
         return self.root / "artifacts" / composition / f"{runtime}-{precision}"
@@ -65,6 +71,7 @@ def stage(
     inputs: Mapping[str, Path | str],
     settings: Mapping[str, Any],
     build: Build,
+    together: bool = False,
 ) -> None:
     """Make ``out`` by ``build``, unless it is there already, made from the same inputs.
 
@@ -76,6 +83,8 @@ def stage(
         settings: All else that decides the result; dataclasses and models are allowed.
         build: Fills the directory. Its checkpoint file survives a kill and belongs to these
             inputs alone.
+        together: ``build`` trains with all processes. Otherwise only the main one builds and the
+            others wait; either way only the main one writes.
     """
     hashes = {label: _hash(str(path)) for label, path in inputs.items()}
     plain = {label: _plain(value) for label, value in settings.items()}
@@ -84,6 +93,13 @@ def stage(
         console.print(f"[dim]{title}: up to date, skipped[/dim]")
         return
     resume = out.parent / f".{out.name}.resume-{stage_key[:16]}"
+    if not is_main():
+        if together:
+            with TemporaryDirectory() as unused:
+                build(Path(unused), {}, resume)
+        wait_until(lambda: up_to_date(out, stage_key))
+        _hash.cache_clear()
+        return
     start = time.monotonic()
     with new_directory(out, name, hashes, plain) as (partial, extra):
         build(partial, extra, resume)

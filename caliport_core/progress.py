@@ -16,7 +16,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-console = Console(stderr=True)
+from caliport_core.processes import is_main
+
+console = Console(stderr=True, quiet=not is_main())
 
 Advance = Callable[[int, str], None]
 """Called with the number of units done so far and a short note, such as the current loss."""
@@ -38,7 +40,7 @@ def progress(title: str, total: int | None) -> Iterator[Advance]:
         TextColumn("{task.fields[note]}"),
     )
     with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
+        *columns, console=console, transient=True, disable=console.quiet or not console.is_terminal
     ) as bars:
         task = bars.add_task(title, total=total, note="")
 

@@ -7,7 +7,7 @@ their inputs while they run: 8 bits, asymmetric, one scale and zero point per to
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ GROUP_SIZE = 32
 _SMALL = 1 << 21
 
 _INT4: torch.dtype = torch.int4  # type: ignore[attr-defined]  # not in torch 2.13's stubs
+_BITS = {"int8": torch.int8, "int4": _INT4}
 _PER_TOKEN = "int8_asym_per_token"
 _ACTIVATIONS = {"bits": 8, "kind": "dynamic", "granularity": "token", "symmetric": False}
 _EMBEDDING = {
@@ -103,7 +104,7 @@ def quantize(model: PreTrainedModel, precision: str) -> PreTrainedModel:
         return model
     _check_layers(model, precision)
     _untie(model)
-    bits = torch.int8 if precision == "int8" else _INT4
+    bits = _BITS[precision]
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, nn.Linear):
@@ -132,9 +133,12 @@ def quantized_weight(module: nn.Linear | nn.Embedding) -> tuple[Tensor, Tensor]:
     weight = module.weight
     if not is_quantized(module):
         raise TypeError(f"{type(module).__name__} holds a plain {weight.dtype} weight")
-    data, scale, zero_point = (getattr(weight, k) for k in ("qdata", "scale", "zero_point"))
-    assert not zero_point.any(), "every scheme here is symmetric"
-    return data, scale.float()
+    return _parts(weight)
+
+
+def _parts(weight: Any) -> tuple[Tensor, Tensor]:
+    assert not weight.zero_point.any(), "every scheme here is symmetric"
+    return weight.qdata, weight.scale.float()
 
 
 def is_quantized(module: nn.Module) -> bool:
@@ -151,9 +155,38 @@ def dequantize(model: PreTrainedModel) -> PreTrainedModel:
     plain = copy.deepcopy(model)
     for module in plain.modules():
         if isinstance(module, nn.Linear | nn.Embedding) and is_quantized(module):
-            data, scale = quantized_weight(module)
-            groups = data.float().unflatten(1, (scale.shape[1], -1))
-            _replace(module, (groups * scale.unsqueeze(-1)).flatten(1))
+            _replace(module, _values(*quantized_weight(module)))
+    return plain
+
+
+def _values(data: Tensor, scale: Tensor) -> Tensor:
+    return (data.float().unflatten(1, (scale.shape[1], -1)) * scale.unsqueeze(-1)).flatten(1)
+
+
+def rounded(weight: Tensor, precision: str) -> Tensor:
+    """The float32 values q · scale that ship for one linear weight [out, in].
+
+    Exactly what ``quantize`` and ``dequantize`` give for it; for training through them.
+    """
+    if precision == "fp32":
+        return weight
+    return _values(*_parts(_linear_weight(weight, _BITS[precision])))
+
+
+def as_shipped(model: PreTrainedModel, precision: str, keep: Iterable[str] = ()) -> PreTrainedModel:
+    """A plain float32 copy of a model that holds the values that ship in ``precision``.
+
+    Args:
+        model: A float32 decoder; stays as it is.
+        precision: One of ``PRECISIONS``.
+        keep: Linear layers whose own weights are kept, since they are rounded later together
+            with an update (``rounded``).
+    """
+    plain = dequantize(quantize(copy.deepcopy(model), precision))
+    for name in keep:
+        weight = model.get_submodule(name).weight
+        assert isinstance(weight, Tensor)
+        _replace(plain.get_submodule(name), weight.detach().clone())
     return plain
 
 

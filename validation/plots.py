@@ -1,13 +1,11 @@
-"""Plots of a report as inline SVG whose colours follow the page, in light and in dark."""
+"""Plots of a report: quality, training, accuracy, size and times."""
 
 from __future__ import annotations
 
-import io
-import itertools
-import re
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
+from validation.drawing import INK, MUTED, SERIES, legend, svg
 from validation.results import (
     ArtifactResult,
     CompositionResult,
@@ -20,19 +18,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# matplotlib writes plain colours; each stands for a variable of the page's style sheet.
-_INK, _MUTED, _LINE = "#010101", "#020202", "#030303"
-_SERIES = [f"#0400{i:02x}" for i in range(1, 9)]
-_VARIABLES = {
-    _INK: "var(--ink)",
-    _MUTED: "var(--muted)",
-    _LINE: "var(--line)",
-    **{colour: f"var(--s{i})" for i, colour in enumerate(_SERIES, start=1)},
-}
-METRIC_NAMES = {"rougeL": "ROUGE-L", "chrf": "chrF"}
+METRIC_NAMES = {"rougeL": "ROUGE-L", "chrf": "chrF", "weighted_rouge": "weighted ROUGE"}
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _FLOOR = 1e-9  # nats; what is less is drawn there
-_numbers = itertools.count(1)
 
 
 def quality_bars(result: CompositionResult) -> str:
@@ -41,7 +29,7 @@ def quality_bars(result: CompositionResult) -> str:
     def draw(figure: Figure, axes: Axes) -> None:
         labels = [m.label for m in result.methods]
         rows = range(len(labels))
-        pairs = (("rougeL", _SERIES[0], -0.2), ("chrf", _SERIES[1], 0.2))
+        pairs = (("rougeL", SERIES[0], -0.2), ("chrf", SERIES[1], 0.2))
         for name, colour, shift in pairs:
             values = [getattr(m, name) for m in result.methods]
             axes.barh(
@@ -49,9 +37,9 @@ def quality_bars(result: CompositionResult) -> str:
             )
         _rows(axes, labels)
         axes.set_xlabel("points, higher is better")
-        _legend(figure)
+        legend(figure)
 
-    return _svg(draw, height=0.9 + 0.36 * len(result.methods))
+    return svg(draw, height=0.9 + 0.36 * len(result.methods))
 
 
 def quality_bytes(result: CompositionResult, metric: str) -> str:
@@ -64,7 +52,7 @@ def quality_bytes(result: CompositionResult, metric: str) -> str:
         points = [(m.bytes or nothing, getattr(m, metric), m.label) for m in result.methods]
         for (x, y, _), method in zip(points, result.methods, strict=True):
             best = method.method == result.best
-            axes.plot(x, y, "o", color=_SERIES[1 if best else 0], markersize=8 if best else 6)
+            axes.plot(x, y, "o", color=SERIES[1 if best else 0], markersize=8 if best else 6)
         right = max(stored, default=1000)
         axes.set_xlim(nothing / 3, right * 6)
         _direct_labels(axes, points, middle=(nothing * right) ** 0.5)
@@ -75,7 +63,7 @@ def quality_bytes(result: CompositionResult, metric: str) -> str:
         axes.set_ylabel(METRIC_NAMES[metric])
         axes.margins(y=0.15)
 
-    return _svg(draw, grid="both")
+    return svg(draw, grid="both")
 
 
 def training_curves(report: QualityReport) -> str:
@@ -85,12 +73,12 @@ def training_curves(report: QualityReport) -> str:
         from matplotlib.ticker import LogLocator
 
         for index, (label, curve) in enumerate(report.training.items()):
-            style = ("-", "--", ":")[index // len(_SERIES) % 3]
+            style = ("-", "--", ":")[index // len(SERIES) % 3]
             axes.plot(
                 [point.step / curve[-1].step for point in curve],
                 [point.loss for point in curve],
                 style,
-                color=_SERIES[index % len(_SERIES)],
+                color=SERIES[index % len(SERIES)],
                 linewidth=1.6,
                 label=f"{label} ({_steps(curve)})",
             )
@@ -100,12 +88,10 @@ def training_curves(report: QualityReport) -> str:
         axes.set_ylabel("loss, nats a token")
         axes.minorticks_off()
         _plain_log(axes)
-        _legend(figure, columns=2)
+        legend(figure, columns=2)
 
     rows = (len(report.training) + 1) // 2
-    return _svg(
-        draw, height=2.7 + 0.21 * rows, grid="both", empty=not any(report.training.values())
-    )
+    return svg(draw, height=2.7 + 0.21 * rows, grid="both", empty=not any(report.training.values()))
 
 
 def sizes(artifacts: Sequence[ArtifactResult]) -> str:
@@ -114,7 +100,7 @@ def sizes(artifacts: Sequence[ArtifactResult]) -> str:
     def draw(figure: Figure, axes: Axes) -> None:
         names = [_name(a, artifacts) for a in artifacts]
         for row, artifact in enumerate(artifacts):
-            colour = _SERIES[0 if artifact.runtime == "executorch" else 2]
+            colour = SERIES[0 if artifact.runtime == "executorch" else 2]
             axes.barh(row, artifact.bytes / 1e6, 0.6, color=colour)
             axes.annotate(
                 size(artifact.bytes),
@@ -122,13 +108,13 @@ def sizes(artifacts: Sequence[ArtifactResult]) -> str:
                 (5, 0),
                 textcoords="offset points",
                 va="center",
-                color=_MUTED,
+                color=MUTED,
             )
         _rows(axes, names)
         axes.margins(x=0.18)
         axes.set_xlabel("MB, with tokenizer and settings")
 
-    return _svg(draw, height=0.7 + 0.32 * len(artifacts), empty=not artifacts)
+    return svg(draw, height=0.7 + 0.32 * len(artifacts), empty=not artifacts)
 
 
 def budget(artifacts: Sequence[ArtifactResult]) -> str:
@@ -136,12 +122,12 @@ def budget(artifacts: Sequence[ArtifactResult]) -> str:
 
     def draw(figure: Figure, axes: Axes) -> None:
         series: list[tuple[str, str, str, Callable[[ArtifactResult], float | None]]] = [
-            ("quantization", "o", _SERIES[1], lambda a: a.quantization.kl),
-            ("lowering", "s", _SERIES[0], lambda a: a.lowering.kl if a.lowering else None),
+            ("quantization", "o", SERIES[1], lambda a: a.quantization.kl),
+            ("lowering", "s", SERIES[0], lambda a: a.lowering.kl if a.lowering else None),
             (
                 "what the adapter changes",
                 "|",
-                _MUTED,
+                MUTED,
                 lambda a: a.adapter.effect if a.adapter else None,
             ),
         ]
@@ -162,9 +148,9 @@ def budget(artifacts: Sequence[ArtifactResult]) -> str:
         axes.minorticks_off()
         _plain_log(axes, "x")
         axes.set_xlabel("KL in nats a token, lower is better")
-        _legend(figure, columns=3)
+        legend(figure, columns=3)
 
-    return _svg(draw, height=1.0 + 0.32 * len(artifacts), empty=not artifacts)
+    return svg(draw, height=1.0 + 0.32 * len(artifacts), empty=not artifacts)
 
 
 def first_token(results: Sequence[LatencyResult]) -> str:
@@ -196,13 +182,13 @@ def _spread_bars(
 ) -> str:
     def draw(figure: Figure, axes: Axes) -> None:
         for row, (result, (median, low, high)) in enumerate(zip(results, spreads, strict=True)):
-            colour = _SERIES[0 if result.runtime == "executorch" else 2]
+            colour = SERIES[0 if result.runtime == "executorch" else 2]
             axes.barh(row, median, 0.6, color=colour)
-            axes.plot([low, high], [row, row], color=_INK, linewidth=1.4)
+            axes.plot([low, high], [row, row], color=INK, linewidth=1.4)
         _rows(axes, [_name(r, results) for r in results])
         axes.set_xlabel(unit)
 
-    return _svg(draw, height=0.7 + 0.32 * len(results), empty=not results)
+    return svg(draw, height=0.7 + 0.32 * len(results), empty=not results)
 
 
 def _name(
@@ -243,7 +229,7 @@ def _direct_labels(axes: Axes, points: Sequence[tuple[float, float, str]], middl
                 textcoords="offset points",
                 va="center",
                 ha="left" if left else "right",
-                color=_INK,
+                color=INK,
             ).set_y((last - y) / gap * 10.5)
 
 
@@ -251,7 +237,7 @@ def _rows(axes: Axes, labels: Sequence[str]) -> None:
     """One row a label, the first on top."""
     axes.set_yticks(range(len(labels)), labels)
     axes.set_ylim(len(labels) - 0.45, -0.55)
-    axes.tick_params(axis="y", length=0, labelcolor=_INK)
+    axes.tick_params(axis="y", length=0, labelcolor=INK)
 
 
 def _plain_log(axes: Axes, which: str = "y") -> None:
@@ -269,63 +255,3 @@ def _number(value: float) -> str:
         return f"{value:g}"
     exponent = f"{value:.0e}".partition("e")[2]
     return "10" + str(int(exponent)).translate(_SUPERSCRIPT)
-
-
-def _legend(figure: Figure, columns: int = 2) -> None:
-    figure.legend(
-        loc="outside lower center", ncols=columns, frameon=False, labelcolor=_INK, fontsize=9
-    )
-
-
-def _svg(
-    draw: Callable[[Figure, Axes], None],
-    height: float = 3.0,
-    grid: Literal["x", "both"] = "x",
-    empty: bool = False,
-) -> str:
-    """Draw one figure and return it as an ``<svg>`` element, or nothing where there is no data."""
-    if empty:
-        return ""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    style: Any = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": "caliport",
-        "text.parse_math": False,
-        "font.size": 10,
-        "axes.edgecolor": _LINE,
-        "axes.labelcolor": _MUTED,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.spines.left": grid == "both",
-        "axes.axisbelow": True,
-        "grid.color": _LINE,
-        "grid.linewidth": 0.8,
-        "xtick.color": _MUTED,
-        "ytick.color": _MUTED,
-        "text.color": _INK,
-    }
-    with matplotlib.rc_context(style):
-        figure = Figure(figsize=(5.4, height), layout="constrained")
-        axes = figure.add_subplot()
-        axes.grid(axis=grid)
-        draw(figure, axes)
-        out = io.StringIO()
-        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
-    return _adapt(out.getvalue())
-
-
-def _adapt(svg: str) -> str:
-    """Keep the element alone, give its ids a number of their own and its colours variables."""
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    number = next(_numbers)
-    svg = re.sub(r'\bid="', f'id="p{number}-', svg)
-    svg = re.sub(r'href="#', f'href="#p{number}-', svg)
-    svg = svg.replace("url(#", f"url(#p{number}-")
-    svg = re.sub(r'<svg ([^>]*?)height="[^"]*"', r"<svg \1", svg, count=1)
-    svg = re.sub(r'<svg ([^>]*?)width="[^"]*"', r'<svg \1role="img"', svg, count=1)
-    for colour, variable in _VARIABLES.items():
-        svg = svg.replace(colour, variable)
-    return svg

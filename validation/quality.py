@@ -1,11 +1,13 @@
-"""Task quality: loss of the reference, greedy generations, ROUGE-L and chrF."""
+"""Task quality: loss of the reference, greedy generations, ROUGE-L, chrF and weighted ROUGE."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from caliport_core.checkpoints import eos_ids
 from caliport_core.errors import InputError
@@ -15,7 +17,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-METRICS = ("rougeL", "chrf")
+METRICS = ("rougeL", "chrf", "weighted_rouge")
+_WEIGHTS = {"rouge1": 1 / 6, "rouge2": 1 / 3, "rouge3": 1 / 2}
 _WORD = re.compile(r"\w+")
 
 
@@ -29,7 +32,8 @@ class Score:
         rougeL: Mean ROUGE-L F1, 0 to 100.
         chrf: Corpus chrF (sacrebleu), 0 to 100.
         outputs: What was written, in the order of the prompts.
-        examples: For each metric, the score of each example, 0 to 100.
+        examples: For each metric, the score of each example, 0 to 100; under ``loss`` its mean
+            cross-entropy.
     """
 
     loss: float | None
@@ -50,7 +54,8 @@ def metric(name: str, hypotheses: Sequence[str], references: Sequence[str]) -> l
     """Score each hypothesis against its reference, 0 to 100.
 
     ``rougeL`` is the F1 of the longest common subsequence of lower-cased words (Lin, 2004),
-    ``chrf`` the character n-gram F-score (Popović, 2015; sacrebleu's defaults).
+    ``chrf`` the character n-gram F-score (Popović, 2015; sacrebleu's defaults),
+    ``weighted_rouge`` that of the function below.
 
     Raises:
         InputError: Unknown metric or different numbers of texts.
@@ -69,7 +74,23 @@ def metric(name: str, hypotheses: Sequence[str], references: Sequence[str]) -> l
         chrf = CHRF()
         pairs = zip(hypotheses, references, strict=True)
         return [float(chrf.sentence_score(h, [r]).score) for h, r in pairs]
+    if name == "weighted_rouge":
+        return [weighted_rouge(h, r) for h, r in zip(hypotheses, references, strict=True)]
     raise InputError(f"metric {name!r} is not known, expected one of {', '.join(METRICS)}")
+
+
+def weighted_rouge(prediction: str, reference: str) -> float:
+    """Weighted ROUGE of a reply, 0 to 100: R1/6 + R2/3 + R3/2 (arXiv 2507.16083).
+
+    Rn is the F1 of the word n-grams in common (Lin, 2004), of lower-cased words of any script. A
+    text of fewer than n words has no n-gram and scores 0 there, so that a single word scores at
+    most 100/6.
+    """
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(list(_WEIGHTS), tokenizer=_UnicodeWords())
+    found = scorer.score(reference, prediction)
+    return 100 * sum(weight * float(found[n].fmeasure) for n, weight in _WEIGHTS.items())
 
 
 def judge(outputs: list[str], references: list[str], loss: float | None) -> Score:
@@ -119,7 +140,7 @@ def score(
     if len(prompts) != len(references):
         raise InputError(f"{len(prompts)} prompts for {len(references)} references")
     targets = [target_tokens(tokenizer, text) for text in references]
-    loss = mean_loss(model, prompts, targets, batch_size)
+    losses = target_losses(model, prompts, targets, batch_size)
     tokens = generate(
         model,
         tokenizer,
@@ -128,7 +149,10 @@ def score(
         batch_size=batch_size,
         progress=progress,
     )
-    return judge(decode(tokenizer, tokens), references, loss)
+    # The mean over tokens, so that a long example weighs more than a short one.
+    loss = np.average(losses, weights=[len(target) for target in targets])
+    found = judge(decode(tokenizer, tokens), references, float(loss))
+    return replace(found, examples={**found.examples, "loss": losses})
 
 
 def target_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -142,17 +166,17 @@ def decode(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[Sequence[int]]) 
     return [str(tokenizer.decode(list(t), skip_special_tokens=True)).strip() for t in tokens]
 
 
-def mean_loss(
+def target_losses(
     model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
     targets: Sequence[Sequence[int]],
     batch_size: int,
-) -> float:
-    """Mean cross-entropy of all target tokens in nats; every token weighs the same."""
+) -> list[float]:
+    """Each example's mean cross-entropy of its target tokens, in nats."""
     import torch
     from torch.nn.functional import cross_entropy
 
-    total, count = 0.0, 0
+    losses = [0.0] * len(targets)
     for batch in _batches(
         [len(p) + len(t) for p, t in zip(prompts, targets, strict=True)], batch_size
     ):
@@ -167,11 +191,10 @@ def mean_loss(
             logits = model(
                 ids, attention_mask=mask, position_ids=positions, logits_to_keep=kept + 1
             ).logits[:, :-1]
-        total += float(
-            cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="sum")
-        )
-        count += int((labels != -100).sum())
-    return total / count
+        found = cross_entropy(logits.float().transpose(1, 2), labels, reduction="none").sum(dim=1)
+        for i, total in zip(batch, found.tolist(), strict=True):
+            losses[i] = total / len(targets[i])
+    return losses
 
 
 def generate(

@@ -11,12 +11,16 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from caliport_core.errors import InputError
-from validation import plots
+from validation import audit_plots, plots
+from validation.audit_summary import applied, shown, shown_cosine, summaries, summary
 from validation.results import (
+    AUDIT,
     LATENCY,
     PARITY,
     QUALITY,
     ArtifactResult,
+    AuditedModule,
+    AuditReport,
     CompositionResult,
     LatencyReport,
     MethodResult,
@@ -43,8 +47,8 @@ def write_report(reports_dir: Path) -> Path:
     """Write ``report.html`` beside the JSON files of a run.
 
     Args:
-        reports_dir: Holds any of ``quality.json``, ``parity.json`` and ``latency.json``. A
-            section whose file is missing says how to get it.
+        reports_dir: Holds any of ``audit.json``, ``quality.json``, ``parity.json`` and
+            ``latency.json``. A section whose file is missing says how to get it.
 
     Returns:
         The page's path.
@@ -52,22 +56,26 @@ def write_report(reports_dir: Path) -> Path:
     Raises:
         InputError: None of the files is there, one is not valid, or the page cannot be written.
     """
+    audit = _read(AuditReport, reports_dir / AUDIT)
     quality = _read(QualityReport, reports_dir / QUALITY)
     parity = _read(ParityReport, reports_dir / PARITY)
     latency = _read(LatencyReport, reports_dir / LATENCY)
-    source = quality or parity or latency
+    source = quality or parity or latency or audit
     if source is None:
-        raise InputError(f"{reports_dir}: no {QUALITY}, {PARITY} or {LATENCY}; run a stage first")
+        raise InputError(
+            f"{reports_dir}: no {AUDIT}, {QUALITY}, {PARITY} or {LATENCY}; run a stage first"
+        )
     artifacts = parity.artifacts if parity else []
     html = (
         _environment()
         .get_template("report.html.j2")
         .render(
-            name=quality.name if quality else reports_dir.resolve().parent.name,
-            headline=headline(artifacts),
+            name=quality.name if quality else _name(reports_dir.resolve()),
+            headline=headline(artifacts, audit),
             failed=[artifact for artifact in artifacts if not artifact.passed],
             quality=quality,
             compositions=_compositions(quality) if quality else [],
+            audits=_audits(audit) if audit else [],
             training=plots.training_curves(quality) if quality else "",
             parity=parity,
             size_plot=plots.sizes(artifacts),
@@ -89,12 +97,11 @@ def write_report(reports_dir: Path) -> Path:
     return path
 
 
-def headline(artifacts: Sequence[ArtifactResult]) -> Headline:
-    """The verdict over all artifacts in a few words."""
+def headline(artifacts: Sequence[ArtifactResult], audit: AuditReport | None = None) -> Headline:
+    """The verdict over all artifacts in a few words; without any, that over the merges."""
     if not artifacts:
-        return Headline(
-            "none", "Nothing validated yet", "No artifact has been checked in this run."
-        )
+        text = " ".join(["No artifact has been checked in this run.", *_far(audit)])
+        return Headline("none", "Nothing validated yet", text)
     failed = [artifact for artifact in artifacts if not artifact.passed]
     checks = sum(len(artifact.gates) for artifact in artifacts)
     if failed:
@@ -127,10 +134,49 @@ def _compositions(report: QualityReport) -> list[dict[str, Any]]:
             "best": _best(result),
             "top": max((max(m.rougeL, m.chrf) for m in result.methods), default=1) or 1,
             "bars": plots.quality_bars(result),
+            "quantized": [(m, w, q) for m in result.methods for w, q in m.quantized.items()],
             "scatter": plots.quality_bytes(result, report.metric),
         }
         for name, result in report.compositions.items()
     ]
+
+
+def _far(report: AuditReport | None) -> list[str]:
+    """For each composition a sentence on the merges that are far from the sum."""
+    sentences = []
+    for name, audit in report.compositions.items() if report else ():
+        far = [merge.merge for merge in audit.merges if merge.verdict == "far"]
+        sentences.append(
+            f"{name}: {', '.join(far) or 'no merge'} {'are' if len(far) > 1 else 'is'} far from "
+            "the exact sum."
+        )
+    return sentences
+
+
+def _audits(report: AuditReport) -> list[dict[str, Any]]:
+    """What the template needs of each composition's adapters and merges."""
+    return [
+        {
+            "name": name,
+            "audit": audit,
+            "sum": " + ".join(f"{weight:.3g} × {task}" for task, weight in audit.weights.items()),
+            "applied": applied(audit),
+            "rows": {**summaries(audit, _component), "all modules": summary(audit, audit.modules)},
+            "errors": audit_plots.merge_errors(audit),
+            "overlap": audit_plots.overlap(audit),
+            "norms": audit_plots.norms(audit),
+        }
+        for name, audit in report.compositions.items()
+    ]
+
+
+def _component(module: AuditedModule) -> str:
+    return module.component
+
+
+def _name(reports_dir: Path) -> str:
+    """Of a run's ``reports`` the run's name, of any other directory its own."""
+    return reports_dir.parent.name if reports_dir.name == "reports" else reports_dir.name
 
 
 def _best(result: CompositionResult) -> MethodResult | None:
@@ -151,6 +197,8 @@ def _environment() -> Environment:
         runtime=lambda name: _RUNTIMES.get(name, name),
         metric=lambda name: plots.METRIC_NAMES.get(name, name),
         seconds=_seconds,
+        error=shown,
+        cosine=shown_cosine,
         svg=Markup,  # only ever given what plots.py drew
     )
     return environment

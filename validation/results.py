@@ -7,7 +7,7 @@ import platform
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from caliport_core.directories import versions
 from caliport_core.errors import InputError
@@ -16,6 +16,7 @@ from validation.parity import Measures
 from validation.record import Record
 
 QUALITY, PARITY, LATENCY = "quality.json", "parity.json", "latency.json"
+AUDIT = "audit.json"
 
 
 class Machine(Record):
@@ -34,16 +35,25 @@ class Point(Record):
     loss: float
 
 
+class QuantizedScore(Record):
+    """A method's score with quantized weights in place of fp32 ones."""
+
+    loss: float
+    rougeL: float
+    chrf: float
+
+
 class MethodResult(Record):
     """One way to do a composition.
 
     Attributes:
         method: Its key, such as ``lc``; ``label`` is for people.
         loss: Of the references in nats a token, None where no single model wrote the outputs.
-        rougeL, chrf: 0 to 100.
+        rougeL, chrf, weighted_rouge: 0 to 100.
         parameters, bytes: What must be stored beyond the base and the single-task adapters.
         passes: Inference passes an answer takes.
         seconds: To train or merge it.
+        quantized: Scores by weights: ``int4`` folded, ``int4-bundle`` beside a quantized base.
     """
 
     method: str
@@ -51,10 +61,12 @@ class MethodResult(Record):
     loss: float | None
     rougeL: float
     chrf: float
+    weighted_rouge: float | None = None
     parameters: int
     bytes: int
     passes: int
     seconds: float
+    quantized: dict[str, QuantizedScore] = Field(default_factory=dict)
 
 
 class QualitySample(Record):
@@ -82,7 +94,7 @@ class QualityReport(Record):
     name: str
     machine: Machine
     versions: dict[str, str]
-    metric: Literal["rougeL", "chrf"]
+    metric: Literal["rougeL", "chrf", "weighted_rouge"]
     compositions: dict[str, CompositionResult]
     training: dict[str, list[Point]]
 
@@ -209,7 +221,100 @@ class LatencyReport(Record):
     artifacts: list[LatencyResult]
 
 
-R = TypeVar("R", QualityReport, ParityReport, LatencyReport)
+class AdapterPart(Record):
+    """One adapter's update of one module: its norm ‖ΔW‖_F and its ranks.
+
+    Attributes:
+        rank: Nominal: rows of its A.
+        numerical_rank: Singular values that are not rounding.
+        effective_rank: Exponential of the entropy of the singular values.
+    """
+
+    norm: float
+    rank: int
+    numerical_rank: int
+    effective_rank: float
+
+
+class AngleCosines(Record):
+    """Cosines of principal angles between two spaces; ``chance``: random spaces at most."""
+
+    mean: float
+    highest: float
+    chance: float
+
+
+class PairOverlap(Record):
+    """Two adapters in one module: of the flattened updates, column spaces and row spaces."""
+
+    first: str
+    second: str
+    cosine: float
+    columns: AngleCosines
+    rows: AngleCosines
+
+
+class MergeError(Record):
+    """A merge M against the weighted sum S in one module.
+
+    Attributes:
+        error: ‖M − S‖ / ‖S‖; None where the sum is zero.
+        residual: ‖M − S‖.
+        kept: ⟨M, S⟩ / ‖S‖², the multiple of the sum that the merge holds; None likewise.
+    """
+
+    error: float | None
+    residual: float
+    kept: float | None
+
+
+class AuditedModule(Record):
+    """One module. ``adapters`` has those that target it, ``merges`` those that apply.
+
+    Attributes:
+        layer: Its layer's index; None outside of layers.
+        component: What it is within its layer, such as ``q_proj``.
+        shape: (out, in).
+        sum_norm: ‖Σ wᵢΔWᵢ‖.
+    """
+
+    name: str
+    layer: int | None
+    component: str
+    shape: tuple[int, int]
+    sum_norm: float
+    adapters: dict[str, AdapterPart]
+    overlaps: list[PairOverlap]
+    merges: dict[str, MergeError]
+
+
+class AuditedMerge(Record):
+    """A merge over all modules: error and kept share as in a module, and the verdict in words."""
+
+    merge: str
+    verdict: Literal["exact", "close", "approximate", "far", "does not apply", "undefined"]
+    error: float | None
+    kept: float | None
+    text: str
+
+
+class CompositionAudit(Record):
+    """Adapters with the weight of each in the sum, what they share, and how true merges are."""
+
+    weights: dict[str, float]
+    modules: list[AuditedModule]
+    merges: list[AuditedMerge]
+
+
+class AuditReport(Record):
+    """``audit.json``: the adapters of each composition before anything is trained."""
+
+    machine: Machine
+    versions: dict[str, str]
+    compositions: dict[str, CompositionAudit]
+
+
+R = TypeVar("R", QualityReport, ParityReport, LatencyReport, AuditReport)
 
 
 def this_machine() -> Machine:
@@ -237,7 +342,9 @@ def file_sizes(directory: Path) -> dict[str, int]:
     return {entry.relative_to(directory).as_posix(): entry.stat().st_size for entry in entries}
 
 
-def write_result(report: QualityReport | ParityReport | LatencyReport, path: Path) -> None:
+def write_result(
+    report: QualityReport | ParityReport | LatencyReport | AuditReport, path: Path
+) -> None:
     """Write a report as JSON; the file appears whole or not at all.
 
     Raises:

@@ -14,16 +14,20 @@ FIELDS = ("input", "output")
 
 @dataclass(frozen=True)
 class Example:
-    """The text a task is given (without any prompt) and the text it has to answer."""
+    """The text a task is given (without any prompt) and the text it has to answer.
+
+    ``features`` are FLix's, where an example names its own.
+    """
 
     input: str
     output: str
+    features: tuple[str, ...] = ()
 
 
 def read_jsonl(path: str | Path) -> list[Example]:
     """Read examples from a JSON Lines file: one object per line with "input" and "output".
 
-    Blank lines are skipped and further fields are ignored.
+    "features" may be a list of names. Blank lines are skipped and further fields are ignored.
 
     Raises:
         InputError: the file is missing, unreadable, not UTF-8 or without examples, or a line is
@@ -55,7 +59,10 @@ def write_jsonl(path: str | Path, examples: Iterable[Example]) -> None:
     Raises:
         InputError: the file cannot be written, or a text holds a lone surrogate.
     """
-    rows = [{"input": example.input, "output": example.output} for example in examples]
+    rows = [
+        {"input": e.input, "output": e.output} | ({"features": e.features} if e.features else {})
+        for e in examples
+    ]
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     try:
         Path(path).write_bytes(text.encode("utf-8"))
@@ -90,7 +97,12 @@ def _parse(line: bytes, where: str) -> Example:
             raise InputError(
                 f'{where}: found a {_kind(row[field])} in field "{field}"; write a string there'
             )
-    return Example(row["input"], row["output"])
+    features = row.get("features", [])
+    if not isinstance(features, list) or not all(isinstance(f, str) and f for f in features):
+        raise InputError(
+            f'{where}: found {features!r} in field "features"; write a list of names there'
+        )
+    return Example(row["input"], row["output"], tuple(features))
 
 
 def _kind(value: object) -> str:

@@ -36,11 +36,13 @@ AUXILIARY_TASKS = tuple(f"translate_{code}" for code in LANGUAGES) + tuple(
 )
 TASKS = MAIN_TASKS + AUXILIARY_TASKS
 # The form of the answer that an auxiliary task asks for is the end of its name.
-COMPOSITIONS: dict[str, tuple[str, str]] = {
+COMPOSITIONS: dict[str, tuple[str, ...]] = {
     f"{main}_{auxiliary.partition('_')[2]}": (main, auxiliary)
     for main in MAIN_TASKS
     for auxiliary in AUXILIARY_TASKS
 }
+# Three at once, as in the paper's analysis: the casual summary, in Spanish.
+COMPOSITIONS["summarize_casual_es"] = ("summarize", "tone_casual", "translate_es")
 SPLITS = ("train", "validation")
 
 
@@ -63,8 +65,9 @@ def _prompts() -> dict[str, str]:
     single["tone_paraphrase"] = "Paraphrase the following text"
     added["tone_paraphrase"] = "paraphrase it"
     composed = {
-        name: f"{mains[main]} and {added[auxiliary]}"
-        for name, (main, auxiliary) in COMPOSITIONS.items()
+        name: ", ".join([mains[main], *(added[task] for task in auxiliary[:-1])])
+        + f" and {added[auxiliary[-1]]}"
+        for name, (main, *auxiliary) in COMPOSITIONS.items()
     }
     return {name: text + ":\n{input}" for name, text in (single | composed).items()}
 
@@ -109,7 +112,7 @@ class Chat:
     text: str
 
     def summary(self, form: str = "en") -> str:
-        """The summary in a form: "en", a code of LANGUAGES, or a tone of TONES."""
+        """The summary in a form: "en", a code of LANGUAGES, a tone of TONES, or "casual_es"."""
         return self._sentence("summary", form)
 
     def reply(self, form: str = "en") -> str:
@@ -117,7 +120,8 @@ class Chat:
         return self._sentence("bring" if self.item else "meet", form)
 
     def _sentence(self, kind: str, form: str) -> str:
-        language = form if form in LANGUAGES else "en"
+        end = form.rpartition("_")[2]
+        language = end if end in LANGUAGES else "en"
 
         def words(phrase: Phrase) -> str:
             return str(getattr(phrase, language))
@@ -164,8 +168,7 @@ def answer(one: Chat, task: str) -> Example:
     """
     main, form = task, "en"
     if task in COMPOSITIONS:
-        main, auxiliary = COMPOSITIONS[task]
-        form = auxiliary.partition("_")[2]
+        main, form = COMPOSITIONS[task][0], task.partition("_")[2]
     elif task not in MAIN_TASKS:
         valid = ", ".join((*MAIN_TASKS, *COMPOSITIONS))
         raise InputError(f"found the task {task!r} for a chat; use one of: {valid}")

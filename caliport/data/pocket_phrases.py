@@ -316,9 +316,9 @@ SHAPES = (
     ),
 )
 
-# The sentences by kind and form: English, its three translations and its four tones. {to} is the
-# person whom a reply answers; {why} is the reason, {Why} the same at the beginning of a sentence
-# and {cause} the same in colloquial English.
+# The sentences by kind and form: English, its three translations, its four tones and one of both.
+# {to} is the person whom a reply answers; {why} is the reason, {Why} the same at the beginning of a
+# sentence and {cause} the same in colloquial English.
 SENTENCES: dict[str, dict[str, str]] = {
     "summary": {
         "en": "{a} and {b} will {act} {place} {time} {why}.",
@@ -329,6 +329,7 @@ SENTENCES: dict[str, dict[str, str]] = {
         "casual": "Hey, {a} and {b} are gonna {act} {place} {time} {cause}!",
         "witty": "Breaking news: {a} and {b} will {act} {place} {time} {why}. Alert the press!",
         "paraphrase": "{Why}, {a} and {b} plan to {act} {time} {place}.",
+        "casual_es": "¡Oye, {a} y {b} se apuntan a {act} {place} {time} {why}!",
     },
     "meet": {
         "en": "Great, {to}, see you {place} {time}.",

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from caliport.recipe import prompts_of, read_recipe
+from caliport.reading import read_recipe
+from caliport.recipe import prompts_of
 from caliport_core.errors import InputError
 
 ROOT = Path(__file__).parents[2]

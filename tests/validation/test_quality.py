@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from caliport_core.checkpoints import load_base, load_tokenizer
 from caliport_core.errors import InputError
-from validation.quality import generate, judge, metric, score
+from validation.quality import generate, judge, metric, score, weighted_rouge
 from validation.runner import EagerRunner, greedy
 
 
@@ -42,6 +42,30 @@ def test_rouge_l_by_hand(hypothesis: str, reference: str, expected: float) -> No
 def test_chrf_by_hand() -> None:
     # One letter, one 1-gram in common and no longer n-gram that both have.
     assert metric("chrf", ["é", "x"], ["é", "é"]) == [pytest.approx(100), 0]
+
+
+@pytest.mark.parametrize(
+    ("prediction", "reference", "expected"),
+    [
+        ("I like green tea.", "i like green tea", 100),
+        # words 3 of 4 and 3 of 4; pairs "i like" of 3 and of 3; no three in a row
+        ("I like black tea", "I like green tea", 100 * (0.75 / 6 + (1 / 3) / 3)),
+        # words 3 of 3 and of 5, pairs 2 of 2 and of 4, triples 1 of 1 and of 3
+        ("très bon thé", "un très bon thé vert", 100 * (0.75 / 6 + (2 / 3) / 3 + 0.5 / 2)),
+        ("yes", "yes", 100 / 6),
+        ("été", "ete", 0),
+        ("", "something", 0),
+    ],
+)
+def test_weighted_rouge_by_hand(prediction: str, reference: str, expected: float) -> None:
+    assert weighted_rouge(prediction, reference) == pytest.approx(expected)
+    assert metric("weighted_rouge", [prediction], [reference]) == [pytest.approx(expected)]
+
+
+def test_a_score_has_every_metric() -> None:
+    found = judge(["a b c", "x"], ["a b c", "y"], None)
+    assert found.examples["weighted_rouge"] == [pytest.approx(100), 0]
+    assert list(found.examples) == ["rougeL", "chrf", "weighted_rouge"]
 
 
 def test_metrics_refuse_what_they_cannot_score() -> None:

@@ -11,7 +11,21 @@ from caliport_core.errors import InputError
 from tests.validation import examples
 from validation.plots import size
 from validation.report import headline, write_report
-from validation.results import LATENCY, PARITY, QUALITY, write_result
+from validation.results import (
+    AUDIT,
+    LATENCY,
+    PARITY,
+    QUALITY,
+    AdapterPart,
+    AngleCosines,
+    AuditedMerge,
+    AuditedModule,
+    AuditReport,
+    CompositionAudit,
+    MergeError,
+    PairOverlap,
+    write_result,
+)
 
 _VOID = {"meta", "br", "path", "use", "rect"}
 
@@ -50,7 +64,66 @@ class Page(HTMLParser):
             assert self.open.pop() == tag
 
 
-def render(directory: Path, *, quality: bool, parity: bool, latency: bool, failing: bool) -> str:
+def audited_module(layer: int | None, component: str) -> AuditedModule:
+    space = AngleCosines(mean=0.4, highest=0.9, chance=0.25)
+    part = AdapterPart(norm=1.5, rank=8, numerical_rank=8, effective_rank=6.4)
+    return AuditedModule(
+        name=component if layer is None else f"model.layers.{layer}.mlp.{component}",
+        layer=layer,
+        component=component,
+        shape=(16, 8),
+        sum_norm=2.0,
+        adapters={"describe": part, "to <b>German</b>": part},
+        overlaps=[
+            PairOverlap(
+                first="describe",
+                second="to <b>German</b>",
+                cosine=-0.001,
+                columns=space,
+                rows=space,
+            )
+        ],
+        merges={
+            "linear": MergeError(error=0.98, residual=1.96, kept=0.5),
+            "exact": MergeError(error=1e-8, residual=2e-8, kept=1.0),
+        },
+    )
+
+
+def audit(layers: bool = True) -> AuditReport:
+    places = (0, 1, 2) if layers else (None,)
+    merges = [
+        AuditedMerge(
+            merge="linear", verdict="far", error=0.98, kept=0.5, text="far from exact, 0.98 <i>"
+        ),
+        AuditedMerge(merge="exact", verdict="exact", error=1e-8, kept=1.0, text="equal to it"),
+        AuditedMerge(
+            merge="slerp", verdict="does not apply", error=None, kept=None, text="takes two"
+        ),
+    ]
+    composition = CompositionAudit(
+        weights={"describe": 0.5, "to <b>German</b>": 0.5},
+        modules=[audited_module(place, name) for place in places for name in ("up", "down")],
+        merges=merges,
+    )
+    return AuditReport(
+        machine=examples.MACHINE,
+        versions=examples.VERSIONS,
+        compositions={"describe in German": composition},
+    )
+
+
+def render(
+    directory: Path,
+    *,
+    quality: bool,
+    parity: bool,
+    latency: bool,
+    failing: bool,
+    audited: bool = False,
+) -> str:
+    if audited:
+        write_result(audit(), directory / AUDIT)
     if quality:
         write_result(examples.quality(), directory / QUALITY)
     if parity:
@@ -61,19 +134,27 @@ def render(directory: Path, *, quality: bool, parity: bool, latency: bool, faili
 
 
 @pytest.mark.parametrize(
-    ("quality", "parity", "latency", "failing"),
+    ("quality", "parity", "latency", "failing", "audited"),
     [
-        (True, True, True, False),
-        (True, True, True, True),
-        (True, False, False, False),
-        (False, True, False, True),
-        (False, False, True, False),
+        (True, True, True, False, True),
+        (True, True, True, True, False),
+        (True, False, False, False, False),
+        (False, True, False, True, True),
+        (False, False, True, False, False),
+        (False, False, False, False, True),
     ],
 )
 def test_any_set_of_files_makes_a_sound_self_contained_page(
-    tmp_path: Path, quality: bool, parity: bool, latency: bool, failing: bool
+    tmp_path: Path, quality: bool, parity: bool, latency: bool, failing: bool, audited: bool
 ) -> None:
-    text = render(tmp_path, quality=quality, parity=parity, latency=latency, failing=failing)
+    text = render(
+        tmp_path,
+        quality=quality,
+        parity=parity,
+        latency=latency,
+        failing=failing,
+        audited=audited,
+    )
     page = Page(text)
     assert page.open == []
     assert page.loads == []
@@ -82,8 +163,9 @@ def test_any_set_of_files_makes_a_sound_self_contained_page(
     assert not re.search(r"url\((?!#)", text)
     assert max(page.ids.values()) == 1
     assert all(link.startswith("#") and link[1:] in page.ids for link in page.links)
-    assert page.tags["svg"] == 3 * quality + 2 * parity + 2 * latency
-    for name, there in ((QUALITY, quality), (PARITY, parity), (LATENCY, latency)):
+    assert page.tags["svg"] == 3 * quality + 2 * parity + 2 * latency + 3 * audited
+    sections = ((AUDIT, audited), (QUALITY, quality), (PARITY, parity), (LATENCY, latency))
+    for name, there in sections:
         assert (f"No <code>{name}</code>" in text) is not there
     assert not re.search(r"#0[1-4]0[0-4]0\d", text), "a plot's colour does not follow the page"
 
@@ -104,9 +186,36 @@ def test_a_failure_is_on_top_with_its_stage(tmp_path: Path) -> None:
     assert text.count('<tr class="why">') == 1
 
 
+def test_audit_alone_makes_a_page(tmp_path: Path) -> None:
+    write_result(audit(), tmp_path / "mine" / AUDIT)
+    text = write_report(tmp_path / "mine").read_text(encoding="utf-8")
+    assert "<title>mine: Nothing validated yet</title>" in text
+    assert "describe in German: linear is far from the exact sum." in text
+    section = text[text.index('<section id="merges"') : text.index('<section id="artifacts"')]
+    assert "0.5 × describe + 0.5 × to &lt;b&gt;German&lt;/b&gt;" in section
+    assert '<td class="n bad" data-label="Relative error">0.98</td>' in section
+    assert '<td class="n ok" data-label="Relative error">0</td>' in section
+    assert '<td class="n muted" data-label="Relative error">–</td>' in section
+    assert "far from exact, 0.98 &lt;i&gt;" in section
+    assert "<code>model.layers.2.mlp.down</code>" in section
+    assert "−0.00" not in section
+    for label in ("no adapter at all", "column spaces", "linear", "to &lt;b&gt;German&lt;/b&gt;"):
+        assert f"{label}</text>" in section
+    assert "slerp</text>" not in section
+
+
+def test_audit_without_layers_has_no_plots(tmp_path: Path) -> None:
+    write_result(audit(layers=False), tmp_path / AUDIT)
+    text = write_report(tmp_path).read_text(encoding="utf-8")
+    assert Page(text).tags["svg"] == 0
+    assert "0.98" in text
+
+
 def test_headline_says_what_is_known() -> None:
     artifacts = examples.parity().artifacts
     assert headline([]).state == "none"
+    assert headline([]).text == "No artifact has been checked in this run."
+    assert headline(artifacts, audit()).state == "pass"
     assert headline(artifacts).text == "4 gates passed on 2 artifacts."
     artifacts[0].gates.append(examples.gate("task", "quantization", decided=False))
     assert headline(artifacts).state == "unsure"
@@ -115,7 +224,7 @@ def test_headline_says_what_is_known() -> None:
 
 
 def test_nothing_to_report_is_bad_input(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"no quality\.json, parity\.json or latency\.json"):
+    with pytest.raises(InputError, match=r"no audit\.json, quality\.json, parity\.json or lat"):
         write_report(tmp_path)
     assert list(tmp_path.iterdir()) == []
 

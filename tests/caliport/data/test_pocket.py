@@ -50,7 +50,8 @@ def test_there_are_the_nine_tasks_and_fourteen_compositions() -> None:
         "tone_witty",
         "tone_paraphrase",
     )
-    assert len(COMPOSITIONS) == 14
+    assert len(COMPOSITIONS) == 15
+    assert COMPOSITIONS["summarize_casual_es"] == ("summarize", "tone_casual", "translate_es")
     assert COMPOSITIONS["summarize_es"] == ("summarize", "translate_es")
     assert COMPOSITIONS["reply_paraphrase"] == ("reply", "tone_paraphrase")
 
@@ -120,7 +121,7 @@ def test_word_limits_and_clean_text(index: int) -> None:
             assert sentence[-1] in ".!"
 
 
-@pytest.mark.parametrize("name", COMPOSITIONS)
+@pytest.mark.parametrize("name", [n for n, tasks in COMPOSITIONS.items() if len(tasks) == 2])
 def test_a_composition_is_the_auxiliary_task_of_the_main_task(name: str) -> None:
     main, auxiliary = COMPOSITIONS[name]
     composed = examples(name, "train", 400, seed=3)
@@ -132,6 +133,22 @@ def test_a_composition_is_the_auxiliary_task_of_the_main_task(name: str) -> None
         assert whole.input == first.input
         assert second.input == first.output
         assert whole.output == second.output
+
+
+def test_three_tasks_at_once() -> None:
+    """The Spanish summary's words in a casual sentence, asked for in one prompt."""
+    assert PROMPTS["summarize_casual_es"] == (
+        "Summarize the following text, change its tone to casual and translate it from English "
+        "to Spanish:\n{input}"
+    )
+    spanish = examples("summarize_es", "validation", 50, seed=3)
+    for plain, casual in zip(
+        spanish, examples("summarize_casual_es", "validation", 50, seed=3), strict=True
+    ):
+        assert casual.input == plain.input
+        what = plain.output.partition(" van a ")[2].removesuffix(".")
+        assert casual.output.startswith("¡Oye, ")
+        assert casual.output.endswith(f" se apuntan a {what}!")
 
 
 def test_an_english_sentence_has_one_answer_in_each_form() -> None:
@@ -202,8 +219,8 @@ def test_every_phrase_shape_and_sentence_is_reached_in_both_splits() -> None:
 def test_every_sentence_template_is_used() -> None:
     kinds = {"summary", "meet", "bring"}
     assert set(pocket_phrases.SENTENCES) == kinds
-    for forms in pocket_phrases.SENTENCES.values():
-        assert tuple(forms) == FORMS
+    for kind, forms in pocket_phrases.SENTENCES.items():
+        assert tuple(forms) == (*FORMS, *(["casual_es"] if kind == "summary" else []))
     meet = next(one for one in sample() if not one.item)
     bring = next(one for one in sample() if one.item)
     for form in FORMS:

@@ -1,0 +1,1 @@
+"""Comparisons that take minutes to hours; each is one command."""

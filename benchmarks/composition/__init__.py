@@ -1,0 +1,1 @@
+"""Which way of composing adapters is best, on several data sets."""

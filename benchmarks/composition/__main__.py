@@ -1,0 +1,101 @@
+"""Compare every method on a benchmark and write its tables to docs/results.md.
+
+    python -m benchmarks.composition multi30k --data ../shared/data/multi30k
+    python -m benchmarks.composition pocket
+
+Everything made is a stage of a run directory: a killed benchmark goes on with the same command.
+With ``--seed`` only that seed is made, so that several can run beside each other.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from benchmarks.composition.plans import PLANS, TRAINED, Plan, fields_of, overrides
+from benchmarks.composition.tables import write_tables
+from caliport.composing import compose, compose_all, make_data, prepare_all
+from caliport.methods import parse
+from caliport.reading import read_recipe
+from caliport.scoring import score_all
+from caliport.workspace import Workspace
+from caliport_core.directories import read_manifest
+
+
+def main(
+    name: Annotated[str, typer.Argument(help=f"One of {', '.join(PLANS)}.")],
+    data: Annotated[Path | None, typer.Option(help="Directory of the data set.")] = None,
+    runs: Annotated[Path, typer.Option(help="Where run directories are made.")] = Path("runs"),
+    seed: Annotated[list[int] | None, typer.Option(help="Make only this seed; repeatable.")] = None,
+    results: Annotated[Path, typer.Option(help="Where the tables go.")] = Path("docs/results.md"),
+) -> None:
+    """Run a benchmark to its end, or one seed of it."""
+    if name not in PLANS:
+        raise typer.BadParameter(f"{name!r}; expected one of {', '.join(PLANS)}")
+    plan, common = PLANS[name], {} if data is None else {"data.directory": str(data)}
+    start = time.monotonic()
+    first = _workspace(plan, runs, 0, common)
+    prepare_all(first)
+    rates = _sweep(plan, runs, common, first)
+    spaces = []
+    for number in plan.seeds:
+        space = _workspace(plan, runs, number, {**common, **rates}, first)
+        if seed is None or number in seed:
+            compose_all(space)
+            score_all(space)
+        spaces.append(space)
+    if seed is None:
+        write_tables(name, plan, spaces, rates, results, time.monotonic() - start)
+
+
+def _workspace(
+    plan: Plan, runs: Path, seed: int, changes: dict[str, Any], first: Workspace | None = None
+) -> Workspace:
+    """The run of one seed; later seeds take the first one's base."""
+    methods = plan.core if seed else (*plan.core, *plan.more)
+    changes = {"calibration.methods": methods, "evaluation.quantized": plan.quantized, **changes}
+    recipe = read_recipe(plan.recipe, overrides(changes))
+    if not seed:
+        return Workspace(recipe, runs / recipe.name)
+    assert first is not None
+    base = recipe.base.model_copy(update={"path": str(first.base), "train": None})
+    recipe = recipe.model_copy(update={"name": f"{recipe.name}-{seed}", "seed": seed, "base": base})
+    return Workspace(recipe, runs / recipe.name)
+
+
+def _sweep(plan: Plan, runs: Path, common: dict[str, Any], first: Workspace) -> dict[str, float]:
+    """The best learning rate of each method, as the recipe's field and its value.
+
+    All methods are tried at as many rates, with the same steps, batches and examples, and are
+    judged by the loss on training examples that were held out.
+    """
+    changes = {fields_of(method): list(plan.rates[method]) for method in TRAINED}
+    recipe = read_recipe(
+        plan.recipe, overrides({"calibration.methods": TRAINED, **changes, **common})
+    )
+    tasks = recipe.compositions[plan.sweep_on]
+    base = recipe.base.model_copy(update={"path": str(first.base), "train": None})
+    recipe = recipe.model_copy(
+        update={
+            "name": f"{recipe.name}-sweep",
+            "base": base,
+            "adapters": {task: first.adapter(task) for task in tasks},
+            "compositions": {plan.sweep_on: tasks},
+            "flix": None,
+        }
+    )
+    space = Workspace(recipe, runs / recipe.name)
+    make_data(space)
+    found = {}
+    for method in TRAINED:
+        compose(space, plan.sweep_on, parse(method))
+        manifest = read_manifest(space.composed(plan.sweep_on, method))
+        found[fields_of(method)] = manifest["learning_rate"]
+    return found
+
+
+if __name__ == "__main__":
+    typer.run(main)

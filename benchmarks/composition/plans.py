@@ -1,0 +1,114 @@
+"""What each benchmark runs: its recipe, what is swept, and which methods on which seeds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from caliport.data.pocket import LANGUAGES, TONES
+
+HERE = Path(__file__).parent
+MERGES = ("linear", "exact", "svd", "ties", "dare", "slerp", "lorahub", "lm-cocktail")
+TRAINED = ("lc", "lc++", "scales-per-layer", "joint")
+"""Methods whose learning rate is swept; their variants take the same."""
+VARIANTS = (
+    "scales",
+    "lc-per-layer",
+    "lc++-per-layer",
+    "lc-shared",
+    "lc++-shared",
+    "lc-alone",
+    "lc++-alone",
+)
+OTHERS = ("zero-shot", "lora", "multi-step")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One benchmark.
+
+    Attributes:
+        recipe: All but the methods and the learning rates that are swept.
+        sweep_on: The composition that learning rates are swept on, with the first seed.
+        rates: Learning rates to try, as many for each method.
+        seeds: Of the order of examples and of every initial value but the base's.
+        core: Methods of every composition and seed.
+        more: Methods of the first seed only.
+        quantized: Weights that methods are also scored with.
+        groups: Columns of the tables, each with its compositions.
+    """
+
+    recipe: Path
+    sweep_on: str
+    rates: dict[str, tuple[float, ...]]
+    seeds: tuple[int, ...]
+    core: tuple[str, ...]
+    more: tuple[str, ...]
+    quantized: dict[str, list[str]]
+    groups: dict[str, tuple[str, ...]]
+
+
+def fields_of(method: str) -> str:
+    """Where a recipe holds the learning rate of a method that is swept."""
+    kinds = {"lc": "lc", "lc++": "lc++", "scales-per-layer": "scales", "joint": "joint"}
+    return f"calibration.{kinds[method]}.learning_rate"
+
+
+_INT4 = {
+    "int4": ["linear", "lc++", "lc++-int4", "joint"],
+    "int4-bundle": ["lc++", "lc++-int4-bundle"],
+}
+
+PLANS: dict[str, Plan] = {
+    "multi30k": Plan(
+        recipe=HERE / "multi30k.yaml",
+        sweep_on="describe_de",
+        rates={
+            "lc": (3e-3, 1e-2, 3e-2),
+            "lc++": (3e-3, 1e-2, 3e-2),
+            "scales-per-layer": (1e-2, 3e-2, 1e-1),
+            "joint": (1e-3, 3e-3, 1e-2),
+        },
+        seeds=(0, 1, 2),
+        core=(
+            *OTHERS,
+            *MERGES,
+            *TRAINED,
+            "lc++-int4",
+            "lc++-int4-bundle",
+            "mixture",
+            "flix",
+        ),
+        more=VARIANTS,
+        quantized=_INT4,
+        groups={code: (f"describe_{code}",) for code in ("de", "fr", "cs")},
+    ),
+    "pocket": Plan(
+        recipe=HERE / "pocket.yaml",
+        sweep_on="summarize_es",
+        rates={
+            "lc": (5e-3, 1e-2, 2e-2),
+            "lc++": (1e-2, 2e-2, 4e-2),
+            "scales-per-layer": (1e-2, 3e-2, 1e-1),
+            "joint": (5e-3, 1e-2, 2e-2),
+        },
+        seeds=(0,),
+        core=(*OTHERS, *MERGES, *TRAINED, *VARIANTS, "lc++-int4", "lc++-int4-bundle"),
+        more=(),
+        quantized=_INT4,
+        groups={
+            f"{main} + {kind}": tuple(f"{main}_{form}" for form in forms)
+            for main in ("summarize", "reply")
+            for kind, forms in (("translation", LANGUAGES), ("tone", TONES))
+        }
+        | {"three tasks": ("summarize_casual_es",)},
+    ),
+}
+
+
+def overrides(changes: dict[str, Any]) -> list[str]:
+    """Changes of a recipe's fields as ``read_recipe`` takes them."""
+    import json
+
+    return [f"{field}={json.dumps(value)}" for field, value in changes.items()]

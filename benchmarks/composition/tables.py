@@ -1,0 +1,266 @@
+"""The tables of a finished benchmark, as Markdown between two marks of docs/results.md."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.composition.plans import TRAINED, Plan, fields_of
+from caliport.methods import parse
+from caliport.scoring import FP32, read_score, variants_of
+from caliport.workspace import Workspace
+from caliport_core.directories import read_manifest
+from caliport_core.errors import InputError
+from validation.gates import bootstrap_interval
+from validation.results import this_machine
+
+CONFIDENCE = 0.95
+
+
+def write_tables(
+    name: str,
+    plan: Plan,
+    spaces: Sequence[Workspace],
+    rates: Mapping[str, float],
+    path: Path,
+    seconds: float,
+) -> None:
+    """Replace what stands between the marks of this benchmark; all else in the file stays.
+
+    Raises:
+        InputError: The file has no such marks.
+    """
+    text = path.read_text(encoding="utf-8")
+    start, end = f"<!-- {name}: tables -->", f"<!-- {name}: end -->"
+    if start not in text or end not in text:
+        raise InputError(f"{path}: no place for the tables; expected the lines {start} and {end}")
+    head, _, rest = text.partition(start)
+    tail = rest.partition(end)[2]
+    body = "\n\n".join(_tables(plan, spaces, rates, seconds))
+    path.write_text(f"{head}{start}\n\n{body}\n\n{end}{tail}", encoding="utf-8")
+
+
+def _tables(
+    plan: Plan, spaces: Sequence[Workspace], rates: Mapping[str, float], seconds: float
+) -> Iterable[str]:
+    machine = this_machine()
+    first = spaces[0]
+    metric = first.recipe.evaluation.metric
+    examples = len(read_score(first, plan.sweep_on, "linear")["outputs"])
+    yield (
+        f"{len(spaces)} seed(s), {examples} validation examples a composition, {metric} from 0 to "
+        f"100. {machine.cpu}, {machine.cores} cores; stages' own times add up to "
+        f"{_stage_seconds(spaces) / 60:.0f} minutes, the last call took {seconds / 60:.0f}."
+    )
+    yield "Learning rates: loss on held-out training examples of each rate tried (best in bold).\n"
+    yield _sweep_table(plan, first, rates)
+    yield f"{metric} of greedy answers, mean ± standard deviation over seeds."
+    yield _by_group(plan, spaces, lambda s, c, m: read_score(s, c, m)[metric], "{:.1f}")
+    yield "Loss in nats a token."
+    yield _by_group(plan, spaces, lambda s, c, m: read_score(s, c, m)["loss"], "{:.3f}")
+    yield (
+        "Share of the gap from the linear merge to the joint expert that a method closes (mean "
+        "over compositions and seeds), and what it costs: values trained and seconds to make one."
+    )
+    yield _gap_table(plan, spaces, metric)
+    yield from _quantization(plan, spaces, metric)
+    if first.recipe.flix is not None:
+        yield from _unseen(spaces, metric)
+
+
+def _by_group(
+    plan: Plan,
+    spaces: Sequence[Workspace],
+    read: Callable[[Workspace, str, str], float | None],
+    form: str,
+) -> str:
+    groups = plan.groups
+    rows = []
+    for method in _order(plan):
+        row = [parse(method).label]
+        for compositions in groups.values():
+            by_seed = []
+            for space in _having(plan, spaces, method):
+                found = [read(space, c, method) for c in compositions]
+                by_seed.append(
+                    statistics.mean(x for x in found if x is not None) if found else None
+                )
+            row.append(_spread([x for x in by_seed if x is not None], form))
+        rows.append(row)
+    return _markdown(["method", *groups], rows)
+
+
+def _gap_table(plan: Plan, spaces: Sequence[Workspace], metric: str) -> str:
+    rows = []
+    for method in _order(plan):
+        if not parse(method).composed:
+            continue
+        shares: dict[str, list[float]] = {"loss": [], metric: []}
+        seconds, values = [], []
+        for space in _having(plan, spaces, method):
+            for composition in space.recipe.compositions:
+                for key, found in shares.items():
+                    found.append(_share(space, composition, method, key))
+                manifest = read_manifest(_made(space, composition, method))
+                seconds.append(manifest["seconds"])
+                values.append(manifest.get("parameters", 0))
+        rows.append(
+            [
+                parse(method).label,
+                *(_spread([100 * x for x in found], "{:.0f} %") for found in shares.values()),
+                f"{statistics.mean(values):,.0f}",
+                f"{statistics.mean(seconds):.0f}",
+            ]
+        )
+    return _markdown(["method", "loss", metric, "values", "seconds"], rows)
+
+
+def _share(space: Workspace, composition: str, method: str, key: str) -> float:
+    linear, joint, found = (
+        read_score(space, composition, m)[key] for m in ("linear", "joint", method)
+    )
+    return float((found - linear) / (joint - linear))
+
+
+def _quantization(plan: Plan, spaces: Sequence[Workspace], metric: str) -> Iterable[str]:
+    yield "What merging cost and what quantization cost: loss and score by the weights that ship."
+    pairs = [("linear", FP32)]
+    for method in dict.fromkeys(m for ms in plan.quantized.values() for m in ms):
+        pairs += [(method, v) for v in variants_of(spaces[0], method)]
+    rows = []
+    for method, variant in dict.fromkeys(pairs):
+        scores = [read_score(s, c, method, variant) for s in spaces for c in s.recipe.compositions]
+        rows.append(
+            [
+                parse(method).label,
+                variant,
+                f"{statistics.mean(s['loss'] for s in scores):.4f}",
+                f"{statistics.mean(s[metric] for s in scores):.2f}",
+            ]
+        )
+    yield _markdown(["method", "weights", "loss", metric], rows)
+    compared = [
+        ("lc++", "int4", "lc++", FP32),
+        ("lc++-int4", "int4", "lc++", FP32),
+        ("lc++-int4", "int4", "lc++", "int4"),
+        ("lc++-int4-bundle", "int4-bundle", "lc++", FP32),
+        ("lc++-int4-bundle", "int4-bundle", "lc++", "int4-bundle"),
+    ]
+    yield (
+        f"Paired over examples, all compositions and seeds together, with the {CONFIDENCE:.0%} "
+        "bootstrap interval of the difference (loss: below 0 is better; score: above 0)."
+    )
+    rows = [
+        [
+            f"{m} in {v}",
+            f"{n} in {w}",
+            _paired(spaces, (m, v), (n, w), "loss", "{:+.4f}"),
+            _paired(spaces, (m, v), (n, w), metric, "{:+.2f}"),
+        ]
+        for m, v, n, w in compared
+    ]
+    yield _markdown(["this", "against", "loss", metric], rows)
+
+
+def _unseen(spaces: Sequence[Workspace], metric: str) -> Iterable[str]:
+    yield (
+        "FLix against one LoRA of the same active rank on the same mixture and steps: mean score, "
+        f"and the {CONFIDENCE:.0%} bootstrap interval of the paired difference over examples and "
+        "seeds."
+    )
+    flix = spaces[0].recipe.flix
+    assert flix is not None
+    rows = []
+    for composition in spaces[0].recipe.compositions:
+        row = [composition, "trained" if composition in flix.train_on else "never trained"]
+        for method in ("mixture", "flix"):
+            found = [read_score(s, composition, method) for s in spaces]
+            row.append(_spread([f[metric] for f in found], "{:.1f}"))
+            row.append(_spread([f["loss"] for f in found], "{:.3f}"))
+        row.append(
+            _paired(spaces, ("flix", FP32), ("mixture", FP32), metric, "{:+.2f}", [composition])
+        )
+        rows.append(row)
+    heads = ["composition", "pair", f"LoRA {metric}", "LoRA loss", f"FLix {metric}", "FLix loss"]
+    yield _markdown([*heads, f"{metric} difference"], rows)
+
+
+def _paired(
+    spaces: Sequence[Workspace],
+    one: tuple[str, str],
+    other: tuple[str, str],
+    key: str,
+    form: str,
+    compositions: Sequence[str] | None = None,
+) -> str:
+    differences = np.concatenate(
+        [
+            np.subtract(
+                read_score(space, c, *one)["examples"][key],
+                read_score(space, c, *other)["examples"][key],
+            )
+            for space in spaces
+            for c in compositions or space.recipe.compositions
+        ]
+    )
+    low, high = bootstrap_interval(differences, CONFIDENCE)
+    return f"{form.format(differences.mean())} [{form.format(low)}, {form.format(high)}]"
+
+
+def _sweep_table(plan: Plan, first: Workspace, rates: Mapping[str, float]) -> str:
+    root = first.root.parent / f"{first.recipe.name}-sweep"
+    rows = []
+    for method in TRAINED:
+        manifest = read_manifest(root / "composed" / plan.sweep_on / method)
+        best = rates[fields_of(method)]
+        cells = [
+            f"**{t['learning_rate']:g}: {t['loss']:.3f}**"
+            if t["learning_rate"] == best
+            else f"{t['learning_rate']:g}: {t['loss']:.3f}"
+            for t in manifest["sweep"]
+        ]
+        rows.append([parse(method).label, *cells])
+    most = max(len(row) for row in rows)
+    return _markdown(["method", *[""] * (most - 1)], rows)
+
+
+def _order(plan: Plan) -> list[str]:
+    """As the plan has them, the joint expert last; each LoRA alone is left to the reports."""
+    methods = [m for m in (*plan.core, *plan.more) if m != "lora"]
+    return sorted(methods, key=lambda m: (m == "joint", m == "multi-step"))
+
+
+def _having(plan: Plan, spaces: Sequence[Workspace], method: str) -> Sequence[Workspace]:
+    return spaces if method in plan.core else spaces[:1]
+
+
+def _made(space: Workspace, composition: str, method: str) -> Path:
+    """Where the training is recorded: for what is shared, at the shared place."""
+    kind = parse(method)
+    if kind.shared or kind.kind in ("flix", "mixture"):
+        return space.shared(method)
+    return space.composed(composition, method)
+
+
+def _stage_seconds(spaces: Sequence[Workspace]) -> float:
+    manifests = {path for space in spaces for path in space.root.rglob("manifest.json")} | set(
+        (spaces[0].root.parent / f"{spaces[0].recipe.name}-sweep").rglob("manifest.json")
+    )
+    return sum(float(read_manifest(path.parent).get("seconds", 0)) for path in manifests)
+
+
+def _spread(values: Sequence[float], form: str) -> str:
+    if not values:
+        return ""
+    mean = form.format(statistics.mean(values))
+    return f"{mean} ± {form.format(statistics.stdev(values))}" if len(values) > 1 else mean
+
+
+def _markdown(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    lines = [f"| {' | '.join(map(str, row))} |" for row in (heads, *rows)]
+    rule = f"|{'|'.join(['---', *['---:'] * (len(heads) - 1)])}|"
+    return "\n".join([lines[0], rule, *lines[1:]])

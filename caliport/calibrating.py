@@ -1,0 +1,256 @@
+"""Make composed adapters: every method, for one composition or one correction for several."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from caliport.methods import CORRECTED, MERGED, WEIGHTED, Method
+from caliport.sources import Source
+from caliport.workspace import stage
+from caliport_core.directories import read_manifest
+
+if TYPE_CHECKING:
+    from calibrate import LowRankUpdate
+    from calibrate.attach import Rounding
+    from calibrate.batches import Encoded
+    from calibrate.train import TrainSettings
+
+FEW = 64
+"""Examples that LoraHub and LM-Cocktail weigh adapters by (few-shot, as in their papers)."""
+_ONE = "one"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One composition to make: adapter directories by task, and examples if a method needs any."""
+
+    adapters: Mapping[str, Path]
+    source: Source | None = None
+
+
+@dataclass(frozen=True)
+class How:
+    """How to make it.
+
+    Attributes:
+        base: Directory or hub name of the base.
+        method: What to do.
+        train: How to train a correction; None for methods that train nothing.
+        rates: Learning rates to choose from by the loss on the held-out examples; empty: that of
+            ``train``.
+        merge: The merge underneath a correction, see ``calibrate.merge.MERGES``.
+        weights: Weights of a merge's adapters; None: equal.
+        density: Share of values that TIES and DARE keep.
+        seed: Of DARE and LoraHub.
+        micro_batch: Most examples in one forward pass; decides memory, not the result.
+    """
+
+    base: str | Path
+    method: Method
+    train: TrainSettings | None = None
+    rates: tuple[float, ...] = ()
+    merge: str = "linear"
+    weights: tuple[float, ...] | None = None
+    density: float = 0.5
+    seed: int = 0
+    micro_batch: int | None = None
+
+
+def compose_to(out: Path, title: str, job: Job, how: How) -> None:
+    """Compose one adapter into the PEFT directory ``out``, choosing the learning rate if asked."""
+    _tuned(out, title, {_ONE: job}, how)
+
+
+def compose_shared(out: Path, title: str, jobs: Mapping[str, Job], how: How) -> None:
+    """Train one correction for several compositions; ``out`` gets a PEFT directory for each."""
+    _tuned(out, title, jobs, how)
+
+
+def pick(out: Path, title: str, source: Path, below: str) -> None:
+    """Make the PEFT directory ``out`` from one of those that a shared training gave."""
+
+    def build(partial: Path, extra: dict[str, Any], resume: Path) -> None:
+        shutil.copytree(source / below, partial, dirs_exist_ok=True)
+        kept = read_manifest(source)
+        extra |= {k: kept[k] for k in ("parameters", "curve", "sweep") if k in kept}
+
+    stage(out, "compose", title, {"source": source}, {"below": below}, build)
+
+
+def _tuned(out: Path, title: str, jobs: Mapping[str, Job], how: How) -> None:
+    """Train at each learning rate in a stage of its own, then keep the best."""
+    if len(how.rates) <= 1:
+        train = replace(how.train, learning_rate=how.rates[0]) if how.train and how.rates else None
+        _compose(out, title, jobs, replace(how, train=train or how.train))
+        return
+    assert how.train is not None
+    tried = {}
+    for rate in how.rates:
+        tried[rate] = out.parent / f".{out.name}.rates" / f"{rate:g}"
+        at_rate = replace(how, train=replace(how.train, learning_rate=rate))
+        _compose(tried[rate], f"{title} at {rate:g}", jobs, at_rate, tune=True)
+    best(out, title, tried)
+
+
+def best(out: Path, title: str, tried: Mapping[float, Path]) -> None:
+    """Keep of several trainings, by learning rate, the one of lowest held-out loss."""
+
+    def build(partial: Path, extra: dict[str, Any], resume: Path) -> None:
+        losses = {rate: read_manifest(path)["tuning_loss"] for rate, path in tried.items()}
+        rate = min(losses, key=lambda r: losses[r])
+        shutil.copytree(tried[rate], partial, dirs_exist_ok=True)
+        kept = read_manifest(tried[rate])
+        extra |= {k: kept[k] for k in ("parameters", "curve") if k in kept}
+        extra["sweep"] = [{"learning_rate": r, "loss": loss} for r, loss in losses.items()]
+        extra["learning_rate"] = rate
+
+    inputs = {f"{rate:g}": path for rate, path in tried.items()}
+    stage(out, "compose", title, inputs, {}, build)
+
+
+def _compose(out: Path, title: str, jobs: Mapping[str, Job], how: How, tune: bool = False) -> None:
+    def build(partial: Path, extra: dict[str, Any], resume: Path) -> None:
+        bench = _Bench(jobs, how, title)
+        updates = bench.updates(extra, resume)
+        if tune:
+            extra["tuning_loss"] = bench.tuning_loss(updates)
+        for name, update in updates.items():
+            update.to_peft(partial if name == _ONE else partial / name, base=str(how.base))
+
+    method = how.method
+    inputs: dict[str, Path | str] = {"base": how.base}
+    settings: dict[str, Any] = {"method": method.name, "tune": tune}
+    needs_data = method.kind not in MERGED
+    for name, job in jobs.items():
+        inputs |= {f"{name} adapter {task}": path for task, path in job.adapters.items()}
+        if needs_data:
+            assert job.source is not None
+            inputs[f"{name} examples"] = job.source.path
+            settings[f"{name} data"] = job.source.settings
+    if how.train is not None:
+        settings |= {"train": how.train, "merge": how.merge}
+    else:
+        settings |= {"weights": how.weights, "density": how.density, "seed": how.seed}
+    stage(out, "compose", title, inputs, settings, build, together=how.train is not None)
+
+
+class _Bench:
+    """What the methods work with: the base, its tokenizer, the adapters and the examples."""
+
+    def __init__(self, jobs: Mapping[str, Job], how: How, title: str) -> None:
+        from calibrate import LowRankUpdate
+        from calibrate.low_rank import check_same_base
+        from caliport_core.checkpoints import load_base
+
+        self.jobs, self.how, self.title = jobs, how, title
+        self.model = load_base(how.base)
+        self.rounding: Rounding | None = None
+        paths = {p for job in jobs.values() for p in job.adapters.values()}
+        check_same_base(sorted(paths))
+        read = {path: LowRankUpdate.from_peft(path) for path in paths}
+        for path, update in read.items():
+            update.check_fits(self.model, path)
+        self.adapters = {
+            name: {task: read[path] for task, path in job.adapters.items()}
+            for name, job in jobs.items()
+        }
+
+    def updates(self, extra: dict[str, Any], resume: Path) -> dict[str, LowRankUpdate]:
+        """One update a job, by the method; adds what the manifest should say."""
+        kind = self.how.method.kind
+        if kind in CORRECTED:
+            return self._corrected(extra, resume)
+        if kind in WEIGHTED:
+            return {name: self._weighted(name, extra) for name in self.jobs}
+        extra["parameters"] = 0
+        return {name: self._merged(kind, updates) for name, updates in self.adapters.items()}
+
+    def tuning_loss(self, updates: Mapping[str, LowRankUpdate]) -> float:
+        """Mean loss on the held-out examples of every job."""
+        losses = [self._loss(updates[name], self._encoded(name, "tuning")) for name in self.jobs]
+        return sum(losses) / len(losses)
+
+    def _merged(self, kind: str, updates: Mapping[str, LowRankUpdate]) -> LowRankUpdate:
+        from calibrate.merge import MERGES, dare, none, ties
+
+        listed, how = list(updates.values()), self.how
+        if kind == "none":
+            return none(listed)
+        if kind == "ties":
+            return ties(listed, how.weights, density=how.density)
+        if kind == "dare":
+            return dare(listed, how.weights, density=how.density, seed=how.seed)
+        return MERGES[kind](listed, how.weights)
+
+    def _weighted(self, name: str, extra: dict[str, Any]) -> LowRankUpdate:
+        from calibrate.weighted import lm_cocktail, lorahub
+
+        updates = list(self.adapters[name].values())
+        few = self._encoded(name, "train")[:FEW]
+        if self.how.method.kind == "lorahub":
+            update, weights = lorahub(updates, lambda u: self._loss(u, few), seed=self.how.seed)
+        else:
+            update, weights = lm_cocktail(updates, [self._loss(u, few) for u in updates])
+        extra |= {"parameters": len(weights), "weights": [float(w) for w in weights]}
+        return update
+
+    def _corrected(self, extra: dict[str, Any], resume: Path) -> dict[str, LowRankUpdate]:
+        from calibrate.calibration import calibrate
+        from calibrate.correction import Composition
+        from export.quantize import as_shipped, rounded
+
+        method, how = self.how.method, self.how
+        assert how.train is not None
+        underneath = "none" if method.alone else how.merge
+        compositions = {
+            name: Composition(updates, self._merged(underneath, updates))
+            for name, updates in self.adapters.items()
+        }
+        precision = method.precision
+        folded = precision is not None and not method.bundle
+        if precision is not None:
+            keep = {m for c in compositions.values() for m in c.merged.modules} if folded else ()
+            self.model = as_shipped(self.model, precision, keep)
+            self.rounding = (lambda _, weight: rounded(weight, precision)) if folded else None
+        calibrated = calibrate(
+            self.model,
+            compositions,
+            method.kind,
+            {name: self._encoded(name, "train") for name in self.jobs},
+            how.train,
+            self.title,
+            per_layer=method.per_layer,
+            rounding=self.rounding,
+            micro_batch=how.micro_batch,
+            resume=resume,
+        )
+        extra |= {"parameters": calibrated.parameters, "curve": calibrated.curve}
+        return calibrated.updates
+
+    def _encoded(self, name: str, part: Literal["train", "tuning"]) -> list[Encoded]:
+        from caliport_core.checkpoints import load_tokenizer
+
+        source = self.jobs[name].source
+        assert source is not None
+        return source.encoded(load_tokenizer(self.how.base, self.model), self.model, part)
+
+    def _loss(self, update: LowRankUpdate, examples: Sequence[Encoded]) -> float:
+        """Mean loss of examples, in nats a token, with the update beside the base."""
+        from calibrate.attach import attached, attached_rounded
+        from calibrate.train import evaluate
+
+        def terms(module: str) -> list[Any]:
+            return [(None, update.a[module], update.b[module])]
+
+        attach = (
+            attached(self.model, update.modules, terms)
+            if self.rounding is None
+            else attached_rounded(self.model, update.modules, terms, self.rounding)
+        )
+        with attach:
+            losses = evaluate(self.model, examples)
+        return sum(losses) / len(losses)

@@ -1,0 +1,85 @@
+"""How every plot is drawn: inline SVG whose colours follow the page, in light and in dark."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# matplotlib writes plain colours; each stands for a variable of the page's style sheet.
+INK, MUTED, LINE = "#010101", "#020202", "#030303"
+SERIES = [f"#0400{i:02x}" for i in range(1, 9)]
+_VARIABLES = {
+    INK: "var(--ink)",
+    MUTED: "var(--muted)",
+    LINE: "var(--line)",
+    **{colour: f"var(--s{i})" for i, colour in enumerate(SERIES, start=1)},
+}
+_numbers = itertools.count(1)
+
+
+def legend(figure: Figure, columns: int = 2) -> None:
+    """All labels below the axes, in columns."""
+    figure.legend(
+        loc="outside lower center", ncols=columns, frameon=False, labelcolor=INK, fontsize=9
+    )
+
+
+def svg(
+    draw: Callable[[Figure, Axes], None],
+    height: float = 3.0,
+    grid: Literal["x", "both"] = "x",
+    empty: bool = False,
+) -> str:
+    """Draw one figure and return it as an ``<svg>`` element, or nothing where there is no data."""
+    if empty:
+        return ""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    style: Any = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "caliport",
+        "text.parse_math": False,
+        "font.size": 10,
+        "axes.edgecolor": LINE,
+        "axes.labelcolor": MUTED,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.spines.left": grid == "both",
+        "axes.axisbelow": True,
+        "grid.color": LINE,
+        "grid.linewidth": 0.8,
+        "xtick.color": MUTED,
+        "ytick.color": MUTED,
+        "text.color": INK,
+    }
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(5.4, height), layout="constrained")
+        axes = figure.add_subplot()
+        axes.grid(axis=grid)
+        draw(figure, axes)
+        out = io.StringIO()
+        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
+    return _adapt(out.getvalue())
+
+
+def _adapt(text: str) -> str:
+    """Keep the element alone, give its ids a number of their own and its colours variables."""
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    number = next(_numbers)
+    text = re.sub(r'\bid="', f'id="p{number}-', text)
+    text = re.sub(r'href="#', f'href="#p{number}-', text)
+    text = text.replace("url(#", f"url(#p{number}-")
+    text = re.sub(r'<svg ([^>]*?)height="[^"]*"', r"<svg \1", text, count=1)
+    text = re.sub(r'<svg ([^>]*?)width="[^"]*"', r'<svg \1role="img"', text, count=1)
+    for colour, variable in _VARIABLES.items():
+        text = text.replace(colour, variable)
+    return text
