@@ -1,85 +1,102 @@
-"""What a training writes now and then, so that one killed at any moment goes on exactly."""
+"""How far a training has come, and the file that lets one killed at any moment go on exactly."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import gather_object
-from torch import nn
+from torch import Tensor, nn
+from transformers import get_scheduler
 
+from calibrate.processes import gathered, set_random_state
 from caliport_core.progress import console
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
-def save(
-    path: Path,
-    accelerator: Accelerator,
-    state: Mapping[str, Any],
-    optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LRScheduler,
-) -> None:
-    """Write a checkpoint beside and rename, so that a kill leaves the one before.
+_POINTS = 200
 
-    Args:
-        path: The file; the main process writes it.
-        accelerator: Of the training.
-        state: ``parameters`` by name, and plain values.
-        optimizer, scheduler: Of the training.
+
+@dataclass
+class State:
+    """All that a checkpoint holds but the random numbers.
+
+    Attributes:
+        parameters: What is trained, by name.
+        optimizer, scheduler: Adam over them and its learning rate.
+        steps: How many there will be.
+        step: How many there were.
+        curve: Up to 200 points of ``step`` and mean ``loss`` since the one before.
+        recent: Losses since the last point.
     """
-    random = gather_object([_random_state()])
-    if not accelerator.is_main_process:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = {
-        **state,
-        "parameters": {name: p.detach().cpu() for name, p in state["parameters"].items()},
-        "optimizer": optimizer.state_dict(),
-        "scheduler": scheduler.state_dict(),
-        "random": random,
-    }
-    beside = path.with_suffix(".new")
-    torch.save(content, beside)
-    os.replace(beside, path)
 
+    parameters: dict[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    steps: int
+    step: int = 0
+    curve: list[dict[str, float]] = field(default_factory=list)
+    recent: list[float] = field(default_factory=list)
 
-def restore(
-    path: Path,
-    accelerator: Accelerator,
-    parameters: Mapping[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LRScheduler,
-) -> dict[str, Any]:
-    """Take up a checkpoint; gives the plain values that were saved with it."""
-    state = torch.load(path, weights_only=True, map_location="cpu")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(state["parameters"][name])
-    optimizer.load_state_dict(state["optimizer"])
-    scheduler.load_state_dict(state["scheduler"])
-    random = state["random"]
-    if len(random) == accelerator.num_processes:
-        _set_random_state(random[accelerator.process_index])
-    elif accelerator.is_main_process:
-        console.print(
-            f"{path.name}: saved by {len(random)} processes, continued by "
-            f"{accelerator.num_processes}; dropout differs from an uninterrupted run"
-        )
-    taken = ("parameters", "optimizer", "scheduler", "random")
-    return {name: value for name, value in state.items() if name not in taken}
+    @staticmethod
+    def new(
+        trained: nn.Module, learning_rate: float, schedule: str, warmup: int, steps: int
+    ) -> State:
+        """Before the first step; only what requires gradients has optimizer state."""
+        parameters = {n: p for n, p in trained.named_parameters() if p.requires_grad}
+        optimizer = torch.optim.Adam(parameters.values(), lr=learning_rate)
+        scheduler = get_scheduler(schedule, optimizer, warmup, steps)
+        return State(parameters, optimizer, scheduler, steps)
 
+    def advance(self, loss: float) -> None:
+        """Step with the gradients that are there and note the loss."""
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self.recent.append(loss)
+        if self.step % max(1, self.steps // _POINTS) == 0 or self.step == self.steps:
+            self.curve.append({"step": self.step, "loss": sum(self.recent) / len(self.recent)})
+            self.recent = []
 
-def _random_state() -> dict[str, torch.Tensor]:
-    state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
+    def save(self, path: Path, accelerator: Accelerator, random: dict[str, Tensor]) -> None:
+        """Write beside and rename, so that a kill leaves the one before. All processes call it."""
+        every = gathered(accelerator, random)
+        if not accelerator.is_main_process:
+            return
+        state = {
+            "step": self.step,
+            "parameters": {name: p.detach() for name, p in self.parameters.items()},
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "rng": every,
+            "curve": self.curve,
+            "recent": self.recent,
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(f"{path.name}.new")
+        torch.save(state, beside)
+        os.replace(beside, path)
 
-
-def _set_random_state(state: Mapping[str, torch.Tensor]) -> None:
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+    def load(self, path: Path, accelerator: Accelerator, title: str) -> None:
+        """Take over a checkpoint and this process's random numbers, if it has them."""
+        state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(state["parameters"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.step, self.curve, self.recent = state["step"], state["curve"], state["recent"]
+        random = state["rng"]
+        if isinstance(random, Tensor):  # as written before there could be several processes
+            random = [{"cpu": random}]
+        if len(random) != accelerator.num_processes:
+            console.print(
+                f"{title}: going on with {accelerator.num_processes} processes from a checkpoint "
+                f"of {len(random)}; their dropout differs from here on"
+            )
+        if accelerator.process_index < len(random):
+            set_random_state(accelerator.device, random[accelerator.process_index])

@@ -3,37 +3,34 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import PreTrainedModel, get_scheduler
+from transformers import PreTrainedModel
 
 from calibrate.batches import IGNORED, Batch, Encoded, Order, collate, target_count
+from calibrate.checkpoint import State
 from calibrate.processes import (
     accelerated,
-    gathered,
     on_device,
     random_state,
     same_start,
-    set_random_state,
     stoppable,
     summed,
 )
 from caliport_core.errors import InputError
-from caliport_core.progress import console, progress
+from caliport_core.progress import progress
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 _CHECKPOINT_SECONDS = 30.0
-_POINTS = 200
 _SHOWN_EXAMPLES = 8
 
 OnBatch = Callable[[Sequence[int], int], None]
@@ -164,7 +161,13 @@ def fit(
         KeyboardInterrupt: SIGINT or SIGTERM came and the checkpoint is written.
     """
     with accelerated() as accelerator, on_device(accelerator.device, model, trained):
-        state = _State.new(trained, settings)
+        state = State.new(
+            trained,
+            settings.learning_rate,
+            settings.schedule,
+            int(settings.steps * settings.warmup),
+            settings.steps,
+        )
         parameters = list(state.parameters.values())
         torch.manual_seed(settings.seed + accelerator.process_index)
         if resume is not None and resume.is_file():
@@ -196,7 +199,7 @@ def fit(
                         if resume is not None:
                             state.save(resume, accelerator, before)
                         raise InputError(_not_finite(title, value, norm, step, order[step], resume))
-                    state.advance(value, settings.steps)
+                    state.advance(value)
                     advance(step + 1, f"loss {value:.3f}")
                     if resume is not None and (save or stopping):
                         state.save(resume, accelerator, random_state(accelerator.device))
@@ -239,83 +242,10 @@ def _backward(
 def _not_finite(
     title: str, loss: float, norm: float, step: int, batch: Sequence[int], resume: Path | None
 ) -> str:
-    what = f"gradient norm is {norm}" if math.isfinite(loss) else f"loss is {loss}"
     shown = ", ".join(map(str, batch[:_SHOWN_EXAMPLES])) + ", …" * (len(batch) > _SHOWN_EXAMPLES)
     kept = f"; the last good state is in {resume}" if resume is not None else ""
     return (
-        f"{title}: {what} at step {step}, whose {len(batch)} examples are {shown} (from 0)"
-        f"{kept}; lower the learning rate or look at those examples"
+        f"{title}: loss is {loss}, gradient norm {norm} at step {step} (examples {shown}; "
+        f"{len(batch)} in all, counted from 0){kept}; lower the learning rate or look at these "
+        "examples"
     )
-
-
-@dataclass
-class _State:
-    """All that a checkpoint holds but the random numbers.
-
-    ``curve`` is what ``fit`` returns; ``recent`` are the losses since its last point.
-    """
-
-    parameters: dict[str, nn.Parameter]
-    optimizer: torch.optim.Optimizer
-    scheduler: torch.optim.lr_scheduler.LRScheduler
-    step: int = 0
-    curve: list[dict[str, float]] = field(default_factory=list)
-    recent: list[float] = field(default_factory=list)
-
-    @staticmethod
-    def new(trained: nn.Module, settings: TrainSettings) -> _State:
-        parameters = {n: p for n, p in trained.named_parameters() if p.requires_grad}
-        optimizer = torch.optim.Adam(parameters.values(), lr=settings.learning_rate)
-        warmup = int(settings.steps * settings.warmup)
-        scheduler = get_scheduler(settings.schedule, optimizer, warmup, settings.steps)
-        return _State(parameters, optimizer, scheduler)
-
-    def advance(self, loss: float, steps: int) -> None:
-        """Step with the gradients that are there and note the loss."""
-        self.optimizer.step()
-        self.scheduler.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.step += 1
-        self.recent.append(loss)
-        if self.step % max(1, steps // _POINTS) == 0 or self.step == steps:
-            self.curve.append({"step": self.step, "loss": sum(self.recent) / len(self.recent)})
-            self.recent = []
-
-    def save(self, path: Path, accelerator: Accelerator, random: dict[str, Tensor]) -> None:
-        """Write beside and rename, so that a kill leaves the one before. All processes call it."""
-        every = gathered(accelerator, random)
-        if not accelerator.is_main_process:
-            return
-        state = {
-            "step": self.step,
-            "parameters": {name: p.detach() for name, p in self.parameters.items()},
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
-            "rng": every,
-            "curve": self.curve,
-            "recent": self.recent,
-        }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_suffix(".new")
-        torch.save(state, beside)
-        os.replace(beside, path)
-
-    def load(self, path: Path, accelerator: Accelerator, title: str) -> None:
-        """Take over a checkpoint and this process's random numbers, if it has them."""
-        state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(state["parameters"][name])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
-        self.step, self.curve, self.recent = state["step"], state["curve"], state["recent"]
-        random = state["rng"]
-        if isinstance(random, Tensor):  # as written before there could be several processes
-            random = [{"cpu": random}]
-        if len(random) != accelerator.num_processes:
-            console.print(
-                f"{title}: going on with {accelerator.num_processes} processes from a checkpoint "
-                f"of {len(random)}; their dropout differs from here on"
-            )
-        if accelerator.process_index < len(random):
-            set_random_state(accelerator.device, random[accelerator.process_index])

@@ -15,12 +15,19 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks.composition.plans import PLANS, TRAINED, Plan, fields_of, overrides
+from benchmarks.composition.plans import (
+    PLANS,
+    TRAINED,
+    Plan,
+    fields_of,
+    methods_of,
+    overrides,
+)
 from benchmarks.composition.tables import write_tables
-from caliport.composing import compose, compose_all, make_data, prepare_all
+from caliport.composing import compose, make_data, prepare_all
 from caliport.methods import parse
 from caliport.reading import read_recipe
-from caliport.scoring import score_all
+from caliport.scoring import score_method, variants_of
 from caliport.workspace import Workspace
 from caliport_core.directories import read_manifest
 
@@ -44,18 +51,28 @@ def main(
     for number in plan.seeds:
         space = _workspace(plan, runs, number, {**common, **rates}, first)
         if seed is None or number in seed:
-            compose_all(space)
-            score_all(space)
+            _make(plan, space, number)
         spaces.append(space)
     if seed is None:
         write_tables(name, plan, spaces, rates, results, time.monotonic() - start)
+
+
+def _make(plan: Plan, space: Workspace, seed: int) -> None:
+    """Make and score every method that the plan has for a seed."""
+    prepare_all(space)
+    for composition in space.recipe.compositions:
+        for method in methods_of(plan, composition, seed):
+            if parse(method).composed:
+                compose(space, composition, parse(method))
+            for variant in variants_of(space, method):
+                score_method(space, composition, method, variant)
 
 
 def _workspace(
     plan: Plan, runs: Path, seed: int, changes: dict[str, Any], first: Workspace | None = None
 ) -> Workspace:
     """The run of one seed; later seeds take the first one's base."""
-    methods = plan.core if seed else (*plan.core, *plan.more)
+    methods = (*plan.core, *plan.merges, *plan.more)
     changes = {"calibration.methods": methods, "evaluation.quantized": plan.quantized, **changes}
     recipe = read_recipe(plan.recipe, overrides(changes))
     if not seed:

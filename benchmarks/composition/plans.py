@@ -9,19 +9,12 @@ from typing import Any
 from caliport.data.pocket import LANGUAGES, TONES
 
 HERE = Path(__file__).parent
-MERGES = ("linear", "exact", "svd", "ties", "dare", "slerp", "lorahub", "lm-cocktail")
+MERGES = ("exact", "svd", "ties", "dare", "slerp", "lorahub", "lm-cocktail")
 TRAINED = ("lc", "lc++", "scales-per-layer", "joint")
 """Methods whose learning rate is swept; their variants take the same."""
-VARIANTS = (
-    "scales",
-    "lc-per-layer",
-    "lc++-per-layer",
-    "lc-shared",
-    "lc++-shared",
-    "lc-alone",
-    "lc++-alone",
-)
-OTHERS = ("zero-shot", "lora", "multi-step")
+VARIANTS = ("scales", "lc-per-layer", "lc++-per-layer", "lc-alone", "lc++-alone")
+SHARED = ("lc-shared", "lc++-shared")
+OTHERS = ("zero-shot", "multi-step", "linear")
 
 
 @dataclass(frozen=True)
@@ -34,7 +27,8 @@ class Plan:
         rates: Learning rates to try, as many for each method.
         seeds: Of the order of examples and of every initial value but the base's.
         core: Methods of every composition and seed.
-        more: Methods of the first seed only.
+        merges: Methods of every composition, with the first seed.
+        more: Methods of ``more_on`` only, with the first seed.
         quantized: Weights that methods are also scored with.
         groups: Columns of the tables, each with its compositions.
     """
@@ -44,7 +38,9 @@ class Plan:
     rates: dict[str, tuple[float, ...]]
     seeds: tuple[int, ...]
     core: tuple[str, ...]
+    merges: tuple[str, ...]
     more: tuple[str, ...]
+    more_on: tuple[str, ...]
     quantized: dict[str, list[str]]
     groups: dict[str, tuple[str, ...]]
 
@@ -71,16 +67,10 @@ PLANS: dict[str, Plan] = {
             "joint": (1e-3, 3e-3, 1e-2),
         },
         seeds=(0, 1, 2),
-        core=(
-            *OTHERS,
-            *MERGES,
-            *TRAINED,
-            "lc++-int4",
-            "lc++-int4-bundle",
-            "mixture",
-            "flix",
-        ),
-        more=VARIANTS,
+        core=(*OTHERS, *TRAINED, "lc++-int4", "mixture", "flix"),
+        merges=(*MERGES, *SHARED),
+        more=("lc++-int4-bundle", *VARIANTS),
+        more_on=("describe_de",),
         quantized=_INT4,
         groups={code: (f"describe_{code}",) for code in ("de", "fr", "cs")},
     ),
@@ -94,8 +84,10 @@ PLANS: dict[str, Plan] = {
             "joint": (5e-3, 1e-2, 2e-2),
         },
         seeds=(0,),
-        core=(*OTHERS, *MERGES, *TRAINED, *VARIANTS, "lc++-int4", "lc++-int4-bundle"),
-        more=(),
+        core=(*OTHERS, *TRAINED),
+        merges=(*MERGES, *SHARED),
+        more=("lc++-int4", "lc++-int4-bundle", *VARIANTS),
+        more_on=("summarize_es", "summarize_casual_es"),
         quantized=_INT4,
         groups={
             f"{main} + {kind}": tuple(f"{main}_{form}" for form in forms)
@@ -105,6 +97,14 @@ PLANS: dict[str, Plan] = {
         | {"three tasks": ("summarize_casual_es",)},
     ),
 }
+
+
+def methods_of(plan: Plan, composition: str, seed: int) -> tuple[str, ...]:
+    """What is made and scored of a composition with a seed."""
+    if seed:
+        return plan.core
+    more = plan.more if composition in plan.more_on else ()
+    return (*plan.core, *plan.merges, *more)
 
 
 def overrides(changes: dict[str, Any]) -> list[str]:

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.composition.plans import TRAINED, Plan, fields_of
-from caliport.methods import parse
+from benchmarks.composition.plans import TRAINED, Plan, fields_of, methods_of
+from caliport.methods import KINDS, parse
 from caliport.scoring import FP32, read_score, variants_of
 from caliport.workspace import Workspace
 from caliport_core.directories import read_manifest
@@ -84,8 +84,10 @@ def _by_group(
         row = [parse(method).label]
         for compositions in groups.values():
             by_seed = []
-            for space in _having(plan, spaces, method):
-                found = [read(space, c, method) for c in compositions]
+            for seed, space in enumerate(spaces):
+                found = [
+                    read(space, c, method) for c in compositions if _has(plan, c, seed, method)
+                ]
                 by_seed.append(
                     statistics.mean(x for x in found if x is not None) if found else None
                 )
@@ -101,13 +103,12 @@ def _gap_table(plan: Plan, spaces: Sequence[Workspace], metric: str) -> str:
             continue
         shares: dict[str, list[float]] = {"loss": [], metric: []}
         seconds, values = [], []
-        for space in _having(plan, spaces, method):
-            for composition in space.recipe.compositions:
-                for key, found in shares.items():
-                    found.append(_share(space, composition, method, key))
-                manifest = read_manifest(_made(space, composition, method))
-                seconds.append(manifest["seconds"])
-                values.append(manifest.get("parameters", 0))
+        for space, composition in _cells(plan, spaces, method):
+            for key, share in shares.items():
+                share.append(_share(space, composition, method, key))
+            manifest = read_manifest(_made(space, composition, method))
+            seconds.append(manifest["seconds"])
+            values.append(manifest.get("parameters", 0))
         rows.append(
             [
                 parse(method).label,
@@ -133,16 +134,18 @@ def _quantization(plan: Plan, spaces: Sequence[Workspace], metric: str) -> Itera
         pairs += [(method, v) for v in variants_of(spaces[0], method)]
     rows = []
     for method, variant in dict.fromkeys(pairs):
-        scores = [read_score(s, c, method, variant) for s in spaces for c in s.recipe.compositions]
+        cells = _cells(plan, spaces, method, "linear")
+        scores = [read_score(s, c, method, variant) for s, c in cells]
         rows.append(
             [
                 parse(method).label,
                 variant,
+                str(len(cells)),
                 f"{statistics.mean(s['loss'] for s in scores):.4f}",
                 f"{statistics.mean(s[metric] for s in scores):.2f}",
             ]
         )
-    yield _markdown(["method", "weights", "loss", metric], rows)
+    yield _markdown(["method", "weights", "runs", "loss", metric], rows)
     compared = [
         ("lc++", "int4", "lc++", FP32),
         ("lc++-int4", "int4", "lc++", FP32),
@@ -158,8 +161,8 @@ def _quantization(plan: Plan, spaces: Sequence[Workspace], metric: str) -> Itera
         [
             f"{m} in {v}",
             f"{n} in {w}",
-            _paired(spaces, (m, v), (n, w), "loss", "{:+.4f}"),
-            _paired(spaces, (m, v), (n, w), metric, "{:+.2f}"),
+            _paired(_cells(plan, spaces, m, n), (m, v), (n, w), "loss", "{:+.4f}"),
+            _paired(_cells(plan, spaces, m, n), (m, v), (n, w), metric, "{:+.2f}"),
         ]
         for m, v, n, w in compared
     ]
@@ -181,21 +184,19 @@ def _unseen(spaces: Sequence[Workspace], metric: str) -> Iterable[str]:
             found = [read_score(s, composition, method) for s in spaces]
             row.append(_spread([f[metric] for f in found], "{:.1f}"))
             row.append(_spread([f["loss"] for f in found], "{:.3f}"))
-        row.append(
-            _paired(spaces, ("flix", FP32), ("mixture", FP32), metric, "{:+.2f}", [composition])
-        )
+        cells = [(space, composition) for space in spaces]
+        row.append(_paired(cells, ("flix", FP32), ("mixture", FP32), metric, "{:+.2f}"))
         rows.append(row)
     heads = ["composition", "pair", f"LoRA {metric}", "LoRA loss", f"FLix {metric}", "FLix loss"]
     yield _markdown([*heads, f"{metric} difference"], rows)
 
 
 def _paired(
-    spaces: Sequence[Workspace],
+    cells: Sequence[tuple[Workspace, str]],
     one: tuple[str, str],
     other: tuple[str, str],
     key: str,
     form: str,
-    compositions: Sequence[str] | None = None,
 ) -> str:
     differences = np.concatenate(
         [
@@ -203,8 +204,7 @@ def _paired(
                 read_score(space, c, *one)["examples"][key],
                 read_score(space, c, *other)["examples"][key],
             )
-            for space in spaces
-            for c in compositions or space.recipe.compositions
+            for space, c in cells
         ]
     )
     low, high = bootstrap_interval(differences, CONFIDENCE)
@@ -229,13 +229,23 @@ def _sweep_table(plan: Plan, first: Workspace, rates: Mapping[str, float]) -> st
 
 
 def _order(plan: Plan) -> list[str]:
-    """As the plan has them, the joint expert last; each LoRA alone is left to the reports."""
-    methods = [m for m in (*plan.core, *plan.more) if m != "lora"]
-    return sorted(methods, key=lambda m: (m == "joint", m == "multi-step"))
+    """By kind: what needs nothing, merges, corrections, trained adapters."""
+    methods = (*plan.core, *plan.merges, *plan.more)
+    return sorted(methods, key=lambda m: KINDS.index(parse(m).kind))
 
 
-def _having(plan: Plan, spaces: Sequence[Workspace], method: str) -> Sequence[Workspace]:
-    return spaces if method in plan.core else spaces[:1]
+def _has(plan: Plan, composition: str, seed: int, method: str) -> bool:
+    return method in methods_of(plan, composition, seed)
+
+
+def _cells(plan: Plan, spaces: Sequence[Workspace], *methods: str) -> list[tuple[Workspace, str]]:
+    """Seeds and compositions that all of these methods were made for."""
+    return [
+        (space, composition)
+        for seed, space in enumerate(spaces)
+        for composition in space.recipe.compositions
+        if all(_has(plan, composition, seed, method) for method in methods)
+    ]
 
 
 def _made(space: Workspace, composition: str, method: str) -> Path:
