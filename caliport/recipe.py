@@ -35,29 +35,6 @@ class TaskFiles(_Part):
     prompt: str
 
 
-class PaperJudge(_Part):
-    """Who judges answers: an OpenAI-compatible ``endpoint`` and a ``model`` there, or a ``path``.
-
-    ``key_variable`` names the environment variable with the endpoint's key; see
-    ``validation.judge`` for the rest.
-    """
-
-    endpoint: str | None = None
-    model: str | None = None
-    key_variable: str | None = None
-    timeout: float = Field(60, gt=0)
-    tries: int = Field(5, gt=0)
-    path: str | None = None
-
-    @model_validator(mode="after")
-    def _one_of_two(self) -> PaperJudge:
-        if (self.endpoint is None) == (self.path is None):
-            raise ValueError("needs either `endpoint` and `model`, or `path`, and not both")
-        if (self.endpoint is None) != (self.model is None):
-            raise ValueError("needs `endpoint` and `model` together")
-        return self
-
-
 class Paper(_Part):
     """The paper's sets and models: see ``caliport.data.paper`` and docs/paper_benchmark.md.
 
@@ -79,7 +56,6 @@ class Paper(_Part):
     cache: Path = Path("runs/paper-rewritten.jsonl")
     split: Literal["validation", "test"] = "test"
     compositional: int = Field(10_000, gt=0)
-    judge: PaperJudge | None = None
 
 
 class Data(_Part):
@@ -236,16 +212,41 @@ class Flix(_Part):
         return max(sum(self.ranks[f] for f in self.features[t]) for t in self.train_on)
 
 
+class Judge(_Part):
+    """Who judges answers: an OpenAI-compatible ``endpoint`` and a ``model`` there, or a ``path``.
+
+    ``key_variable`` names the environment variable with the endpoint's key; see
+    ``validation.judge`` for the rest.
+    """
+
+    endpoint: str | None = None
+    model: str | None = None
+    key_variable: str | None = None
+    timeout: float = Field(60, gt=0)
+    tries: int = Field(5, gt=0)
+    path: str | None = None
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> Judge:
+        if (self.endpoint is None) == (self.path is None):
+            raise ValueError("needs either `endpoint` and `model`, or `path`, and not both")
+        if (self.endpoint is None) != (self.model is None):
+            raise ValueError("needs `endpoint` and `model` together")
+        return self
+
+
 class Evaluation(_Part):
     """How methods are scored on the validation split.
 
     ``quantized`` names methods that are also scored with quantized weights, folded (``int4``) or
-    with the update beside a quantized base (``int4-bundle``).
+    with the update beside a quantized base (``int4-bundle``). ``judge`` says of every answer in
+    fp32 whether it is right.
     """
 
     quantized: dict[
         Literal["int8", "int4", "int8-bundle", "int4-bundle"], tuple[MethodName, ...]
     ] = {}
+    judge: Judge | None = None
     examples: int | None = Field(None, gt=0)
     max_new_tokens: int = Field(48, gt=0)
     batch_size: int = Field(64, gt=0)

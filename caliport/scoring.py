@@ -33,6 +33,8 @@ def score_all(space: Workspace) -> None:
         for method in _expanded(space, tasks):
             for variant in variants_of(space, method):
                 score_method(space, composition, method, variant)
+            if space.recipe.evaluation.judge is not None:
+                judge_method(space, composition, method)
     if is_main():
         _write_quality(space)
 
@@ -111,11 +113,61 @@ def score_method(space: Workspace, composition: str, method: str, variant: str) 
     settings = {
         "method": method,
         "variant": variant,
-        "evaluation": recipe.evaluation.model_dump(mode="json", exclude={"quantized"}),
+        "evaluation": recipe.evaluation.model_dump(mode="json", exclude={"quantized", "judge"}),
         "prompts": [prompts_of(recipe)[name] for name in (composition, *tasks)],
     }
     out = space.kept("scores", composition, method, variant)
     stage(out, "score", f"{composition}: score of {shown}", inputs, settings, build)
+
+
+def judge_method(space: Workspace, composition: str, method: str) -> None:
+    """Ask the recipe's judge about every answer that a method wrote with fp32 weights."""
+    recipe = space.recipe
+    settings = recipe.evaluation.judge
+    assert settings is not None
+    prompt = prompts_of(recipe)[composition]
+    scored = space.kept("scores", composition, method, FP32)
+
+    def build(partial: Path, extra: dict[str, Any], resume: Path) -> None:
+        from validation.judge import EndpointJudge, LocalJudge, Question, count
+
+        judge: LocalJudge | EndpointJudge
+        if settings.path is not None:
+            judge = LocalJudge(settings.path)
+        else:
+            assert settings.endpoint is not None
+            assert settings.model is not None
+            judge = EndpointJudge(
+                settings.endpoint,
+                settings.model,
+                settings.key_variable,
+                settings.timeout,
+                settings.tries,
+            )
+        examples = examples_of(space, composition, "validation", recipe.evaluation.examples)
+        outputs = read_score(space, composition, method)["outputs"]
+        questions = [
+            Question(prompt.replace("{input}", e.input), e.output, output)
+            for e, output in zip(examples, outputs, strict=True)
+        ]
+        with progress(f"{composition}: judging {method}", len(questions)) as advance:
+            found = count(judge(questions, advance))
+        content = {"yes": found.yes, "no": found.no, "none": found.none, "share": found.share}
+        (partial / "judge.json").write_text(json.dumps(content))
+
+    inputs = {"score": scored, "examples": space.data / f"{composition}.validation.jsonl"}
+    # How long to wait and how often to try does not change what the judge says.
+    asked = settings.model_dump(mode="json", include={"endpoint", "model", "path"})
+    out = space.kept("judged", composition, method)
+    title = f"{composition}: judgement of {method}"
+    stage(out, "judge", title, inputs, {"judge": asked, "prompt": prompt}, build)
+
+
+def _judged(space: Workspace, composition: str, method: str) -> float | None:
+    if space.recipe.evaluation.judge is None:
+        return None
+    path = space.kept("judged", composition, method) / "judge.json"
+    return float(json.loads(path.read_text(encoding="utf-8"))["share"])
 
 
 def _with_adapter(space: Workspace, adapter: Path | None, variant: str = FP32) -> PreTrainedModel:
@@ -256,6 +308,7 @@ def _method(space: Workspace, composition: str, name: str, score: dict[str, Any]
         rougeL=score["rougeL"],
         chrf=score["chrf"],
         weighted_rouge=score["weighted_rouge"],
+        judge=_judged(space, composition, name),
         parameters=parameters,
         bytes=_BYTES_A_VALUE * parameters,
         passes=len(space.recipe.compositions[composition]) if name == "multi-step" else 1,

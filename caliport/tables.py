@@ -49,16 +49,23 @@ def show_tables(reports: Path) -> None:
 
 def _methods(report: QualityReport) -> None:
     for composition, result in report.compositions.items():
+        # Columns that not every run has: the paper's metric for replies, and a judge.
+        more = {}
+        if report.metric == "weighted_rouge":
+            more["weighted ROUGE"] = [m.weighted_rouge for m in result.methods]
+        if any(m.judge is not None for m in result.methods):
+            more["judge %"] = [m.judge for m in result.methods]
         table = _table(
             f"{composition}: {result.examples} {result.split} examples, eager fp32",
-            ("method", "loss", "ROUGE-L", "chrF", "extra bytes", "passes"),
+            ("method", "loss", "ROUGE-L", "chrF", *more, "extra bytes", "passes"),
         )
-        for method in result.methods:
+        for index, method in enumerate(result.methods):
             table.add_row(
                 method.label,
                 "" if method.loss is None else f"{method.loss:.3f}",
                 f"{method.rougeL:.1f}",
                 f"{method.chrf:.1f}",
+                *("" if (v := values[index]) is None else f"{v:.1f}" for values in more.values()),
                 f"{method.bytes:,}",
                 str(method.passes),
                 style="bold" if method.method == result.best else None,

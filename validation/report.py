@@ -134,6 +134,7 @@ def _compositions(report: QualityReport) -> list[dict[str, Any]]:
             "best": _best(result),
             "top": max((max(m.rougeL, m.chrf) for m in result.methods), default=1) or 1,
             "bars": plots.quality_bars(result),
+            "judged": any(m.judge is not None for m in result.methods),
             "quantized": [(m, w, q) for m in result.methods for w, q in m.quantized.items()],
             "scatter": plots.quality_bytes(result, report.metric),
         }

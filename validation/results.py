@@ -50,6 +50,7 @@ class MethodResult(Record):
         method: Its key, such as ``lc``; ``label`` is for people.
         loss: Of the references in nats a token, None where no single model wrote the outputs.
         rougeL, chrf, weighted_rouge: 0 to 100.
+        judge: Percentage of answers that a judge called right; None without a judge.
         parameters, bytes: What must be stored beyond the base and the single-task adapters.
         passes: Inference passes an answer takes.
         seconds: To train or merge it.
@@ -62,6 +63,7 @@ class MethodResult(Record):
     rougeL: float
     chrf: float
     weighted_rouge: float | None = None
+    judge: float | None = None
     parameters: int
     bytes: int
     passes: int

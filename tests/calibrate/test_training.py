@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
 import subprocess
 import sys
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,16 @@ import torch
 from commands import ENVIRONMENT
 from torch import nn
 
+import calibrate.train
 from calibrate.attach import attached
 from calibrate.batches import Encoded, Order, collate, encode
 from calibrate.lora import LoraSettings, train_lora
 from calibrate.train import TrainSettings, evaluate, fit, loss_of
 from caliport_core.checkpoints import load_base, load_tokenizer
 from caliport_core.errors import InputError
+
+LORA = LoraSettings(rank=4, alpha=8, dropout=0.0)
+DROPPING = LoraSettings(rank=4, alpha=8, dropout=0.1)
 
 
 @pytest.fixture
@@ -34,13 +40,21 @@ def examples() -> list[Encoded]:
     return [Encoded(tokens(3, 20), tokens(1, 9)) for _ in range(64)]
 
 
+@pytest.fixture
+def always_save(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibrate.train, "_CHECKPOINT_SECONDS", -1.0)
+
+
+def order_of(examples: Sequence[Encoded], batch_size: int, seed: int = 0) -> Order:
+    return Order([len(e.prompt + e.target) for e in examples], batch_size, seed)
+
+
 def test_lora_learns_and_leaves_the_base(base_dir: Path, examples: list[Encoded]) -> None:
     model = load_base(base_dir)
     names = [n for n, _ in model.named_modules()]
     before = {n: p.clone() for n, p in model.named_parameters()}
     settings = TrainSettings(steps=30, batch_size=16, learning_rate=1e-2)
-    lora = LoraSettings(rank=4, alpha=8, dropout=0.0)
-    update, curve = train_lora(model, examples, lora, settings, "lora")
+    update, curve = train_lora(model, examples, LORA, settings, "lora")
     assert [n for n, _ in model.named_modules()] == names
     assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
     assert curve[-1]["loss"] < curve[0]["loss"] - 0.2
@@ -51,22 +65,54 @@ def test_lora_learns_and_leaves_the_base(base_dir: Path, examples: list[Encoded]
             assert loss_of(model, batch) < plain - 0.2
 
 
+def test_only_what_is_trained_has_gradients_and_optimizer_state(
+    base_dir: Path, tmp_path: Path, examples: list[Encoded], always_save: None
+) -> None:
+    model = load_base(base_dir).requires_grad_(False)
+    head = model.lm_head.requires_grad_(True)
+    touched = set()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.register_hook(lambda _, name=name: touched.add(name))
+    settings = TrainSettings(steps=2, batch_size=4)
+    fit(model, head, examples, settings, "head", tmp_path / "resume")
+    state = torch.load(tmp_path / "resume", weights_only=True)
+    assert touched == {n for n, p in model.named_parameters() if p is head.weight}
+    assert list(state["parameters"]) == ["weight"]
+    assert len(state["optimizer"]["state"]) == 1
+    assert all(p.grad is None for p in model.parameters())
+
+
 @pytest.mark.parametrize("prompt_loss", [False, True])
 def test_loss_is_the_unpadded_loss(
     prompt_loss: bool, base_dir: Path, examples: list[Encoded]
 ) -> None:
     """A padded batch gives the token-weighted mean of the examples' own losses."""
     model = load_base(base_dir)
+    some = [*examples[:7], Encoded((), examples[8].prompt)]  # nothing predicts a first token
     total, tokens = 0.0, 0
     with torch.no_grad():
-        for example in examples[:7]:
+        for example in some:
             ids = torch.tensor([example.prompt + example.target])
             logits = model(ids).logits[0, :-1]
-            start = 0 if prompt_loss else len(example.prompt) - 1
+            start = 0 if prompt_loss else max(0, len(example.prompt) - 1)
             losses = nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none")[start:]
             total, tokens = total + losses.sum().item(), tokens + len(losses)
-        found = loss_of(model, collate(examples[:7], pad=0, prompt_loss=prompt_loss)).item()
+        found = loss_of(model, collate(some, pad=0, prompt_loss=prompt_loss)).item()
     assert found == pytest.approx(total / tokens, rel=1e-4)
+
+
+def test_evaluate_is_each_example_alone(base_dir: Path, examples: list[Encoded]) -> None:
+    """In the examples' order, without gradients, and the model is as it was."""
+    model = load_base(base_dir).train()
+    seen: list[int] = []
+    found = evaluate(model, examples, 7, lambda rows, _: seen.extend(rows))
+    assert model.training
+    assert sorted(seen) == list(range(len(examples)))
+    model.eval()
+    with torch.no_grad():
+        alone = [loss_of(model, collate([e], pad=0)).item() for e in examples]
+    assert found == pytest.approx(alone, rel=1e-4)
 
 
 def test_order_covers_an_epoch_once() -> None:
@@ -77,65 +123,173 @@ def test_order_covers_an_epoch_once() -> None:
     assert order[2] == Order(list(range(40)), 8, 3)[2], "a step alone decides its batch"
 
 
-RESUMED = """
-    import sys, torch
-    from pathlib import Path
-    from calibrate.attach import attached
-from calibrate.batches import Encoded
-    from calibrate.lora import LoraSettings, train_lora
-    from calibrate.train import TrainSettings
-    import calibrate.train
-    from caliport_core.checkpoints import load_base
-    base, out, resume = sys.argv[1:]
-    calibrate.train._CHECKPOINT_SECONDS = 0.0
-    torch.set_num_threads(1)
-    examples = [Encoded((5 + i, 6 + i), (7 + i, 2)) for i in range(64)]
-    settings = TrainSettings(steps=60, batch_size=8, learning_rate=1e-3)
-    update, curve = train_lora(
-        load_base(base), examples, LoraSettings(4, 8, 0.1), settings, "x", Path(resume)
+def test_the_callback_gets_the_rows_of_each_forward(
+    base_dir: Path, examples: list[Encoded]
+) -> None:
+    """Whole batches, or parts of at most three; the model sees just those rows, in that order."""
+    model = load_base(base_dir)
+    order = order_of(examples, 10)
+    for micro_batch, sizes in ((None, [10]), (3, [3, 3, 3, 1])):
+        called: list[tuple[list[int], int]] = []
+        inputs: list[torch.Tensor] = []
+        hook = model.register_forward_pre_hook(
+            lambda _, args, kwargs, inputs=inputs: inputs.append(kwargs["input_ids"]),
+            with_kwargs=True,
+        )
+        fit(
+            model,
+            model,
+            examples,
+            TrainSettings(steps=2, batch_size=10),
+            "base",
+            on_batch=lambda rows, step, called=called: called.append((list(rows), step)),
+            micro_batch=micro_batch,
+        )
+        hook.remove()
+        assert [(len(rows), step) for rows, step in called] == [
+            (n, s) for s in (0, 1) for n in sizes
+        ]
+        for step in (0, 1):
+            assert [i for rows, at in called if at == step for i in rows] == order[step]
+        for (rows, _), ids in zip(called, inputs, strict=True):
+            assert torch.equal(ids, collate([examples[i] for i in rows], pad=0).input_ids)
+
+
+def test_accumulated_gradients_give_the_same_training(
+    base_dir: Path, examples: list[Encoded]
+) -> None:
+    settings = TrainSettings(steps=6, batch_size=10, learning_rate=1e-2)
+    whole, parts = (
+        train_lora(load_base(base_dir), examples, LORA, settings, "lora", micro_batch=size)
+        for size in (None, 3)
     )
-    torch.save({"b": dict(update.b), "curve": curve}, out)
-"""
+    assert_same(whole[0].a, parts[0].a)
+    assert_same(whole[0].b, parts[0].b)
+    assert losses(whole[1]) == pytest.approx(losses(parts[1]), rel=1e-5)
 
 
-def test_killed_training_resumes_exactly(base_dir: Path, tmp_path: Path) -> None:
-    """Killed without warning and started again, it ends with the same bits, dropout and all."""
+def assert_same(one: Any, two: Any, tolerance: float = 1e-5) -> None:
+    """Relative distance of two sides of an update, all matrices together."""
+    assert one.keys() == two.keys()
+    flat = [torch.cat([side[name].flatten() for name in sorted(side)]) for side in (one, two)]
+    assert (flat[0] - flat[1]).norm() <= tolerance * flat[0].norm()
 
-    def start(name: str) -> subprocess.Popen:
-        command = [sys.executable, "-c", textwrap.dedent(RESUMED)]
-        paths = [str(base_dir), str(tmp_path / f"{name}.pt"), str(tmp_path / f"{name}.resume")]
-        root = Path(__file__).parents[2]
-        return subprocess.Popen([*command, *paths], cwd=root, stderr=subprocess.DEVNULL)
 
-    assert start("whole").wait() == 0
-    killed = start("killed")
-    while not (tmp_path / "killed.resume").exists():
-        assert killed.poll() is None, "ended before its first checkpoint"
-    os.kill(killed.pid, signal.SIGKILL)
-    killed.wait()
-    assert not (tmp_path / "killed.pt").exists()
-    assert torch.load(tmp_path / "killed.resume")["step"] < 60
-    assert start("killed").wait() == 0
-    whole, resumed = torch.load(tmp_path / "whole.pt"), torch.load(tmp_path / "killed.pt")
-    assert whole["curve"] == resumed["curve"]
-    assert all(torch.equal(whole["b"][n], resumed["b"][n]) for n in whole["b"])
+def losses(curve: list[dict[str, float]]) -> list[float]:
+    return [point["loss"] for point in curve]
+
+
+@pytest.mark.parametrize("stop_at", [1, 11])
+def test_interrupted_training_resumes_exactly(
+    stop_at: int, base_dir: Path, tmp_path: Path, examples: list[Encoded], always_save: None
+) -> None:
+    """Broken off within an epoch of eight steps, it ends with the same bits, dropout and all."""
+    settings = TrainSettings(steps=14, batch_size=8, learning_rate=1e-3)
+    whole, curve = train_lora(load_base(base_dir), examples, DROPPING, settings, "x")
+    resume = tmp_path / "resume"
+
+    def fail(*_: object, **__: object) -> None:
+        if resume.exists() and torch.load(resume, weights_only=True)["step"] == stop_at:
+            raise RuntimeError("stopped here")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calibrate.train, "collate", lambda *a: (fail(), collate(*a))[1])
+        with pytest.raises(RuntimeError, match="stopped here"):
+            train_lora(load_base(base_dir), examples, DROPPING, settings, "x", resume)
+    resumed, again = train_lora(load_base(base_dir), examples, DROPPING, settings, "x", resume)
+    assert again == curve
+    assert_same(whole.b, resumed.b, tolerance=0)
+
+
+def test_checkpoint_of_one_process_from_before_there_could_be_several(
+    base_dir: Path, tmp_path: Path, examples: list[Encoded], always_save: None
+) -> None:
+    settings = TrainSettings(steps=6, batch_size=8, learning_rate=1e-3)
+    model, resume = load_base(base_dir), tmp_path / "resume"
+    whole, _ = train_lora(model, examples, DROPPING, settings, "x")
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(base_dir, examples, settings, resume, signal.SIGINT)
+    state = torch.load(resume, weights_only=True)
+    torch.save({**state, "rng": state["rng"][0]["cpu"]}, resume)
+    resumed, _ = train_lora(model, examples, DROPPING, settings, "x", resume)
+    assert_same(whole.b, resumed.b, tolerance=0)
+
+
+def test_checkpoint_of_other_processes_says_so(
+    base_dir: Path,
+    tmp_path: Path,
+    examples: list[Encoded],
+    always_save: None,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    settings = TrainSettings(steps=6, batch_size=8, learning_rate=1e-3)
+    resume = tmp_path / "resume"
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(base_dir, examples, settings, resume, signal.SIGINT)
+    state = torch.load(resume, weights_only=True)
+    torch.save({**state, "rng": state["rng"] * 2}, resume)
+    train_lora(load_base(base_dir), examples, DROPPING, settings, "x", resume)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "x: going on with 1 processes from a checkpoint of 2" in said
+
+
+def interrupted(
+    base: Path, examples: list[Encoded], settings: TrainSettings, resume: Path, number: int
+) -> None:
+    """Start a training that gets a signal while it computes its third step."""
+    calls = 0
+
+    def at_third(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            os.kill(os.getpid(), number)
+        return collate(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calibrate.train, "collate", at_third)
+        train_lora(load_base(base), examples, DROPPING, settings, "x", resume)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_ends(
+    number: int, base_dir: Path, tmp_path: Path, examples: list[Encoded]
+) -> None:
+    """It leaves after the step that it is at and can be resumed exactly; handlers stay."""
+    handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    settings = TrainSettings(steps=6, batch_size=8, learning_rate=1e-3)
+    whole, _ = train_lora(load_base(base_dir), examples, DROPPING, settings, "x")
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(base_dir, examples, settings, tmp_path / "resume", number)
+    assert torch.load(tmp_path / "resume", weights_only=True)["step"] == 3
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
+    resume = tmp_path / "resume"
+    resumed, _ = train_lora(load_base(base_dir), examples, DROPPING, settings, "x", resume)
+    assert_same(whole.b, resumed.b, tolerance=0)
 
 
 def test_loss_that_is_not_finite_stops(
     base_dir: Path, tmp_path: Path, examples: list[Encoded]
 ) -> None:
     """It names step and examples, and keeps the last good state in the model and in the file."""
-    model = load_base(base_dir)
-    settings = TrainSettings(steps=40, batch_size=4, learning_rate=1e18, warmup=0.5)
-    with pytest.raises(
-        InputError, match=r"loss is nan.* at step \d+ \(examples \d+.*learning rate"
-    ):
-        fit(model, model, examples, settings, "base", tmp_path / "base.resume")
-    state = torch.load(tmp_path / "base.resume")
-    assert state["step"] > 0
+    model, resume = load_base(base_dir), tmp_path / "base.resume"
+    settings = TrainSettings(steps=40, batch_size=12, learning_rate=1e18, warmup=0.5)
+    with pytest.raises(InputError, match=r"^base: loss is nan, .* at step \d+ ") as caught:
+        fit(model, model, examples, settings, "base", resume)
+    state = torch.load(resume, weights_only=True)
+    step = state["step"]
+    shown = ", ".join(map(str, order_of(examples, 12)[step][:8]))
+    assert f"at step {step} (examples {shown}, …; 12 in all" in str(caught.value)
+    assert str(resume) in str(caught.value)
+    assert "lower the learning rate" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert step > 0
     for name, parameter in model.named_parameters():
         assert torch.isfinite(parameter).all()
         assert torch.equal(parameter, state["parameters"][name])
+    with pytest.raises(InputError, match=f"at step {step} "):  # from there it ends there again
+        again = load_base(base_dir)
+        fit(again, again, examples, settings, "base", resume)
 
 
 def test_gradient_that_is_not_finite_stops(base_dir: Path, examples: list[Encoded]) -> None:
@@ -143,102 +297,148 @@ def test_gradient_that_is_not_finite_stops(base_dir: Path, examples: list[Encode
     model = load_base(base_dir)
     before = {n: p.clone() for n, p in model.named_parameters()}
     model.lm_head.weight.register_hook(lambda gradient: gradient * float("inf"))
-    with pytest.raises(InputError, match=r"loss is \d.*, gradient (nan|inf) at step 0"):
+    with pytest.raises(InputError, match=r"loss is \d.*, gradient norm (nan|inf) at step 0"):
         fit(model, model, examples, TrainSettings(steps=2, batch_size=4), "base")
     assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
 
 
-def test_accumulated_gradients_give_the_same_training(
-    base_dir: Path, examples: list[Encoded]
+def test_precision_is_accelerates_and_stays_within_a_call(
+    base_dir: Path, examples: list[Encoded], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ten examples at a time, or three, and with each part its own examples announced."""
-    seen: dict[int | None, list[int]] = {}
-    updates = {}
-    for micro_batch in (None, 3):
-        seen[micro_batch] = []
-        model = load_base(base_dir)
-        lora = LoraSettings(rank=4, alpha=8, dropout=0.0)
-        settings = TrainSettings(steps=6, batch_size=10, learning_rate=1e-2)
-        updates[micro_batch], _ = train_lora(
-            model, examples, lora, settings, "lora", micro_batch=micro_batch
-        )
-        model = load_base(base_dir)
-        fit(
-            model,
-            model,
-            examples,
-            TrainSettings(steps=1, batch_size=10),
-            "x",
-            on_batch=lambda rows, step, key=micro_batch: seen[key].extend(rows),
-            micro_batch=micro_batch,
-        )
-    assert seen[None] == seen[3] == Order([len(e.prompt + e.target) for e in examples], 10, 0)[0]
-    for name in updates[None].modules:
-        whole, parts = updates[None].delta(name), updates[3].delta(name)
-        assert (whole - parts).norm() < 1e-4 * whole.norm()
+    """With bf16 the losses are near those of fp32 and not the same; afterwards it is fp32 again."""
+
+    def curve() -> list[float]:
+        settings = TrainSettings(steps=8, batch_size=8, learning_rate=1e-3)
+        return losses(train_lora(load_base(base_dir), examples, LORA, settings, "x")[1])
+
+    full = curve()
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    mixed = curve()
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    with pytest.raises(InputError, match="found 'fp16'; expected no or bf16"):
+        curve()
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
+    assert mixed != full
+    assert mixed == pytest.approx(full, rel=0.02)
+    assert curve() == full
 
 
-def test_evaluate_is_each_example_alone(base_dir: Path, examples: list[Encoded]) -> None:
-    model = load_base(base_dir)
-    with torch.no_grad():
-        alone = [loss_of(model, collate([e], pad=0)).item() for e in examples]
-    assert evaluate(model, examples, batch_size=7) == pytest.approx(alone, rel=1e-4)
-
-
-PROCESSES = """
-    import sys, torch
-    from calibrate.attach import attached
-from calibrate.batches import Encoded
+LAUNCHED = """
+    import json, sys, torch
+    from pathlib import Path
+    import calibrate.train
+    from calibrate.batches import Encoded
     from calibrate.lora import LoraSettings, train_lora
     from calibrate.train import TrainSettings
     from caliport_core.checkpoints import load_base
-    from caliport_core.processes import is_main
-    base, out = sys.argv[1:]
+    from caliport_core.processes import is_main, process_count
+    base, out, asked = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
     torch.set_num_threads(1)
+    calibrate.train._CHECKPOINT_SECONDS = -1.0
     examples = [Encoded((5 + i, 6 + i), (7 + i, *range(8, 8 + i % 3), 2)) for i in range(64)]
-    settings = TrainSettings(steps=10, batch_size=9, learning_rate=1e-2)
-    update, curve = train_lora(load_base(base), examples, LoraSettings(4, 8, 0.0), settings, "x")
+    settings = TrainSettings(asked["steps"], asked["batch"], learning_rate=1e-3)
+    resume = out.with_suffix(".resume")
+    collate, rank, calls = calibrate.train.collate, 0 if is_main() else 1, 0
+    def failing(*arguments):
+        global calls
+        calls += 1
+        if rank == asked.get("fails") and calls == 3:
+            raise ValueError(f"process {rank} of {process_count()} fails")
+        return collate(*arguments)
+    calibrate.train.collate = failing
+    update, curve = train_lora(
+        load_base(base), examples, LoraSettings(4, 8, asked["dropout"]), settings, "x", resume,
+        micro_batch=asked.get("micro_batch"),
+    )
     if is_main():
-        torch.save({"a": dict(update.a), "b": dict(update.b), "curve": curve}, out)
+        found = {"a": dict(update.a), "b": dict(update.b), "curve": curve}
+        torch.save({**found, "processes": process_count()}, out)
 """
 
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node")
+ACCELERATE = ("accelerate.commands.launch", "--multi_gpu", "--num_processes")
 
-def launched(count: int, precision: str, base: Path, out: Path) -> dict[str, Any]:
-    """The result of a training on ``count`` CPU processes."""
+
+def launched(
+    base: Path, out: Path, processes: int = 1, launcher: Sequence[str] = TORCHRUN, **asked: Any
+) -> subprocess.Popen[str]:
+    """A training on CPU processes; what it finds is put into ``out``."""
     script = out.with_suffix(".py")
-    script.write_text(textwrap.dedent(PROCESSES))
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu"]
-    launch += ["--num_processes", str(count), "--mixed_precision", precision]
-    done = subprocess.run(
-        [*launch, str(script), str(base), str(out)],
-        env={**ENVIRONMENT, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
+    script.write_text(textwrap.dedent(LAUNCHED))
+    command = [sys.executable, *(["-m", *launcher, str(processes)] if processes > 1 else [])]
+    asked = {"steps": 10, "batch": 9, "dropout": 0.0, **asked}
+    return subprocess.Popen(
+        [*command, str(script), str(base), str(out), json.dumps(asked)],
+        env={**ENVIRONMENT, "OMP_NUM_THREADS": "1", "MASTER_PORT": "0"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
         text=True,
     )
-    assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = torch.load(out)
+
+
+def result(process: subprocess.Popen[str], out: Path) -> dict[str, Any]:
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    found: dict[str, Any] = torch.load(out, weights_only=True)
     return found
 
 
 @pytest.mark.slow
-def test_two_processes_give_what_one_gives(base_dir: Path, tmp_path: Path) -> None:
-    """The same global batch of nine examples, on one process and cut into five and four."""
-    one, two = (launched(n, "no", base_dir, tmp_path / f"{n}.pt") for n in (1, 2))
-    assert [p["loss"] for p in one["curve"]] == pytest.approx(
-        [p["loss"] for p in two["curve"]], rel=1e-5
-    )
-    for name, a in one["a"].items():
-        single, double = one["b"][name] @ a, two["b"][name] @ two["a"][name]
-        assert (single - double).norm() < 1e-4 * single.norm()
+@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE])
+def test_two_processes_give_what_one_gives(
+    launcher: Sequence[str], base_dir: Path, tmp_path: Path
+) -> None:
+    """The same nine examples a step: on one process, and cut into parts of 3, 2 and 3, 1."""
+    one = result(launched(base_dir, tmp_path / "one"), tmp_path / "one")
+    asked = {"processes": 2, "launcher": launcher, "micro_batch": 3}
+    two = result(launched(base_dir, tmp_path / "two", **asked), tmp_path / "two")
+    assert (one["processes"], two["processes"]) == (1, 2)
+    assert losses(one["curve"]) == pytest.approx(losses(two["curve"]), rel=1e-5)
+    assert_same(one["a"], two["a"])
+    assert_same(one["b"], two["b"])
 
 
 @pytest.mark.slow
-def test_mixed_precision_is_the_launchers(base_dir: Path, tmp_path: Path) -> None:
-    """With bf16 the losses are near those of fp32, and not the same."""
-    full, mixed = (launched(1, p, base_dir, tmp_path / f"{p}.pt") for p in ("no", "bf16"))
-    losses = [[p["loss"] for p in found["curve"]] for found in (full, mixed)]
-    assert losses[0] != losses[1]
-    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+def test_a_process_without_examples_takes_part(base_dir: Path, tmp_path: Path) -> None:
+    one = result(launched(base_dir, tmp_path / "one", batch=1), tmp_path / "one")
+    two = result(launched(base_dir, tmp_path / "two", 2, batch=1), tmp_path / "two")
+    assert_same(one["b"], two["b"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_training_resumes_exactly(processes: int, base_dir: Path, tmp_path: Path) -> None:
+    """Killed without warning and started again, it ends with the same bits, dropout and all."""
+    asked = {"processes": processes, "steps": 60, "batch": 8, "dropout": 0.1}
+    whole = result(launched(base_dir, tmp_path / "whole", **asked), tmp_path / "whole")
+    killed, resume = tmp_path / "killed", tmp_path / "killed.resume"
+    process = launched(base_dir, killed, **asked)
+    while not resume.exists():
+        assert process.poll() is None, "ended before its first checkpoint"
+    workers = subprocess.run(
+        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True
+    ).stdout.split()
+    for pid in [process.pid, *map(int, workers)]:
+        os.kill(pid, signal.SIGKILL)
+    process.communicate()
+    assert not killed.exists()
+    state = torch.load(resume, weights_only=True)
+    assert state["step"] < 60
+    assert len(state["rng"]) == processes
+    resumed = result(launched(base_dir, killed, **asked), killed)
+    assert whole["curve"] == resumed["curve"]
+    assert_same(whole["b"], resumed["b"], tolerance=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fails", [0, 1])
+def test_one_process_that_fails_ends_all(fails: int, base_dir: Path, tmp_path: Path) -> None:
+    process = launched(base_dir, tmp_path / "out", 2, fails=fails)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert f"process {fails} of 2 fails" in said
+    assert not (tmp_path / "out").exists()
+    assert torch.load(tmp_path / "out.resume", weights_only=True)["step"] >= 1
 
 
 def test_encode_refuses(base_dir: Path) -> None:

@@ -39,8 +39,8 @@ def test_the_papers_recipe() -> None:
     ("change", "expected"),
     [
         ("data.paper=null", "data: source paper needs `directory`, the sets' folder, and `paper`"),
-        ("data.paper.judge={path: x, endpoint: y}", "data.paper.judge: needs either `endpoint`"),
-        ("data.paper.judge={endpoint: y}", "data.paper.judge: needs `endpoint` and `model` toget"),
+        ("evaluation.judge={path: x, endpoint: y}", "evaluation.judge: needs either `endpoint`"),
+        ("evaluation.judge={endpoint: y}", "evaluation.judge: needs `endpoint` and `model` toget"),
         ("data.paper.split=train", "data.paper.split: found 'train', input should be 'validation'"),
         ("data.paper.translation={it: x}", "data.paper.translation.it"),
     ],
