@@ -79,11 +79,13 @@ def audit_composition(
     """
     from calibrate import LowRankUpdate
     from calibrate.audit import audit_merge, audit_module, check_one_base, norm_of
+    from calibrate.low_rank import check_same_base
     from calibrate.merge import MERGES, exact
     from validation.results import CompositionAudit
 
     used = _weights(len(adapters), weights)
     updates = {name: LowRankUpdate.from_peft(path) for name, path in adapters.items()}
+    check_same_base(list(adapters.values()))
     check_one_base(updates)
     parts = list(updates.values())
     wanted = exact(parts, used)

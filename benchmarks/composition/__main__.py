@@ -20,8 +20,8 @@ from benchmarks.composition.plans import (
     TRAINED,
     Plan,
     fields_of,
-    methods_of,
     overrides,
+    rounds_of,
 )
 from benchmarks.composition.tables import write_tables
 from caliport.composing import compose, make_data, prepare_all
@@ -60,12 +60,13 @@ def main(
 def _make(plan: Plan, space: Workspace, seed: int) -> None:
     """Make and score every method that the plan has for a seed."""
     prepare_all(space)
-    for composition in space.recipe.compositions:
-        for method in methods_of(plan, composition, seed):
-            if parse(method).composed:
-                compose(space, composition, parse(method))
-            for variant in variants_of(space, method):
-                score_method(space, composition, method, variant)
+    for methods, compositions in rounds_of(plan, seed):
+        for composition in compositions or space.recipe.compositions:
+            for method in methods:
+                if parse(method).composed:
+                    compose(space, composition, parse(method))
+                for variant in variants_of(space, method):
+                    score_method(space, composition, method, variant)
 
 
 def _workspace(

@@ -51,10 +51,7 @@ def fields_of(method: str) -> str:
     return f"calibration.{kinds[method]}.learning_rate"
 
 
-_INT4 = {
-    "int4": ["linear", "lc++", "lc++-int4", "joint"],
-    "int4-bundle": ["lc++", "lc++-int4-bundle"],
-}
+_INT4 = {"int4": ["lc++", "lc++-int4"], "int4-bundle": ["lc++", "lc++-int4-bundle"]}
 
 PLANS: dict[str, Plan] = {
     "multi30k": Plan(
@@ -99,12 +96,19 @@ PLANS: dict[str, Plan] = {
 }
 
 
-def methods_of(plan: Plan, composition: str, seed: int) -> tuple[str, ...]:
-    """What is made and scored of a composition with a seed."""
+def rounds_of(plan: Plan, seed: int) -> list[tuple[tuple[str, ...], tuple[str, ...] | None]]:
+    """Methods and the compositions they are made for (None: all), the most wanted first."""
     if seed:
-        return plan.core
-    more = plan.more if composition in plan.more_on else ()
-    return (*plan.core, *plan.merges, *more)
+        return [(plan.core, None)]
+    return [(plan.core, None), (plan.merges, None), (plan.more, plan.more_on)]
+
+
+def has(plan: Plan, composition: str, seed: int, method: str) -> bool:
+    """Whether a benchmark makes this method of a composition with a seed."""
+    return any(
+        method in methods and composition in (on or (composition,))
+        for methods, on in rounds_of(plan, seed)
+    )
 
 
 def overrides(changes: dict[str, Any]) -> list[str]:

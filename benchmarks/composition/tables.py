@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.composition.plans import TRAINED, Plan, fields_of, methods_of
+from benchmarks.composition.plans import TRAINED, Plan, fields_of, has
 from caliport.methods import KINDS, parse
 from caliport.scoring import FP32, read_score, variants_of
 from caliport.workspace import Workspace
@@ -85,13 +85,12 @@ def _by_group(
         for compositions in groups.values():
             by_seed = []
             for seed, space in enumerate(spaces):
-                found = [
-                    read(space, c, method) for c in compositions if _has(plan, c, seed, method)
-                ]
-                by_seed.append(
-                    statistics.mean(x for x in found if x is not None) if found else None
-                )
-            row.append(_spread([x for x in by_seed if x is not None], form))
+                here = [c for c in compositions if has(plan, c, seed, method)]
+                found = [read(space, c, method) for c in here]
+                known = [value for value in found if value is not None]
+                if known:
+                    by_seed.append(statistics.mean(known))
+            row.append(_spread(by_seed, form))
         rows.append(row)
     return _markdown(["method", *groups], rows)
 
@@ -234,17 +233,13 @@ def _order(plan: Plan) -> list[str]:
     return sorted(methods, key=lambda m: KINDS.index(parse(m).kind))
 
 
-def _has(plan: Plan, composition: str, seed: int, method: str) -> bool:
-    return method in methods_of(plan, composition, seed)
-
-
 def _cells(plan: Plan, spaces: Sequence[Workspace], *methods: str) -> list[tuple[Workspace, str]]:
     """Seeds and compositions that all of these methods were made for."""
     return [
         (space, composition)
         for seed, space in enumerate(spaces)
         for composition in space.recipe.compositions
-        if all(_has(plan, composition, seed, method) for method in methods)
+        if all(has(plan, composition, seed, method) for method in methods)
     ]
 
 

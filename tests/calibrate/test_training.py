@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from commands import ENVIRONMENT
@@ -287,8 +288,8 @@ def test_loss_that_is_not_finite_stops(
     for name, parameter in model.named_parameters():
         assert torch.isfinite(parameter).all()
         assert torch.equal(parameter, state["parameters"][name])
-    with pytest.raises(InputError, match=f"at step {step} "):  # from there it ends there again
-        again = load_base(base_dir)
+    again = load_base(base_dir)
+    with pytest.raises(InputError, match=f"at step {step} "):  # it goes on from there and fails so
         fit(again, again, examples, settings, "base", resume)
 
 
@@ -332,43 +333,50 @@ LAUNCHED = """
     from calibrate.train import TrainSettings
     from caliport_core.checkpoints import load_base
     from caliport_core.processes import is_main, process_count
-    base, out, asked = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
-    torch.set_num_threads(1)
-    calibrate.train._CHECKPOINT_SECONDS = -1.0
-    examples = [Encoded((5 + i, 6 + i), (7 + i, *range(8, 8 + i % 3), 2)) for i in range(64)]
-    settings = TrainSettings(asked["steps"], asked["batch"], learning_rate=1e-3)
-    resume = out.with_suffix(".resume")
-    collate, rank, calls = calibrate.train.collate, 0 if is_main() else 1, 0
-    def failing(*arguments):
-        global calls
-        calls += 1
-        if rank == asked.get("fails") and calls == 3:
-            raise ValueError(f"process {rank} of {process_count()} fails")
-        return collate(*arguments)
-    calibrate.train.collate = failing
-    update, curve = train_lora(
-        load_base(base), examples, LoraSettings(4, 8, asked["dropout"]), settings, "x", resume,
-        micro_batch=asked.get("micro_batch"),
-    )
-    if is_main():
+
+    def examples():
+        return [Encoded((5 + i, 6 + i), (7 + i, *range(8, 8 + i % 3), 2)) for i in range(64)]
+
+    def trained(base, out, steps, batch, dropout=0.0, micro_batch=None, fails=None):
+        calibrate.train._CHECKPOINT_SECONDS = -1.0
+        collate, rank, calls = calibrate.train.collate, 0 if is_main() else 1, []
+        def failing(*arguments):
+            calls.append(arguments)
+            if rank == fails and len(calls) == 3:
+                raise ValueError(f"process {rank} of {process_count()} fails")
+            return collate(*arguments)
+        calibrate.train.collate = failing
+        update, curve = train_lora(
+            load_base(base), examples(), LoraSettings(4, 8, dropout),
+            TrainSettings(steps, batch, learning_rate=1e-3), "x",
+            out.with_suffix(".resume"), micro_batch=micro_batch,
+        )
+        calibrate.train.collate = collate
         found = {"a": dict(update.a), "b": dict(update.b), "curve": curve}
-        torch.save({**found, "processes": process_count()}, out)
+        return {**found, "processes": process_count()}
+
+    if __name__ == "__main__":
+        torch.set_num_threads(1)
+        base, *cases = sys.argv[1:]
+        for case in map(json.loads, cases):
+            out = Path(case.pop("out"))
+            found = trained(base, out, **case)
+            if is_main():
+                torch.save(found, out)
 """
 
-TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node")
-ACCELERATE = ("accelerate.commands.launch", "--multi_gpu", "--num_processes")
+ALONE = ()
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+ACCELERATE = ("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2")
 
 
-def launched(
-    base: Path, out: Path, processes: int = 1, launcher: Sequence[str] = TORCHRUN, **asked: Any
-) -> subprocess.Popen[str]:
-    """A training on CPU processes; what it finds is put into ``out``."""
-    script = out.with_suffix(".py")
+def launched(launcher: Sequence[str], base: Path, *cases: dict[str, Any]) -> subprocess.Popen[str]:
+    """Trainings one after another on one CPU process or two, each found in its file ``out``."""
+    script = Path(cases[0]["out"]).with_suffix(".py")
     script.write_text(textwrap.dedent(LAUNCHED))
-    command = [sys.executable, *(["-m", *launcher, str(processes)] if processes > 1 else [])]
-    asked = {"steps": 10, "batch": 9, "dropout": 0.0, **asked}
+    command = [sys.executable, *(("-m", *launcher) if launcher else ()), str(script), str(base)]
     return subprocess.Popen(
-        [*command, str(script), str(base), str(out), json.dumps(asked)],
+        [*command, *(json.dumps({**case, "out": str(case["out"])}) for case in cases)],
         env={**ENVIRONMENT, "OMP_NUM_THREADS": "1", "MASTER_PORT": "0"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -383,60 +391,65 @@ def result(process: subprocess.Popen[str], out: Path) -> dict[str, Any]:
     return found
 
 
+def alone(base: Path, out: Path, **case: Any) -> dict[str, Any]:
+    """The same training in this process."""
+    functions: dict[str, Any] = {"__name__": "launched"}
+    exec(textwrap.dedent(LAUNCHED), functions)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calibrate.train, "_CHECKPOINT_SECONDS", 0.0)
+        found: dict[str, Any] = functions["trained"](base, out, **case)
+    return found
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE])
-def test_two_processes_give_what_one_gives(
+def test_two_processes_give_what_one_gives(base_dir: Path, tmp_path: Path) -> None:
+    """The same batches cut into parts of at most 3; with one example a process has none."""
+    cases = [
+        {"out": tmp_path / f"two{batch}", "steps": 10, "batch": batch, "micro_batch": 3}
+        for batch in (9, 1)
+    ]
+    result(launched(ACCELERATE, base_dir, *cases), tmp_path / "two9")
+    for batch in (9, 1):
+        two = torch.load(tmp_path / f"two{batch}", weights_only=True)
+        one = alone(base_dir, tmp_path / f"one{batch}", steps=10, batch=batch)
+        assert (one["processes"], two["processes"]) == (1, 2)
+        assert losses(one["curve"]) == pytest.approx(losses(two["curve"]), rel=1e-5)
+        assert_same(one["a"], two["a"])
+        assert_same(one["b"], two["b"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [ALONE, TORCHRUN])
+def test_killed_training_resumes_exactly(
     launcher: Sequence[str], base_dir: Path, tmp_path: Path
 ) -> None:
-    """The same nine examples a step: on one process, and cut into parts of 3, 2 and 3, 1."""
-    one = result(launched(base_dir, tmp_path / "one"), tmp_path / "one")
-    asked = {"processes": 2, "launcher": launcher, "micro_batch": 3}
-    two = result(launched(base_dir, tmp_path / "two", **asked), tmp_path / "two")
-    assert (one["processes"], two["processes"]) == (1, 2)
-    assert losses(one["curve"]) == pytest.approx(losses(two["curve"]), rel=1e-5)
-    assert_same(one["a"], two["a"])
-    assert_same(one["b"], two["b"])
-
-
-@pytest.mark.slow
-def test_a_process_without_examples_takes_part(base_dir: Path, tmp_path: Path) -> None:
-    one = result(launched(base_dir, tmp_path / "one", batch=1), tmp_path / "one")
-    two = result(launched(base_dir, tmp_path / "two", 2, batch=1), tmp_path / "two")
-    assert_same(one["b"], two["b"])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
-def test_killed_training_resumes_exactly(processes: int, base_dir: Path, tmp_path: Path) -> None:
     """Killed without warning and started again, it ends with the same bits, dropout and all."""
-    asked = {"processes": processes, "steps": 60, "batch": 8, "dropout": 0.1}
-    whole = result(launched(base_dir, tmp_path / "whole", **asked), tmp_path / "whole")
-    killed, resume = tmp_path / "killed", tmp_path / "killed.resume"
-    process = launched(base_dir, killed, **asked)
+    case = {"steps": 60, "batch": 8, "dropout": 0.1}
+    out, resume = tmp_path / "killed", tmp_path / "killed.resume"
+    process = launched(launcher, base_dir, {"out": out, **case})
     while not resume.exists():
         assert process.poll() is None, "ended before its first checkpoint"
-    workers = subprocess.run(
-        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True
-    ).stdout.split()
-    for pid in [process.pid, *map(int, workers)]:
-        os.kill(pid, signal.SIGKILL)
+    parent = psutil.Process(process.pid)
+    for one in (parent, *parent.children()):
+        one.kill()
     process.communicate()
-    assert not killed.exists()
+    assert not out.exists()
     state = torch.load(resume, weights_only=True)
     assert state["step"] < 60
-    assert len(state["rng"]) == processes
-    resumed = result(launched(base_dir, killed, **asked), killed)
+    assert len(state["rng"]) == (2 if launcher else 1)
+    again = launched(launcher, base_dir, {"out": out, **case}, {"out": tmp_path / "whole", **case})
+    whole, resumed = result(again, tmp_path / "whole"), torch.load(out, weights_only=True)
     assert whole["curve"] == resumed["curve"]
     assert_same(whole["b"], resumed["b"], tolerance=0)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fails", [0, 1])
-def test_one_process_that_fails_ends_all(fails: int, base_dir: Path, tmp_path: Path) -> None:
-    process = launched(base_dir, tmp_path / "out", 2, fails=fails)
+def test_one_process_that_fails_ends_all(base_dir: Path, tmp_path: Path) -> None:
+    case = {"out": tmp_path / "out", "steps": 10, "batch": 9, "fails": 1}
+    process = launched(TORCHRUN, base_dir, case)
     _, said = process.communicate(timeout=120)
     assert process.returncode != 0
-    assert f"process {fails} of 2 fails" in said
+    assert "process 1 of 2 fails" in said
     assert not (tmp_path / "out").exists()
     assert torch.load(tmp_path / "out.resume", weights_only=True)["step"] >= 1
 
