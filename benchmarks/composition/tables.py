@@ -56,7 +56,7 @@ def _tables(
         f"100. {machine.cpu}, {machine.cores} cores; stages' own times add up to "
         f"{_stage_seconds(spaces) / 60:.0f} minutes, the last call took {seconds / 60:.0f}."
     )
-    yield "Learning rates: loss on held-out training examples of each rate tried (best in bold).\n"
+    yield "Learning rates: loss on held-out training examples of each rate tried (best in bold)."
     yield _sweep_table(plan, first, rates)
     yield f"{metric} of greedy answers, mean ± standard deviation over seeds."
     yield _by_group(plan, spaces, lambda s, c, m: read_score(s, c, m)[metric], "{:.1f}")
@@ -104,7 +104,9 @@ def _gap_table(plan: Plan, spaces: Sequence[Workspace], metric: str) -> str:
         seconds, values = [], []
         for space, composition in _cells(plan, spaces, method):
             for key, share in shares.items():
-                share.append(_share(space, composition, method, key))
+                closed = _share(space, composition, method, key)
+                if closed is not None:
+                    share.append(closed)
             manifest = read_manifest(_made(space, composition, method))
             seconds.append(manifest["seconds"])
             values.append(manifest.get("parameters", 0))
@@ -119,11 +121,12 @@ def _gap_table(plan: Plan, spaces: Sequence[Workspace], metric: str) -> str:
     return _markdown(["method", "loss", metric, "values", "seconds"], rows)
 
 
-def _share(space: Workspace, composition: str, method: str, key: str) -> float:
+def _share(space: Workspace, composition: str, method: str, key: str) -> float | None:
+    """What of the gap from linear to joint is closed; None where there is no gap."""
     linear, joint, found = (
         read_score(space, composition, m)[key] for m in ("linear", "joint", method)
     )
-    return float((found - linear) / (joint - linear))
+    return float((found - linear) / (joint - linear)) if joint != linear else None
 
 
 def _quantization(plan: Plan, spaces: Sequence[Workspace], metric: str) -> Iterable[str]:

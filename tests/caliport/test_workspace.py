@@ -110,7 +110,7 @@ evaluation: {examples: 2, max_new_tokens: 2}
 
 @pytest.mark.slow
 def test_a_recipe_on_two_processes_gives_what_one_gives(tmp_path: Path) -> None:
-    """As ``docs/calibrate.md`` says to launch it; the values of every stage agree to rounding."""
+    """The values that every stage trains agree to rounding."""
     runs = []
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
     launch += ["--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "0"]
