@@ -4,12 +4,13 @@
     python -m benchmarks.composition pocket
 
 Everything made is a stage of a run directory: a killed benchmark goes on with the same command.
-With ``--seed`` only that seed is made, so that several can run beside each other.
+With ``--seed`` only that seed is made, so that several can run beside each other; ``--tables``
+writes the tables of what is there, and leaves out what is not.
 """
 
 from __future__ import annotations
 
-import time
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,6 +31,7 @@ from caliport.reading import read_recipe
 from caliport.scoring import score_method, variants_of
 from caliport.workspace import Workspace
 from caliport_core.directories import read_manifest
+from caliport_core.errors import InputError
 
 
 def main(
@@ -38,23 +40,24 @@ def main(
     runs: Annotated[Path, typer.Option(help="Where run directories are made.")] = Path("runs"),
     seed: Annotated[list[int] | None, typer.Option(help="Make only this seed; repeatable.")] = None,
     results: Annotated[Path, typer.Option(help="Where the tables go.")] = Path("docs/results.md"),
+    tables: Annotated[bool, typer.Option(help="Make nothing; tables of what is there.")] = False,
 ) -> None:
     """Run a benchmark to its end, or one seed of it."""
     if name not in PLANS:
         raise typer.BadParameter(f"{name!r}; expected one of {', '.join(PLANS)}")
     plan, common = PLANS[name], {} if data is None else {"data.directory": str(data)}
-    start = time.monotonic()
     first = _workspace(plan, runs, 0, common)
-    prepare_all(first)
+    if not tables:
+        prepare_all(first)
     rates = _sweep(plan, runs, common, first)
     spaces = []
     for number in plan.seeds:
         space = _workspace(plan, runs, number, {**common, **rates}, first)
-        if seed is None or number in seed:
+        if not tables and (seed is None or number in seed):
             _make(plan, space, number)
         spaces.append(space)
     if seed is None:
-        write_tables(name, plan, spaces, rates, results, time.monotonic() - start)
+        write_tables(name, plan, spaces, rates, results)
 
 
 def _make(plan: Plan, space: Workspace, seed: int) -> None:
@@ -116,4 +119,7 @@ def _sweep(plan: Plan, runs: Path, common: dict[str, Any], first: Workspace) -> 
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    try:
+        typer.run(main)
+    except InputError as error:
+        sys.exit(f"benchmark: {error}")

@@ -27,7 +27,6 @@ def write_tables(
     spaces: Sequence[Workspace],
     rates: Mapping[str, float],
     path: Path,
-    seconds: float,
 ) -> None:
     """Replace what stands between the marks of this benchmark; all else in the file stays.
 
@@ -40,21 +39,19 @@ def write_tables(
         raise InputError(f"{path}: no place for the tables; expected the lines {start} and {end}")
     head, _, rest = text.partition(start)
     tail = rest.partition(end)[2]
-    body = "\n\n".join(_tables(plan, spaces, rates, seconds))
+    body = "\n\n".join(_tables(plan, spaces, rates))
     path.write_text(f"{head}{start}\n\n{body}\n\n{end}{tail}", encoding="utf-8")
 
 
-def _tables(
-    plan: Plan, spaces: Sequence[Workspace], rates: Mapping[str, float], seconds: float
-) -> Iterable[str]:
+def _tables(plan: Plan, spaces: Sequence[Workspace], rates: Mapping[str, float]) -> Iterable[str]:
     machine = this_machine()
     first = spaces[0]
     metric = first.recipe.evaluation.metric
     examples = len(read_score(first, plan.sweep_on, "linear")["outputs"])
     yield (
         f"{len(spaces)} seed(s), {examples} validation examples a composition, {metric} from 0 to "
-        f"100. {machine.cpu}, {machine.cores} cores; stages' own times add up to "
-        f"{_stage_seconds(spaces) / 60:.0f} minutes, the last call took {seconds / 60:.0f}."
+        f"100. {machine.cpu}, {machine.cores} cores, one thread each; the stages' own times add up "
+        f"to {_stage_seconds(spaces) / 60:.0f} minutes."
     )
     yield "Learning rates: loss on held-out training examples of each rate tried (best in bold)."
     yield _sweep_table(plan, first, rates)
@@ -69,7 +66,7 @@ def _tables(
     yield _gap_table(plan, spaces, metric)
     yield from _quantization(plan, spaces, metric)
     if first.recipe.flix is not None:
-        yield from _unseen(spaces, metric)
+        yield from _unseen(plan, spaces, metric)
 
 
 def _by_group(
@@ -86,6 +83,8 @@ def _by_group(
             by_seed = []
             for seed, space in enumerate(spaces):
                 here = [c for c in compositions if has(plan, c, seed, method)]
+                if not all(_scored(plan, space, c, seed, method) for c in here):
+                    continue  # a mean over a part of a group would not be that of the others
                 found = [read(space, c, method) for c in here]
                 known = [value for value in found if value is not None]
                 if known:
@@ -102,7 +101,7 @@ def _gap_table(plan: Plan, spaces: Sequence[Workspace], metric: str) -> str:
             continue
         shares: dict[str, list[float]] = {"loss": [], metric: []}
         seconds, values = [], []
-        for space, composition in _cells(plan, spaces, method):
+        for space, composition in _cells(plan, spaces, method, "linear", "joint"):
             for key, share in shares.items():
                 closed = _share(space, composition, method, key)
                 if closed is not None:
@@ -110,6 +109,8 @@ def _gap_table(plan: Plan, spaces: Sequence[Workspace], metric: str) -> str:
             manifest = read_manifest(_made(space, composition, method))
             seconds.append(manifest["seconds"])
             values.append(manifest.get("parameters", 0))
+        if not seconds:
+            continue
         rows.append(
             [
                 parse(method).label,
@@ -137,6 +138,8 @@ def _quantization(plan: Plan, spaces: Sequence[Workspace], metric: str) -> Itera
     rows = []
     for method, variant in dict.fromkeys(pairs):
         cells = _cells(plan, spaces, method, "linear")
+        if not cells:
+            continue
         scores = [read_score(s, c, method, variant) for s, c in cells]
         rows.append(
             [
@@ -167,11 +170,12 @@ def _quantization(plan: Plan, spaces: Sequence[Workspace], metric: str) -> Itera
             _paired(_cells(plan, spaces, m, n), (m, v), (n, w), metric, "{:+.2f}"),
         ]
         for m, v, n, w in compared
+        if _cells(plan, spaces, m, n)
     ]
     yield _markdown(["this", "against", "loss", metric], rows)
 
 
-def _unseen(spaces: Sequence[Workspace], metric: str) -> Iterable[str]:
+def _unseen(plan: Plan, spaces: Sequence[Workspace], metric: str) -> Iterable[str]:
     yield (
         "FLix against one LoRA of the same active rank on the same mixture and steps: mean score, "
         f"and the {CONFIDENCE:.0%} bootstrap interval of the paired difference over examples and "
@@ -181,12 +185,14 @@ def _unseen(spaces: Sequence[Workspace], metric: str) -> Iterable[str]:
     assert flix is not None
     rows = []
     for composition in spaces[0].recipe.compositions:
+        cells = [x for x in _cells(plan, spaces, "mixture", "flix") if x[1] == composition]
+        if not cells:
+            continue
         row = [composition, "trained" if composition in flix.train_on else "never trained"]
         for method in ("mixture", "flix"):
-            found = [read_score(s, composition, method) for s in spaces]
+            found = [read_score(space, composition, method) for space, _ in cells]
             row.append(_spread([f[metric] for f in found], "{:.1f}"))
             row.append(_spread([f["loss"] for f in found], "{:.3f}"))
-        cells = [(space, composition) for space in spaces]
         row.append(_paired(cells, ("flix", FP32), ("mixture", FP32), metric, "{:+.2f}"))
         rows.append(row)
     heads = ["composition", "pair", f"LoRA {metric}", "LoRA loss", f"FLix {metric}", "FLix loss"]
@@ -242,8 +248,17 @@ def _cells(plan: Plan, spaces: Sequence[Workspace], *methods: str) -> list[tuple
         (space, composition)
         for seed, space in enumerate(spaces)
         for composition in space.recipe.compositions
-        if all(has(plan, composition, seed, method) for method in methods)
+        if all(_scored(plan, space, composition, seed, method) for method in methods)
     ]
+
+
+def _scored(plan: Plan, space: Workspace, composition: str, seed: int, method: str) -> bool:
+    """Whether the benchmark makes this, and has made it."""
+    kept = [
+        space.kept("scores", composition, method, v) / "score.json"
+        for v in variants_of(space, method)
+    ]
+    return has(plan, composition, seed, method) and all(path.exists() for path in kept)
 
 
 def _made(space: Workspace, composition: str, method: str) -> Path:

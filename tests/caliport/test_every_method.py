@@ -16,7 +16,7 @@ RECIPE = """
 name: tiny
 data: {source: pocket, train: 96, validation: 12}
 base:
-  shape: {vocab_size: 400, hidden_size: 64, intermediate_size: 160, layers: 2, context: 320}
+  shape: {vocab_size: 400, hidden_size: 64, intermediate_size: 160, layers: 2, context: 1500}
   train: {steps: 6, batch_size: 8, learning_rate: 5.0e-3, prompt_loss: true}
 adapters: {summarize: , tone_casual: , translate_es: }
 lora: {rank: 4, alpha: 8, train: {steps: 3, batch_size: 8, learning_rate: 5.0e-3}}
@@ -47,6 +47,7 @@ flix:
 evaluation:
   examples: 4
   max_new_tokens: 4
+  judge: {path: runs/tiny/base}
   quantized: {int4: [linear, lc++, lc++-int4], int8-bundle: [lc++-int8-bundle]}
 """
 
@@ -80,6 +81,7 @@ def test_every_method_is_scored_with_its_size(run: Path) -> None:
         assert set(methods["lc++"]["quantized"]) == {"int4"}
         assert set(methods["lc++-int8-bundle"]["quantized"]) == {"int8-bundle"}
         assert methods["lc++-int4"]["quantized"]["int4"]["loss"] > 0
+        assert all(0 <= m["judge"] <= 100 for m in methods.values()), "a judge that knows nothing"
 
 
 @pytest.mark.slow
