@@ -56,8 +56,11 @@ def accelerated() -> Iterator[Accelerator]:
 
 
 def _best_precision() -> str:
-    has = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-    return "bf16" if has else "no"
+    from accelerate.utils import parse_flag_from_env
+
+    if parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available():
+        return "no"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
 
 
 @contextmanager
@@ -127,7 +130,7 @@ def random_state(device: torch.device) -> dict[str, Tensor]:
     """States of the generators that dropout draws from, by kind of device."""
     states = {"cpu": torch.get_rng_state()}
     if device.type != "cpu":
-        states[device.type] = torch.get_device_module(device).get_rng_state(device)
+        states[device.type] = torch.get_device_module(device).get_rng_state()
     return states
 
 
@@ -135,7 +138,7 @@ def set_random_state(device: torch.device, states: dict[str, Tensor]) -> None:
     """Put back what ``random_state`` gave; a kind of device that it lacks stays as it is."""
     torch.set_rng_state(states["cpu"])
     if device.type != "cpu" and device.type in states:
-        torch.get_device_module(device).set_rng_state(states[device.type], device)
+        torch.get_device_module(device).set_rng_state(states[device.type])
 
 
 def gathered(accelerator: Accelerator, one: Any) -> list[Any]:

@@ -90,33 +90,30 @@ def evaluate(
     model: PreTrainedModel,
     examples: Sequence[Encoded],
     batch_size: int = 64,
-    on_batch: OnBatch | None = None,
 ) -> list[float]:
-    """Each example's mean loss in nats a target token, in eval mode and on the model's device.
+    """Each example's mean loss in nats a target token, in eval mode and fp32.
 
-    Nothing is shared between processes: each that calls it gets all the losses.
+    It runs where ``fit`` runs and gives the model back where it was. Nothing is shared between
+    processes: each that calls it gets all the losses.
 
     Args:
         model: Whatever is attached to it takes part.
         examples: What to measure.
         batch_size: Examples in one forward; it changes nothing but rounding.
-        on_batch: Called before each forward with the rows' indices and the number of the batch.
     """
     pad = model.config.pad_token_id or 0
-    device = next(model.parameters()).device
     near = sorted(range(len(examples)), key=lambda i: len(examples[i].prompt + examples[i].target))
     found = [0.0] * len(examples)
     training = model.training
     model.eval()
     try:
-        for start in range(0, len(near), batch_size):
-            rows = near[start : start + batch_size]
-            if on_batch is not None:
-                on_batch(rows, start // batch_size)
-            batch = collate([examples[i] for i in rows], pad).to(device)
-            sums = losses_of(model, batch).sum(dim=1).tolist()
-            for index, loss in zip(rows, sums, strict=True):
-                found[index] = loss / max(1, target_count(examples[index]))
+        with accelerated() as accelerator, on_device(accelerator.device, model):
+            for start in range(0, len(near), batch_size):
+                rows = near[start : start + batch_size]
+                batch = collate([examples[i] for i in rows], pad).to(accelerator.device)
+                sums = losses_of(model, batch).sum(dim=1).tolist()
+                for index, loss in zip(rows, sums, strict=True):
+                    found[index] = loss / max(1, target_count(examples[index]))
     finally:
         model.train(training)
     return found

@@ -1,22 +1,17 @@
-"""The training loop: its loss, exact resume, several processes, and losses that are not finite."""
+"""The training loop: its loss, its batches, exact resume, and losses that are not finite."""
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
-import subprocess
-import sys
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
-from commands import ENVIRONMENT
+from comparing import assert_same, losses
 from torch import nn
 
 import calibrate.train
@@ -106,10 +101,8 @@ def test_loss_is_the_unpadded_loss(
 def test_evaluate_is_each_example_alone(base_dir: Path, examples: list[Encoded]) -> None:
     """In the examples' order, without gradients, and the model is as it was."""
     model = load_base(base_dir).train()
-    seen: list[int] = []
-    found = evaluate(model, examples, 7, lambda rows, _: seen.extend(rows))
+    found = evaluate(model, examples, 7)
     assert model.training
-    assert sorted(seen) == list(range(len(examples)))
     model.eval()
     with torch.no_grad():
         alone = [loss_of(model, collate([e], pad=0)).item() for e in examples]
@@ -167,17 +160,6 @@ def test_accumulated_gradients_give_the_same_training(
     assert_same(whole[0].a, parts[0].a)
     assert_same(whole[0].b, parts[0].b)
     assert losses(whole[1]) == pytest.approx(losses(parts[1]), rel=1e-5)
-
-
-def assert_same(one: Any, two: Any, tolerance: float = 1e-5) -> None:
-    """Relative distance of two sides of an update, all matrices together."""
-    assert one.keys() == two.keys()
-    flat = [torch.cat([side[name].flatten() for name in sorted(side)]) for side in (one, two)]
-    assert (flat[0] - flat[1]).norm() <= tolerance * flat[0].norm()
-
-
-def losses(curve: list[dict[str, float]]) -> list[float]:
-    return [point["loss"] for point in curve]
 
 
 @pytest.mark.parametrize("stop_at", [1, 11])
@@ -322,136 +304,6 @@ def test_precision_is_accelerates_and_stays_within_a_call(
     assert mixed != full
     assert mixed == pytest.approx(full, rel=0.02)
     assert curve() == full
-
-
-LAUNCHED = """
-    import json, sys, torch
-    from pathlib import Path
-    import calibrate.train
-    from calibrate.batches import Encoded
-    from calibrate.lora import LoraSettings, train_lora
-    from calibrate.train import TrainSettings
-    from caliport_core.checkpoints import load_base
-    from caliport_core.processes import is_main, process_count
-
-    def examples():
-        return [Encoded((5 + i, 6 + i), (7 + i, *range(8, 8 + i % 3), 2)) for i in range(64)]
-
-    def trained(base, out, steps, batch, dropout=0.0, micro_batch=None, fails=None):
-        calibrate.train._CHECKPOINT_SECONDS = -1.0
-        collate, rank, calls = calibrate.train.collate, 0 if is_main() else 1, []
-        def failing(*arguments):
-            calls.append(arguments)
-            if rank == fails and len(calls) == 3:
-                raise ValueError(f"process {rank} of {process_count()} fails")
-            return collate(*arguments)
-        calibrate.train.collate = failing
-        update, curve = train_lora(
-            load_base(base), examples(), LoraSettings(4, 8, dropout),
-            TrainSettings(steps, batch, learning_rate=1e-3), "x",
-            out.with_suffix(".resume"), micro_batch=micro_batch,
-        )
-        calibrate.train.collate = collate
-        found = {"a": dict(update.a), "b": dict(update.b), "curve": curve}
-        return {**found, "processes": process_count()}
-
-    if __name__ == "__main__":
-        torch.set_num_threads(1)
-        base, *cases = sys.argv[1:]
-        for case in map(json.loads, cases):
-            out = Path(case.pop("out"))
-            found = trained(base, out, **case)
-            if is_main():
-                torch.save(found, out)
-"""
-
-ALONE = ()
-TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-ACCELERATE = ("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2")
-
-
-def launched(launcher: Sequence[str], base: Path, *cases: dict[str, Any]) -> subprocess.Popen[str]:
-    """Trainings one after another on one CPU process or two, each found in its file ``out``."""
-    script = Path(cases[0]["out"]).with_suffix(".py")
-    script.write_text(textwrap.dedent(LAUNCHED))
-    command = [sys.executable, *(("-m", *launcher) if launcher else ()), str(script), str(base)]
-    return subprocess.Popen(
-        [*command, *(json.dumps({**case, "out": str(case["out"])}) for case in cases)],
-        env={**ENVIRONMENT, "OMP_NUM_THREADS": "1", "MASTER_PORT": "0"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def result(process: subprocess.Popen[str], out: Path) -> dict[str, Any]:
-    _, said = process.communicate(timeout=300)
-    assert process.returncode == 0, said
-    found: dict[str, Any] = torch.load(out, weights_only=True)
-    return found
-
-
-def alone(base: Path, out: Path, **case: Any) -> dict[str, Any]:
-    """The same training in this process."""
-    functions: dict[str, Any] = {"__name__": "launched"}
-    exec(textwrap.dedent(LAUNCHED), functions)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(calibrate.train, "_CHECKPOINT_SECONDS", 0.0)
-        found: dict[str, Any] = functions["trained"](base, out, **case)
-    return found
-
-
-@pytest.mark.slow
-def test_two_processes_give_what_one_gives(base_dir: Path, tmp_path: Path) -> None:
-    """The same batches cut into parts of at most 3; with one example a process has none."""
-    cases = [
-        {"out": tmp_path / f"two{batch}", "steps": 10, "batch": batch, "micro_batch": 3}
-        for batch in (9, 1)
-    ]
-    result(launched(ACCELERATE, base_dir, *cases), tmp_path / "two9")
-    for batch in (9, 1):
-        two = torch.load(tmp_path / f"two{batch}", weights_only=True)
-        one = alone(base_dir, tmp_path / f"one{batch}", steps=10, batch=batch)
-        assert (one["processes"], two["processes"]) == (1, 2)
-        assert losses(one["curve"]) == pytest.approx(losses(two["curve"]), rel=1e-5)
-        assert_same(one["a"], two["a"])
-        assert_same(one["b"], two["b"])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("launcher", [ALONE, TORCHRUN])
-def test_killed_training_resumes_exactly(
-    launcher: Sequence[str], base_dir: Path, tmp_path: Path
-) -> None:
-    """Killed without warning and started again, it ends with the same bits, dropout and all."""
-    case = {"steps": 60, "batch": 8, "dropout": 0.1}
-    out, resume = tmp_path / "killed", tmp_path / "killed.resume"
-    process = launched(launcher, base_dir, {"out": out, **case})
-    while not resume.exists():
-        assert process.poll() is None, "ended before its first checkpoint"
-    parent = psutil.Process(process.pid)
-    for one in (parent, *parent.children()):
-        one.kill()
-    process.communicate()
-    assert not out.exists()
-    state = torch.load(resume, weights_only=True)
-    assert state["step"] < 60
-    assert len(state["rng"]) == (2 if launcher else 1)
-    again = launched(launcher, base_dir, {"out": out, **case}, {"out": tmp_path / "whole", **case})
-    whole, resumed = result(again, tmp_path / "whole"), torch.load(out, weights_only=True)
-    assert whole["curve"] == resumed["curve"]
-    assert_same(whole["b"], resumed["b"], tolerance=0)
-
-
-@pytest.mark.slow
-def test_one_process_that_fails_ends_all(base_dir: Path, tmp_path: Path) -> None:
-    case = {"out": tmp_path / "out", "steps": 10, "batch": 9, "fails": 1}
-    process = launched(TORCHRUN, base_dir, case)
-    _, said = process.communicate(timeout=120)
-    assert process.returncode != 0
-    assert "process 1 of 2 fails" in said
-    assert not (tmp_path / "out").exists()
-    assert torch.load(tmp_path / "out.resume", weights_only=True)["step"] >= 1
 
 
 def test_encode_refuses(base_dir: Path) -> None:
