@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from shutil import copytree
 from typing import TYPE_CHECKING, Any, Literal
 
 from caliport.methods import CORRECTED, MERGED, WEIGHTED, Method
 from caliport.sources import Source
+from caliport.sweeping import at_best_rate
 from caliport.workspace import stage
 from caliport_core.directories import read_manifest
 
@@ -74,7 +75,7 @@ def pick(out: Path, title: str, source: Path, below: str) -> None:
     """Make the PEFT directory ``out`` from one of those that a shared training gave."""
 
     def build(partial: Path, extra: dict[str, Any], resume: Path) -> None:
-        shutil.copytree(source / below, partial, dirs_exist_ok=True)
+        copytree(source / below, partial, dirs_exist_ok=True)
         kept = read_manifest(source)
         extra |= {k: kept[k] for k in ("parameters", "curve", "sweep") if k in kept}
 
@@ -82,34 +83,16 @@ def pick(out: Path, title: str, source: Path, below: str) -> None:
 
 
 def _tuned(out: Path, title: str, jobs: Mapping[str, Job], how: How) -> None:
-    """Train at each learning rate in a stage of its own, then keep the best."""
-    if len(how.rates) <= 1:
-        train = replace(how.train, learning_rate=how.rates[0]) if how.train and how.rates else None
-        _compose(out, title, jobs, replace(how, train=train or how.train))
+    train = how.train
+    if train is None:
+        _compose(out, title, jobs, how)
         return
-    assert how.train is not None
-    tried = {}
-    for rate in how.rates:
-        tried[rate] = out.parent / f".{out.name}.rates" / f"{rate:g}"
-        at_rate = replace(how, train=replace(how.train, learning_rate=rate))
-        _compose(tried[rate], f"{title} at {rate:g}", jobs, at_rate, tune=True)
-    best(out, title, tried)
 
+    def make(place: Path, shown: str, rate: float, tune: bool) -> None:
+        at_rate = replace(how, train=replace(train, learning_rate=rate))
+        _compose(place, shown, jobs, at_rate, tune)
 
-def best(out: Path, title: str, tried: Mapping[float, Path]) -> None:
-    """Keep of several trainings, by learning rate, the one of lowest held-out loss."""
-
-    def build(partial: Path, extra: dict[str, Any], resume: Path) -> None:
-        losses = {rate: read_manifest(path)["tuning_loss"] for rate, path in tried.items()}
-        rate = min(losses, key=lambda r: losses[r])
-        shutil.copytree(tried[rate], partial, dirs_exist_ok=True)
-        kept = read_manifest(tried[rate])
-        extra |= {k: kept[k] for k in ("parameters", "curve") if k in kept}
-        extra["sweep"] = [{"learning_rate": r, "loss": loss} for r, loss in losses.items()]
-        extra["learning_rate"] = rate
-
-    inputs = {f"{rate:g}": path for rate, path in tried.items()}
-    stage(out, "compose", title, inputs, {}, build)
+    at_best_rate(out, title, how.rates or (train.learning_rate,), make)
 
 
 def _compose(out: Path, title: str, jobs: Mapping[str, Job], how: How, tune: bool = False) -> None:
@@ -133,7 +116,7 @@ def _compose(out: Path, title: str, jobs: Mapping[str, Job], how: How, tune: boo
             settings[f"{name} data"] = job.source.settings
     if how.train is not None:
         settings |= {"train": how.train, "merge": how.merge}
-    else:
+    if how.train is None or how.merge in ("ties", "dare"):
         settings |= {"weights": how.weights, "density": how.density, "seed": how.seed}
     stage(out, "compose", title, inputs, settings, build, together=how.train is not None)
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from caliport.calibrating import best
 from caliport.sources import Source
+from caliport.sweeping import at_best_rate
 from caliport.workspace import stage
 from caliport_core.errors import InputError
 
@@ -184,9 +184,8 @@ def _at_rates(
     whole |= {f"examples {index}": source.path for index, source in enumerate(sources)}
     data = [source.settings for source in sources]
 
-    def at(place: Path, rate: float, tune: bool) -> None:
+    def make(place: Path, shown: str, rate: float, tune: bool) -> None:
         chosen = replace(training, settings=replace(training.settings, learning_rate=rate))
-        shown = f"{title} at {rate:g}" if tune else title
         stage(
             place,
             name,
@@ -197,10 +196,4 @@ def _at_rates(
             together=True,
         )
 
-    if len(training.rates) <= 1:
-        at(out, training.rates[0] if training.rates else training.settings.learning_rate, False)
-        return
-    tried = {rate: out.parent / f".{out.name}.rates" / f"{rate:g}" for rate in training.rates}
-    for rate, place in tried.items():
-        at(place, rate, True)
-    best(out, title, tried)
+    at_best_rate(out, title, training.rates or (training.settings.learning_rate,), make)

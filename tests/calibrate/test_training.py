@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,14 @@ def examples() -> list[Encoded]:
         return tuple(draw.randrange(5, 300) for _ in range(draw.randrange(low, high)))
 
     return [Encoded(tokens(3, 20), tokens(1, 9)) for _ in range(64)]
+
+
+@pytest.fixture(autouse=True)
+def interruptible() -> Iterator[None]:
+    """A shell starts its background jobs deaf to SIGINT, and training leaves it so."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture
