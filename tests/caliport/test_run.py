@@ -69,7 +69,14 @@ def test_run_directory_is_the_contract(place: Path) -> None:
         if form.startswith("onnx"):
             assert {"model.onnx.data", "genai_config.json"} <= files
     reports = {p.name for p in (run / "reports").iterdir()}
-    assert reports == {"quality.json", "parity.json", "latency.json", "junit.xml", "report.html"}
+    assert reports == {
+        "audit.json",
+        "quality.json",
+        "parity.json",
+        "latency.json",
+        "junit.xml",
+        "report.html",
+    }
     assert not list(run.rglob(".*partial*"))
     assert not list(run.rglob(".*resume*"))
 
