@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -235,6 +236,8 @@ def _train_flix(space: Workspace) -> None:
     scale = recipe.lora.alpha / recipe.lora.rank
     features = FeatureSettings(flix.ranks, scale, flix.dropout, recipe.lora.target_modules)
     sources = [source_of(space, t, len(flix.train.rates) > 1) for t in flix.train_on]
+    if flix.prompt is not None:
+        sources = [replace(source, prompt=flix.prompt) for source in sources]
     features_to(space.shared("flix"), "FLix", sources, features, _training(space, flix.train))
 
 

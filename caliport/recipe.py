@@ -182,12 +182,15 @@ class Flix(_Part):
         ranks: Rank of each feature.
         features: Features of each task and composition; ``train_on`` says which are trained.
         dropout: Probability that a feature is off for an example of a step.
+        prompt: One prompt for all data sets, with ``{input}``, so that the features alone say what
+            to do; None: each task's own. The mixture's LoRA always reads each task's own.
     """
 
     ranks: dict[str, Annotated[int, Field(gt=0)]]
     features: dict[str, tuple[str, ...]]
     train_on: tuple[str, ...]
     dropout: float = Field(0.1, ge=0, lt=1)
+    prompt: str | None = None
     train: Train
     mixture: Train | None = None
 
@@ -368,3 +371,10 @@ def prompts_of(recipe: Recipe) -> Mapping[str, str]:
     from caliport.data import pocket
 
     return pocket.PROMPTS
+
+
+def prompt_of(recipe: Recipe, composition: str, method: str) -> str:
+    """The prompt that a method's adapter for a composition was trained with."""
+    if method == "flix" and recipe.flix is not None and recipe.flix.prompt is not None:
+        return recipe.flix.prompt
+    return prompts_of(recipe)[composition]

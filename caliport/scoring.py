@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from caliport.composing import examples_of
 from caliport.methods import parse
-from caliport.recipe import prompts_of
+from caliport.recipe import prompt_of, prompts_of
 from caliport.workspace import Workspace, need, stage
 from caliport_core.directories import read_manifest
 from caliport_core.errors import InputError
@@ -96,7 +96,7 @@ def score_method(space: Workspace, composition: str, method: str, variant: str) 
             score = _score_chain(space, tokenizer, tasks, examples, title)
         else:
             model = _with_adapter(space, adapters[0] if adapters else None, variant)
-            prompt = prompts_of(recipe)[composition]
+            prompt = prompt_of(recipe, composition, method)
             score = _score_model(space, model, tokenizer, prompt, examples, title)
         result = {
             "loss": score.loss,
@@ -114,7 +114,10 @@ def score_method(space: Workspace, composition: str, method: str, variant: str) 
         "method": method,
         "variant": variant,
         "evaluation": recipe.evaluation.model_dump(mode="json", exclude={"quantized", "judge"}),
-        "prompts": [prompts_of(recipe)[name] for name in (composition, *tasks)],
+        "prompts": [
+            prompt_of(recipe, composition, method),
+            *(prompts_of(recipe)[task] for task in tasks),
+        ],
     }
     out = space.kept("scores", composition, method, variant)
     stage(out, "score", f"{composition}: score of {shown}", inputs, settings, build)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from caliport.composing import examples_of
-from caliport.recipe import prompts_of
+from caliport.recipe import prompt_of
 from caliport.scoring import best_method
 from caliport.workspace import Workspace, need, stage
 from caliport_core.progress import progress
@@ -201,7 +201,7 @@ def _references(space: Workspace, composition: str, adapter: Path) -> References
     recipe = space.recipe
     model = eager(space.base, adapter, "fp32")
     examples = examples_of(space, composition, "validation", recipe.validation.examples)
-    prompt = prompts_of(recipe)[composition]
+    prompt = prompt_of(recipe, composition, best_method(space, composition))
     evaluation = make_evaluation(
         model,
         load_tokenizer(space.base, model),

@@ -76,7 +76,7 @@ def _workspace(
     plan: Plan, runs: Path, seed: int, changes: dict[str, Any], first: Workspace | None = None
 ) -> Workspace:
     """The run of one seed; later seeds take the first one's base."""
-    methods = (*plan.core, *plan.merges, *plan.more)
+    methods = (*plan.core, *plan.others, *plan.merges, *plan.more)
     changes = {"calibration.methods": methods, "evaluation.quantized": plan.quantized, **changes}
     recipe = read_recipe(plan.recipe, overrides(changes))
     if not seed:

@@ -14,7 +14,7 @@ TRAINED = ("lc", "lc++", "scales-per-layer", "joint")
 """Methods whose learning rate is swept; their variants take the same."""
 VARIANTS = ("scales", "lc-per-layer", "lc++-per-layer", "lc-alone", "lc++-alone")
 SHARED = ("lc-shared", "lc++-shared")
-OTHERS = ("zero-shot", "multi-step", "linear")
+OTHERS = ("zero-shot", "multi-step")
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Plan:
         rates: Learning rates to try, as many for each method.
         seeds: Of the order of examples and of every initial value but the base's.
         core: Methods of every composition and seed.
+        others: What needs no adapter made here, with the first seed.
         merges: Methods of every composition, with the first seed.
         more: Methods of ``more_on`` only, with the first seed.
         quantized: Weights that methods are also scored with.
@@ -38,6 +39,7 @@ class Plan:
     rates: dict[str, tuple[float, ...]]
     seeds: tuple[int, ...]
     core: tuple[str, ...]
+    others: tuple[str, ...]
     merges: tuple[str, ...]
     more: tuple[str, ...]
     more_on: tuple[str, ...]
@@ -64,7 +66,8 @@ PLANS: dict[str, Plan] = {
             "joint": (1e-3, 3e-3, 1e-2),
         },
         seeds=(0, 1, 2),
-        core=(*OTHERS, *TRAINED, "lc++-int4", "mixture", "flix"),
+        core=("linear", *TRAINED, "lc++-int4", "mixture", "flix"),
+        others=OTHERS,
         merges=(*MERGES, *SHARED),
         more=("lc++-int4-bundle", *VARIANTS),
         more_on=("describe_de",),
@@ -81,7 +84,8 @@ PLANS: dict[str, Plan] = {
             "joint": (5e-3, 1e-2, 2e-2),
         },
         seeds=(0,),
-        core=(*OTHERS, *TRAINED),
+        core=("linear", *TRAINED),
+        others=OTHERS,
         merges=(*MERGES, *SHARED),
         more=("lc++-int4", "lc++-int4-bundle", *VARIANTS),
         more_on=("summarize_es", "summarize_casual_es"),
@@ -100,7 +104,11 @@ def rounds_of(plan: Plan, seed: int) -> list[tuple[tuple[str, ...], tuple[str, .
     """Methods and the compositions they are made for (None: all), the most wanted first."""
     if seed:
         return [(plan.core, None)]
-    return [(plan.core, None), (plan.merges, None), (plan.more, plan.more_on)]
+    return [
+        ((*plan.core, *plan.others), None),
+        (plan.merges, None),
+        (plan.more, plan.more_on),
+    ]
 
 
 def has(plan: Plan, composition: str, seed: int, method: str) -> bool:

@@ -238,7 +238,7 @@ def _sweep_table(plan: Plan, first: Workspace, rates: Mapping[str, float]) -> st
 
 def _order(plan: Plan) -> list[str]:
     """By kind: what needs nothing, merges, corrections, trained adapters."""
-    methods = (*plan.core, *plan.merges, *plan.more)
+    methods = (*plan.core, *plan.others, *plan.merges, *plan.more)
     return sorted(methods, key=lambda m: KINDS.index(parse(m).kind))
 
 
