@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from caliport.methods import CORRECTED, MERGED, WEIGHTED, Method
 from caliport.sources import Source
-from caliport.sweeping import at_best_rate
+from caliport.sweeping import at_best_rate, seconds_of
 from caliport.workspace import stage
 from caliport_core.directories import read_manifest
 
@@ -78,6 +78,7 @@ def pick(out: Path, title: str, source: Path, below: str) -> None:
         copytree(source / below, partial, dirs_exist_ok=True)
         kept = read_manifest(source)
         extra |= {k: kept[k] for k in ("parameters", "curve", "sweep") if k in kept}
+        extra["earlier_seconds"] = seconds_of(kept)
 
     stage(out, "compose", title, {"source": source}, {"below": below}, build)
 

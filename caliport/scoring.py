@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from caliport.composing import examples_of
 from caliport.methods import parse
 from caliport.recipe import prompt_of, prompts_of
+from caliport.sweeping import seconds_of
 from caliport.workspace import Workspace, need, stage
 from caliport_core.directories import read_manifest
 from caliport_core.errors import InputError
@@ -315,7 +316,7 @@ def _method(space: Workspace, composition: str, name: str, score: dict[str, Any]
         parameters=parameters,
         bytes=_BYTES_A_VALUE * parameters,
         passes=len(space.recipe.compositions[composition]) if name == "multi-step" else 1,
-        seconds=manifest.get("seconds", 0.0),
+        seconds=seconds_of(manifest),
         quantized={
             variant: QuantizedScore(loss=s["loss"], rougeL=s["rougeL"], chrf=s["chrf"])
             for variant, s in quantized.items()

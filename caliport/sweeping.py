@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from shutil import copytree
 from typing import Any
@@ -35,6 +35,12 @@ def at_best_rate(out: Path, title: str, rates: Sequence[float], make: Make) -> N
         extra |= {k: found[rate][k] for k in ("parameters", "curve") if k in found[rate]}
         extra["sweep"] = [{"learning_rate": r, "loss": loss} for r, loss in losses.items()]
         extra["learning_rate"] = rate
+        extra["earlier_seconds"] = sum(map(seconds_of, found.values()))
 
     inputs = {f"{rate:g}": place for rate, place in tried.items()}
     stage(out, "compose", title, inputs, {}, build)
+
+
+def seconds_of(manifest: Mapping[str, Any]) -> float:
+    """What a directory took, with the trainings that it was chosen from or taken out of."""
+    return float(manifest.get("seconds", 0) + manifest.get("earlier_seconds", 0))

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from caliport.sources import Source
-from caliport.sweeping import at_best_rate
+from caliport.sweeping import at_best_rate, seconds_of
 from caliport.workspace import stage
+from caliport_core.directories import read_manifest
 from caliport_core.errors import InputError
 
 if TYPE_CHECKING:
@@ -146,6 +147,7 @@ def compose_features_to(
         from calibrate.flix import compose
 
         update = compose(read_features(source), names)
+        extra["earlier_seconds"] = seconds_of(read_manifest(source))
         extra["parameters"] = update.parameter_count
         update.to_peft(partial, base=base)
 

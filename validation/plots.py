@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+_NAMED = 10
 METRIC_NAMES = {"rougeL": "ROUGE-L", "chrf": "chrF", "weighted_rouge": "weighted ROUGE"}
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _FLOOR = 1e-9  # nats; what is less is drawn there
@@ -55,7 +56,7 @@ def quality_bytes(result: CompositionResult, metric: str) -> str:
             axes.plot(x, y, "o", color=SERIES[1 if best else 0], markersize=8 if best else 6)
         right = max(stored, default=1000)
         axes.set_xlim(nothing / 3, right * 6)
-        _direct_labels(axes, points, middle=(nothing * right) ** 0.5)
+        _direct_labels(axes, _worth_naming(points), middle=(nothing * right) ** 0.5)
         ticks = [nothing, *_decades(stored)]
         axes.set_xticks(ticks, ["0", *(size(tick) for tick in ticks[1:])])
         axes.minorticks_off()
@@ -64,6 +65,17 @@ def quality_bytes(result: CompositionResult, metric: str) -> str:
         axes.margins(y=0.15)
 
     return svg(draw, grid="both")
+
+
+def _worth_naming(points: list[tuple[float, float, str]]) -> list[tuple[float, float, str]]:
+    """All of a few points; of many only those that no other beats in both storage and quality."""
+    if len(points) <= _NAMED:
+        return points
+    return [
+        (x, y, name)
+        for x, y, name in points
+        if not any(a <= x and b >= y and (a, b) != (x, y) for a, b, _ in points)
+    ]
 
 
 def training_curves(report: QualityReport) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 from benchmarks.composition.plans import TRAINED, Plan, fields_of, has
 from caliport.methods import KINDS, parse
 from caliport.scoring import FP32, read_score, variants_of
+from caliport.sweeping import seconds_of
 from caliport.workspace import Workspace
 from caliport_core.directories import read_manifest
 from caliport_core.errors import InputError
@@ -106,8 +107,8 @@ def _gap_table(plan: Plan, spaces: Sequence[Workspace], metric: str) -> str:
                 closed = _share(space, composition, method, key)
                 if closed is not None:
                     share.append(closed)
-            manifest = read_manifest(_made(space, composition, method))
-            seconds.append(manifest["seconds"])
+            manifest = read_manifest(space.composed(composition, method))
+            seconds.append(seconds_of(manifest))
             values.append(manifest.get("parameters", 0))
         if not seconds:
             continue
@@ -259,14 +260,6 @@ def _scored(plan: Plan, space: Workspace, composition: str, seed: int, method: s
         for v in variants_of(space, method)
     ]
     return has(plan, composition, seed, method) and all(path.exists() for path in kept)
-
-
-def _made(space: Workspace, composition: str, method: str) -> Path:
-    """Where the training is recorded: for what is shared, at the shared place."""
-    kind = parse(method)
-    if kind.shared or kind.kind in ("flix", "mixture"):
-        return space.shared(method)
-    return space.composed(composition, method)
 
 
 def _stage_seconds(spaces: Sequence[Workspace]) -> float:
