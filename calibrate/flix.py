@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from calibrate.attach import attached
 from calibrate.batches import Encoded
+from calibrate.lora import COMPONENTS
 from calibrate.low_rank import LowRankUpdate
 from calibrate.merge import exact
 from calibrate.train import TrainSettings, fit
@@ -40,15 +41,7 @@ class FeatureSettings:
     ranks: Mapping[str, int]
     scale: float = 2.0
     dropout: float = 0.1
-    target_modules: tuple[str, ...] = (
-        "q_proj",
-        "k_proj",
-        "v_proj",
-        "o_proj",
-        "gate_proj",
-        "up_proj",
-        "down_proj",
-    )
+    target_modules: tuple[str, ...] = COMPONENTS
 
 
 @dataclass(frozen=True)
