@@ -50,7 +50,7 @@ def _tables(plan: Plan, spaces: Sequence[Workspace], rates: Mapping[str, float])
     metric = first.recipe.evaluation.metric
     examples = len(read_score(first, plan.sweep_on, "linear")["outputs"])
     yield (
-        f"{len(spaces)} seed(s), {examples} validation examples a composition, {metric} from 0 to "
+        f"Seeds: {len(spaces)}. {examples} validation examples a composition, {metric} from 0 to "
         f"100. {machine.cpu}, {machine.cores} cores, one thread each; the stages' own times add up "
         f"to {_stage_seconds(spaces) / 60:.0f} minutes."
     )
@@ -91,7 +91,8 @@ def _by_group(
                 if known:
                     by_seed.append(statistics.mean(known))
             row.append(_spread(by_seed, form))
-        rows.append(row)
+        if any(row[1:]):
+            rows.append(row)
     return _markdown(["method", *groups], rows)
 
 
