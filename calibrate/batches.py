@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from caliport_core.checkpoints import encode_prompt
 from caliport_core.errors import InputError
+from caliport_core.progress import console
 
 IGNORED = -100
 _SORTED_BATCHES = 8
@@ -30,6 +31,7 @@ def encode(
     pairs: Sequence[tuple[str, str]],
     context: int,
     source: str,
+    leave_out_long: bool = False,
 ) -> list[Encoded]:
     """Encode (input, output) pairs; the target ends with the end-of-sequence token.
 
@@ -39,6 +41,7 @@ def encode(
         pairs: Inputs and outputs as text.
         context: Most tokens of prompt and target together.
         source: Names the data in errors.
+        leave_out_long: Leave out examples longer than the context, and say how many.
 
     Raises:
         InputError: No examples, no ``{input}`` in the template, or examples longer than the
@@ -55,6 +58,12 @@ def encode(
         encoded.append(Encoded(tuple(prompt), (*target, tokenizer.eos_token_id)))
     long = [len(e.prompt) + len(e.target) for e in encoded]
     over = sum(length > context for length in long)
+    if over and leave_out_long and over < len(pairs):
+        console.print(
+            f"{source}: {over} of {len(pairs)} examples are longer than the context of {context} "
+            "tokens and left out"
+        )
+        return [e for e, length in zip(encoded, long, strict=True) if length <= context]
     if over:
         raise InputError(
             f"{source}: {over} of {len(pairs)} examples are longer than the context of {context} "

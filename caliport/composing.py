@@ -173,6 +173,7 @@ def source_of(space: Workspace, task: str, tuned: bool, count: int | None = None
         count,
         recipe.calibration.tuning if tuned else 0,
         features,
+        recipe.data.too_long == "leave-out",
     )
 
 

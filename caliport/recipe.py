@@ -67,6 +67,7 @@ class Data(_Part):
     paper: Paper | None = None
     train: int | None = Field(None, gt=0)
     validation: int | None = Field(None, gt=0)
+    too_long: Literal["refuse", "leave-out"] = "refuse"
 
     @model_validator(mode="after")
     def _source_has_its_fields(self) -> Data:

@@ -28,6 +28,7 @@ class Source:
         count: Most examples to train on; None: all but those held out.
         tuning: Examples at the end of the file that are held out, to choose learning rates by.
         features: FLix's features of these examples; none: each example names its own.
+        leave_out_long: Leave out examples longer than the context, with a word, not refuse them.
     """
 
     path: Path
@@ -35,11 +36,13 @@ class Source:
     count: int | None = None
     tuning: int = 0
     features: tuple[str, ...] = ()
+    leave_out_long: bool = False
 
     @property
     def settings(self) -> list[Any]:
         """All but the path, for the key of a stage."""
-        return [self.prompt, self.count, self.tuning, list(self.features)]
+        shorter = ["leave out long"] if self.leave_out_long else []
+        return [self.prompt, self.count, self.tuning, list(self.features), *shorter]
 
     def encoded(
         self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, part: Part = "train"
@@ -91,4 +94,4 @@ class Source:
 
         pairs = [(e.input, e.output) for e in examples]
         context = model.config.max_position_embeddings
-        return encode(tokenizer, self.prompt, pairs, context, str(self.path))
+        return encode(tokenizer, self.prompt, pairs, context, str(self.path), self.leave_out_long)

@@ -324,5 +324,11 @@ def test_encode_refuses(base_dir: Path) -> None:
         encode(tokenizer, "{input}", [], 128, "task")
     with pytest.raises(InputError, match="task: prompt"):
         encode(tokenizer, "Say", good, 128, "task")
+    long = ("Anna " * 30, "")
     with pytest.raises(InputError, match="1 of 2 examples are longer than the context of 20"):
-        encode(tokenizer, "{input}", [*good, ("Anna " * 30, "")], 20, "task")
+        encode(tokenizer, "{input}", [*good, long], 20, "task")
+    assert encode(tokenizer, "{input}", [long, *good], 20, "task", leave_out_long=True) == encode(
+        tokenizer, "{input}", good, 20, "task"
+    )
+    with pytest.raises(InputError, match="1 of 1 examples are longer than the context of 20"):
+        encode(tokenizer, "{input}", [long], 20, "task", leave_out_long=True)
