@@ -48,7 +48,7 @@ def _tables(plan: Plan, spaces: Sequence[Workspace], rates: Mapping[str, float])
     machine = this_machine()
     first = spaces[0]
     metric = first.recipe.evaluation.metric
-    examples = len(read_score(first, plan.sweep_on, "linear")["outputs"])
+    examples = first.recipe.evaluation.examples or "all"
     yield (
         f"Seeds: {len(spaces)}. {examples} validation examples a composition, {metric} from 0 to "
         f"100. {machine.cpu}, {machine.cores} cores, one thread each; the stages' own times add up "
