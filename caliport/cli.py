@@ -101,7 +101,15 @@ def calibrate(
         from caliport.composing import compose_all
         from caliport.scoring import score_all
 
-        _no_flags(base=base, adapter=adapter, data=data, weight=weight, rank=rank, out=out)
+        _no_flags(
+            base=base,
+            adapter=adapter,
+            data=data,
+            weight=weight,
+            rank=rank,
+            features=features,
+            out=out,
+        )
         space = _space(recipe, overrides, runs)
         compose_all(space)
         score_all(space)

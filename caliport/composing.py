@@ -195,9 +195,9 @@ def compose(space: Workspace, composition: str, method: Method) -> None:
         pick(out, title, space.shared(method.name), composition)
     elif method.kind == "joint":
         calibration = space.recipe.calibration
-        tuned = len(calibration.joint.rates) > 1
-        source = source_of(space, composition, tuned, calibration.examples)
-        _lora(space, out, title, [source], calibration.training(method))
+        train = calibration.training(method)
+        source = source_of(space, composition, len(train.rates) > 1, calibration.examples)
+        _lora(space, out, title, [source], train)
     else:
         compose_to(out, title, job_of(space, composition, method), _how(space, method))
 

@@ -333,7 +333,11 @@ class Recipe(_Part):
     def _training_fits(self, methods: Mapping[str, Method]) -> None:
         calibration = self.calibration
         trained = {"lc", "lc++", "scales", "joint"}
-        sweeps = [n for n, m in methods.items() if m.kind in trained and self._sweeps(m)]
+        plans: dict[str, Train | None] = {"adapters": self.lora.train}
+        plans |= {n: calibration.training(m) for n, m in methods.items() if m.kind in trained}
+        if self.flix is not None:
+            plans |= {"flix": self.flix.train, "mixture": self.flix.mixture}
+        sweeps = [name for name, train in plans.items() if train and len(train.rates) > 1]
         if sweeps and not calibration.tuning:
             raise ValueError(
                 f"several learning rates for {sweeps[0]} need calibration.tuning, the number of "
@@ -352,9 +356,6 @@ class Recipe(_Part):
                         f"flix.features names the task {task!r}, which is neither in adapters nor "
                         "in compositions"
                     )
-
-    def _sweeps(self, method: Method) -> bool:
-        return len(self.calibration.training(method).rates) > 1
 
 
 def prompts_of(recipe: Recipe) -> Mapping[str, str]:

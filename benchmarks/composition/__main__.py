@@ -5,7 +5,8 @@
 
 Everything made is a stage of a run directory: a killed benchmark goes on with the same command.
 With ``--seed`` only that seed is made, so that several can run beside each other; ``--tables``
-writes the tables of what is there, and leaves out what is not.
+writes the tables of what is there, and leaves out what is not. It does not ask whether that still
+fits the recipe: only a run to the end does.
 """
 
 from __future__ import annotations

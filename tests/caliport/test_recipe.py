@@ -78,3 +78,11 @@ def test_missing_recipe_and_bad_override(tmp_path: Path) -> None:
         read_recipe(ROOT / "recipes" / "demo.yaml", ["lora.rank"])
     with pytest.raises(InputError, match="rank has no fields of its own"):
         read_recipe(ROOT / "recipes" / "demo.yaml", ["lora.rank.x=1"])
+
+
+@pytest.mark.parametrize("field", ["lora.train", "calibration.overrides.joint"])
+def test_every_sweep_needs_held_out_examples(field: str) -> None:
+    changes = [f"{field}={{steps: 3, learning_rate: [1.0e-3, 2.0e-3]}}"]
+    with pytest.raises(InputError, match=r"need calibration\.tuning"):
+        read_recipe(ROOT / "recipes" / "demo.yaml", changes)
+    read_recipe(ROOT / "recipes" / "demo.yaml", [*changes, "calibration.tuning=10"])
