@@ -27,11 +27,11 @@ import torch
 
 from caliport_core.checkpoints import eos_ids
 from caliport_core.errors import InputError
-from export.executorch import check_exportable
 from export.onnx_decoder import Decoder
 from export.onnx_weights import swap_weights
 from export.quantize import dequantize
 from export.quiet import quiet
+from export.support import check_exportable
 
 if TYPE_CHECKING:
     import onnx_ir

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, Cache
 from transformers.cache_utils import CacheLayerMixin
 
-from export.executorch import check_attention
+from export.support import check_attention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
