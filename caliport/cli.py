@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -145,18 +146,42 @@ def export(
         int | None, typer.Option(help="Tokens of the cache; default the base's own.", min=1)
     ] = None,
     out: Out = None,
+    preflight: Annotated[
+        bool,
+        typer.Option("--preflight/--no-preflight", help="Stop if memory or disk are too small."),
+    ] = True,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option("--push-to-hub", metavar="REPO_ID", help="Upload the artifact when done."),
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="Make the repository private if it is new.")
+    ] = False,
 ) -> None:
     """Lower compositions to .pte and .onnx."""
     if recipe is not None:
         from caliport.shipping import export_all
 
         _no_flags(base=base, adapter=adapter, runtime=runtime, context=context, out=out)
-        export_all(_space(recipe, overrides, runs))
+        _no_flags(**{"push-to-hub": push_to_hub, "private": private})
+        export_all(_space(recipe, overrides, runs), preflight=preflight)
         return
     from caliport.single import export_one
 
     base, runtime, target = _needed(base=base, runtime=runtime, out=out)
-    export_one(base, adapter, runtime, precision, context, target)
+    if private and push_to_hub is None:
+        raise InputError("--private goes with --push-to-hub REPO_ID alone")
+    export_one(
+        base,
+        adapter,
+        runtime,
+        precision,
+        context,
+        target,
+        preflight=preflight,
+        repo_id=push_to_hub,
+        private=private,
+    )
 
 
 @app.command()
@@ -248,11 +273,16 @@ def doctor() -> None:
 def main() -> None:
     """Run the command line; every wrong input ends in one line."""
     debug = "--debug" in sys.argv
+    sys.exit(guarded(lambda: app(standalone_mode=False), "caliport --help", debug))
+
+
+def guarded(call: Callable[[], Any], usage: str, debug: bool) -> int:
+    """Call a command so that every wrong input ends in one line; its exit code."""
     if not debug:  # libraries log each other's deprecations and every optional part they miss
         logging.disable(logging.WARNING)
         warnings.simplefilter("ignore")
     try:
-        code = app(standalone_mode=False)
+        code = call()
     except InputError as error:
         code = _fail(str(error), 2)
     except KeyboardInterrupt:
@@ -262,13 +292,13 @@ def main() -> None:
             raise
         shown = getattr(error, "format_message", None)  # click's own errors know how to say it
         if shown is not None:
-            code = _fail(f"{shown()} See caliport --help.", 2)
+            code = _fail(f"{shown()} See {usage}.", 2)
         elif type(error).__name__ == "Abort":
             code = _fail("interrupted; the same command goes on from here", 130)
         else:
             line = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             code = _fail(f"internal error: {line} (--debug shows where)", 3)
-    sys.exit(code if isinstance(code, int) else 0)
+    return code if isinstance(code, int) else 0
 
 
 def _fail(message: str, code: int) -> int:

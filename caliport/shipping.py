@@ -11,7 +11,8 @@ from caliport.composing import examples_of
 from caliport.recipe import prompt_of
 from caliport.scoring import best_method
 from caliport.workspace import Workspace, need, stage
-from caliport_core.progress import progress
+from caliport_core.directories import MANIFEST
+from caliport_core.progress import progress, working
 
 if TYPE_CHECKING:
     from validation.evaluation import Answers, Evaluation
@@ -31,13 +32,20 @@ def _forms(space: Workspace) -> Iterator[tuple[str, str, str, Path]]:
                 )
 
 
-def export_all(space: Workspace) -> None:
+def export_all(space: Workspace, *, preflight: bool = True) -> None:
     """Export each composition in every form that the recipe asks for."""
+    context = space.recipe.export.context
     for composition, runtime, precision, out in _forms(space):
         method = best_method(space, composition)
         adapter = need(space.composed(composition, method), "composed adapter", "calibrate")
         title = f"{composition}: {runtime} {precision}"
-        export_to(out, title, space.base, adapter, runtime, precision, space.recipe.export.context)
+        export_to(out, title, space.base, adapter, runtime, precision, context, preflight=preflight)
+
+
+def _say_needs(*given: Any, refuse: bool) -> None:
+    from export.preflight import preflight
+
+    preflight(*given, refuse=refuse)
 
 
 def export_to(
@@ -48,20 +56,32 @@ def export_to(
     runtime: str,
     precision: str,
     context: int | None,
+    *,
+    preflight: bool = True,
 ) -> None:
-    """Export one artifact, unless it is up to date."""
+    """Export one artifact, unless it is up to date.
+
+    ``preflight=False`` goes on where memory or disk seem too small.
+    """
+    # Hashing reads the base once, so say what is needed before; but not of what may be skipped.
+    may_be_skipped = (out / MANIFEST).is_file()
+    if not may_be_skipped:
+        _say_needs(base, adapter, runtime, precision, out, refuse=preflight)
 
     def build(partial: Path, extra: dict[str, Any], resume: Path) -> None:
         from export.artifact import fill
 
-        with progress(f"{title}: folding, quantizing, lowering", None):
+        if may_be_skipped:
+            _say_needs(base, adapter, runtime, precision, out, refuse=preflight)
+        with working(title):
             fill(partial, extra, base, runtime, adapter, precision, context)
 
     inputs: dict[str, Path | str] = {"base": base}
     if adapter is not None:
         inputs["adapter"] = adapter
     settings = {"runtime": runtime, "precision": precision, "context": context}
-    stage(out, "export", title, inputs, settings, build)
+    # No times in an artifact: the same inputs give the same bytes.
+    stage(out, "export", title, inputs, settings, build, timed=False)
 
 
 def validate_all(space: Workspace) -> bool:

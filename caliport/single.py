@@ -96,17 +96,32 @@ def features_one(
 
 
 def export_one(
-    base: str, adapter: Path | None, runtime: str, precision: str, context: int | None, out: Path
+    base: str,
+    adapter: Path | None,
+    runtime: str,
+    precision: str,
+    context: int | None,
+    out: Path,
+    *,
+    preflight: bool = True,
+    repo_id: str | None = None,
+    private: bool = False,
 ) -> None:
-    """Export one artifact into ``out``."""
+    """Export one artifact into ``out`` and push it to ``repo_id`` where one is given."""
     from export.artifact import PRECISIONS, RUNTIMES
+    from export.hub import check_repo_id, push
 
     if runtime not in RUNTIMES:
         raise InputError(f"--runtime is {runtime!r}, expected one of {', '.join(RUNTIMES)}")
     if precision not in PRECISIONS:
         raise InputError(f"--precision is {precision!r}, expected one of {', '.join(PRECISIONS)}")
-    export_to(out, f"{runtime} {precision}", base, adapter, runtime, precision, context)
+    if repo_id is not None:
+        check_repo_id(repo_id)
+    title = f"{runtime} {precision}"
+    export_to(out, title, base, adapter, runtime, precision, context, preflight=preflight)
     console.print(f"artifact: {out}")
+    if repo_id is not None:
+        console.print(f"pushed: {push(out, repo_id, private=private)}")
 
 
 def validate_one(
@@ -121,12 +136,14 @@ def validate_one(
     """Validate one artifact, show its gates, and write reports where asked."""
     from caliport.tables import show_gates
     from caliport_core.checkpoints import load_tokenizer
+    from caliport_core.directories import check_files
     from export.artifact import eager
     from validation.evaluation import make_evaluation
     from validation.junit import write_junit
     from validation.report import write_report
     from validation.results import PARITY, ParityReport, environment, this_machine, write_result
 
+    check_files(artifact)  # before the references are made, which takes long
     examples = read_jsonl(prompts) if prompts is not None else None
     with progress(f"validating {artifact}", None):
         model = eager(base, adapter, "fp32")

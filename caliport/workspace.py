@@ -72,6 +72,7 @@ def stage(
     settings: Mapping[str, Any],
     build: Build,
     together: bool = False,
+    timed: bool = True,
 ) -> None:
     """Make ``out`` by ``build``, unless it is there already, made from the same inputs.
 
@@ -85,6 +86,7 @@ def stage(
             inputs alone.
         together: ``build`` trains with all processes. Otherwise only the main one builds and the
             others wait; either way only the main one writes.
+        timed: Write into the manifest how long it took, as ``seconds``.
     """
     hashes = {label: _hash(str(path)) for label, path in inputs.items()}
     plain = {label: _plain(value) for label, value in settings.items()}
@@ -103,7 +105,8 @@ def stage(
     start = time.monotonic()
     with new_directory(out, name, hashes, plain) as (partial, extra):
         build(partial, extra, resume)
-        extra["seconds"] = round(time.monotonic() - start, 3)
+        if timed:
+            extra["seconds"] = round(time.monotonic() - start, 3)
     for left in out.parent.glob(f".{out.name}.resume-*"):
         left.unlink()
     _hash.cache_clear()

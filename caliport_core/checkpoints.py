@@ -13,7 +13,12 @@ from caliport_core.errors import InputError
 if TYPE_CHECKING:
     import torch
     from torch import nn
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import (
+        GenerationConfig,
+        PretrainedConfig,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+    )
 
 
 def load_base(path: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -42,6 +47,25 @@ def load_base(path: str | Path, dtype: torch.dtype | None = None) -> PreTrainedM
             f"{path}: not loadable as a causal language model ({_line(error)})"
         ) from error
     return model.eval()
+
+
+def load_config(path: str | Path) -> tuple[PretrainedConfig, GenerationConfig | None]:
+    """A checkpoint's config and, where it has them, its generation settings; no weights.
+
+    Raises:
+        InputError: As ``load_base``.
+    """
+    from transformers import AutoConfig, GenerationConfig
+
+    _check_checkpoint(path)
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:
+        raise InputError(f"{path}: not loadable as a model's config ({_line(error)})") from error
+    try:
+        return config, GenerationConfig.from_pretrained(path)
+    except OSError:
+        return config, None
 
 
 def load_tokenizer(path: str | Path, model: nn.Module | None = None) -> PreTrainedTokenizerBase:

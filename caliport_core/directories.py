@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
@@ -22,6 +23,8 @@ from caliport_core.errors import InputError
 MANIFEST = "manifest.json"
 _UNWRITABLE = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.ENOTDIR}
 _LOW_SPACE = 1 << 20
+_SETTLED = 100_000_000  # nanoseconds; a clock's tick is shorter
+_HASHES: dict[tuple[int, ...], str] = {}
 _PACKAGES = (
     "caliport",
     "torch",
@@ -47,9 +50,20 @@ def versions() -> dict[str, str]:
 
 
 def file_hash(path: Path) -> str:
-    """SHA-256 of a file's bytes, hexadecimal."""
+    """SHA-256 of a file's bytes, hexadecimal, read in pieces.
+
+    A file is read once a process, for as long as its inode, size and times stay as they are; so
+    one that was renamed together with its directory is not read again.
+    """
+    found = path.stat()
+    state = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+    if state in _HASHES:
+        return _HASHES[state]
     with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    if time.time_ns() - found.st_ctime_ns > _SETTLED:  # else it may change within the same tick
+        _HASHES[state] = digest
+    return digest
 
 
 def content_hash(path: Path) -> str:
@@ -98,6 +112,48 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict):
         raise InputError(f"{path}: found {type(manifest).__name__}, expected a JSON object")
     return manifest
+
+
+def check_files(directory: Path) -> None:
+    """Check that a finished directory holds exactly the files that its manifest records.
+
+    Hidden files do not count, and neither does the manifest, which nothing vouches for.
+
+    Raises:
+        InputError: The first file that is missing, changed or not recorded.
+    """
+    again = "the directory is not what was made; make or fetch it again"
+    recorded = read_manifest(directory).get("files")
+    if not isinstance(recorded, dict) or not recorded:
+        raise InputError(f"{directory / MANIFEST}: no `files`, expected each file's size and hash")
+    found = _files(directory)
+    for name, facts in recorded.items():
+        if not isinstance(facts, dict) or not {"bytes", "sha256"} <= facts.keys():
+            raise InputError(f"{directory / MANIFEST}: files.{name}: expected `bytes` and `sha256`")
+        path = directory / name
+        if name not in found:
+            raise InputError(f"{path}: no such file, but {MANIFEST} records it; {again}")
+        size = path.stat().st_size
+        if size != facts["bytes"]:
+            raise InputError(f"{path}: {size} bytes, {MANIFEST} records {facts['bytes']}; {again}")
+        digest = file_hash(path)
+        if digest != facts["sha256"]:
+            raise InputError(
+                f"{path}: SHA-256 {digest[:12]}…, {MANIFEST} records "
+                f"{str(facts['sha256'])[:12]}…; {again}"
+            )
+    for name in found:
+        if name not in recorded:
+            raise InputError(
+                f"{directory / name}: not recorded in {MANIFEST}; runtimes read some files by "
+                "their name alone, so move it elsewhere"
+            )
+
+
+def check_recorded(directory: Path) -> None:
+    """``check_files`` where there is a manifest; a directory without one vouches for nothing."""
+    if (directory / MANIFEST).is_file():
+        check_files(directory)
 
 
 def up_to_date(directory: Path, stage_key: str) -> bool:

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     SpinnerColumn,
+    Task,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 from caliport_core.processes import is_main
 
@@ -22,6 +26,10 @@ console = Console(stderr=True, quiet=not is_main())
 
 Advance = Callable[[int, str], None]
 """Called with the number of units done so far and a short note, such as the current loss."""
+
+
+_Show = Callable[[str, int, int | None], None]
+_shown: ContextVar[_Show | None] = ContextVar("shown", default=None)
 
 
 @contextmanager
@@ -48,3 +56,52 @@ def progress(title: str, total: int | None) -> Iterator[Advance]:
             bars.update(task, completed=done, note=note)
 
         yield advance
+
+
+@contextmanager
+def working(title: str) -> Iterator[None]:
+    """Show what ``at`` says, the time and this process's memory while the body runs."""
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}: {task.fields[stage]}"),
+        TextColumn("{task.fields[count]}"),
+        TimeElapsedColumn(),
+        MemoryColumn(),
+    )
+    with Progress(
+        *columns, console=console, transient=True, disable=console.quiet or not console.is_terminal
+    ) as bars:
+        task = bars.add_task(title, total=None, stage="", count="")
+
+        def show(stage: str, done: int, total: int | None) -> None:
+            bars.update(task, stage=stage, count="" if total is None else f"{done}/{total}")
+
+        token = _shown.set(show)
+        try:
+            yield
+        finally:
+            _shown.reset(token)
+
+
+def at(stage: str, done: int = 0, total: int | None = None) -> None:
+    """Name the stage that has begun and, if it has parts, how many of them are done.
+
+    Shown by the ``working`` around it, wherever that is; without one nothing happens.
+
+        at("quantizing, layer", 3, 16)
+    """
+    show = _shown.get()
+    if show is not None:
+        show(stage, done, total)
+
+
+class MemoryColumn(ProgressColumn):
+    """Resident memory of this process, read anew twice a second."""
+
+    max_refresh = 0.5
+
+    def render(self, task: Task) -> Text:
+        """Such as ``1.2 GB``."""
+        import psutil
+
+        return Text(f"{psutil.Process().memory_info().rss / 1e9:.1f} GB in memory")

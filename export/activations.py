@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from export.matmul_nbits import block_size
-from export.quantize import dequantize, is_quantized, quantized_weight
+from export.matmul_nbits import row_scale_block
+from export.quantize import GROUP_SIZE, dequantize, is_quantized, quantized_weight
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,7 +38,8 @@ def reference(model: PreTrainedModel, precision: str) -> PreTrainedModel:
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and is_quantized(module):
             _, scale = quantized_weight(module)
-            block = block_size(module.in_features, scale.shape[1])
+            grouped = scale.shape[1] > 1
+            block = GROUP_SIZE if grouped else row_scale_block(module.in_features)
             quantize_inputs(plain.get_submodule(name), block)
     return plain
 

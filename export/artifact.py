@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,33 +85,43 @@ def fill(
 ) -> None:
     """Write an artifact's files into a directory and its facts into ``extra``."""
     from caliport_core.checkpoints import eos_ids, load_tokenizer
+    from export.card import describe, write_card
+    from export.generation import save_generation_config
+    from export.lean import lean
     from export.quantize import scheme
+    from export.support import check_exportable
     from export.tokenizer import save_tokenizer
 
-    start = time.monotonic()
-    model = eager(base, adapter, precision)
-    tokenizer = load_tokenizer(base, model)
-    most = int(model.config.max_position_embeddings)
-    context = most if context is None else context
-    if runtime == "executorch":
-        from export import executorch
+    def length(model: PreTrainedModel) -> int:
+        return int(model.config.max_position_embeddings) if context is None else context
 
-        lowered = executorch.lower(
-            model, directory, context, eos_ids(model), tokenizer.bos_token_id
-        )
-    else:
-        from export import onnx
+    def check(model: PreTrainedModel) -> None:
+        check_exportable(model, length(model))
 
-        lowered = onnx.lower(model, directory, precision, context, tokenizer)
+    with lean(base, adapter, precision, directory, check=check) as decoder:
+        model = decoder.whole
+        tokenizer = load_tokenizer(base, model)
+        if runtime == "executorch":
+            from export import executorch
+
+            lowered = executorch.lower(
+                decoder, directory, length(model), eos_ids(model), tokenizer.bos_token_id
+            )
+        else:
+            from export import onnx
+
+            lowered = onnx.lower(decoder, directory, length(model), tokenizer)
     save_tokenizer(tokenizer, directory)
+    save_generation_config(base, model.config, directory, eos_ids(model), tokenizer.bos_token_id)
     extra |= {
         "runtime": runtime,
         "precision": precision,
-        "context": context,
+        "context": length(model),
         "scheme": scheme(precision),
         "lowering": lowered,
-        "seconds": round(time.monotonic() - start, 3),
+        **describe(base, model.config, adapter),
     }
+    write_card(directory, extra)
 
 
 def eager(base: str | Path, adapter: Path | None, precision: str) -> PreTrainedModel:

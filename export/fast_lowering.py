@@ -35,17 +35,18 @@ def fast_lowering() -> Iterator[None]:
     from executorch.exir.pass_base import ExportPass, _ExportPassBase
 
     with ExitStack() as stack:
-        swap = _swap(_ExportPassBase, "call", _lazy(_ExportPassBase.call, ExportPass))
+        swap = swapped(_ExportPassBase, "call", _lazy(_ExportPassBase.call, ExportPass))
         stack.enter_context(swap)
-        stack.enter_context(_swap(sdpa, "get_graphs", list))
-        stack.enter_context(_swap(bilinear_2d, "get_graphs_dict", dict))
+        stack.enter_context(swapped(sdpa, "get_graphs", list))
+        stack.enter_context(swapped(bilinear_2d, "get_graphs_dict", dict))
         for name, fake in _FAKES.items():
             stack.enter_context(_fake(name, fake))
         yield
 
 
 @contextmanager
-def _swap(owner: Any, name: str, value: Any) -> Iterator[None]:
+def swapped(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """While the body runs, an attribute has another value."""
     before = getattr(owner, name)
     setattr(owner, name, value)
     try:

@@ -8,29 +8,42 @@ context, and lets onnxruntime_genai keep past and present in one buffer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, Cache
+from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
-from export.support import check_attention
+from export.support import (
+    attended,
+    check_attended,
+    check_attention,
+    check_cache,
+    tracing,
+    window_of,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_ATTENTION = "caliport_onnx"
+    from export.onnx_rotary import Rotary
 
 
 class Decoder(nn.Module):
-    """The traced method; names and shapes are those of the graph's inputs and outputs."""
+    """The traced method; names and shapes are those of the graph's inputs and outputs.
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    Args:
+        model: A decoder that ``export.support.check_exportable`` passes.
+        rotary: Its rotary embeddings, which the attention then applies where it can.
+    """
+
+    def __init__(self, model: PreTrainedModel, rotary: Rotary) -> None:
         super().__init__()
         self.model = model
+        self.rotary = rotary
 
     def forward(
         self,
@@ -47,11 +60,14 @@ class Decoder(nn.Module):
                 are used: without padding they say how many tokens there are.
             position_ids: int64 [1, n].
             past: Key and value of each layer, [1, kv heads, cached, head size].
+
+        Raises:
+            InputError: While it is traced: attention or caches that cannot be exported.
         """
         total = attention_mask.sum(dim=1, dtype=torch.int32)
         layers = [_CacheLayer(*past[i : i + 2]) for i in range(0, len(past), 2)]
-        attention = _attention_over(layers, total, attention_mask.shape[1])
-        with _use_attention(self.model, attention):
+        attention = _attention_over(layers, total, attention_mask.shape[1], self.rotary)
+        with tracing(self.model, attention, _mask), self.rotary.watching(self.model):
             logits = self.model(
                 input_ids=input_ids,
                 position_ids=position_ids,
@@ -59,6 +75,7 @@ class Decoder(nn.Module):
                 use_cache=True,
                 logits_to_keep=1,
             ).logits
+        check_attended(layers)
         outputs = {"logits": logits}
         for index, layer in enumerate(layers):
             assert layer.keys is not None
@@ -75,6 +92,8 @@ class _CacheLayer(CacheLayerMixin):
         super().__init__()
         self.keys, self.values = keys, values
         self.is_initialized = True
+        self.given: tuple[Tensor, Tensor] | None = None
+        self.attended = False
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         pass
@@ -83,7 +102,8 @@ class _CacheLayer(CacheLayerMixin):
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """The new keys and values alone; the attention joins them to the past."""
-        return key_states, value_states
+        self.given = (key_states, value_states)
+        return self.given
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return query_length, 0
@@ -96,8 +116,21 @@ class _CacheLayer(CacheLayerMixin):
         return -1
 
 
+@dataclass(frozen=True)
+class _Window:
+    """In the place of a mask: the operator masks by itself and needs to know this alone."""
+
+    size: int
+
+
+def _mask(**options: Any) -> _Window | None:
+    """What a layer's attention gets as its mask; None for plain causal attention."""
+    window = window_of(options)
+    return None if window is None else _Window(window)
+
+
 def _attention_over(
-    layers: list[_CacheLayer], total: Tensor, size: int
+    layers: list[_CacheLayer], total: Tensor, size: int, rotary: Rotary
 ) -> Callable[..., tuple[Tensor, None]]:
     """Attention over new tokens and the cache.
 
@@ -108,29 +141,44 @@ def _attention_over(
         layers: Past keys and values.
         total: Tokens after this pass, int32 [1].
         size: The same number as a size.
+        rotary: What turned the queries and keys.
     """
 
     def attention(
-        module: nn.Module,
+        _module: nn.Module,
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        *_mask: Tensor | None,
+        attention_mask: _Window | Tensor | None = None,
         scaling: float | None = None,
+        softcap: float | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
+        if isinstance(attention_mask, Tensor):
+            kwargs["attention_mask"] = attention_mask
         check_attention(kwargs, "onnx")
-        layer = layers[module.layer_idx]  # type: ignore[index]
+        index, layer = attended(layers, key, value)
+        assert layer.keys is not None
         batch, heads, count, dim = query.shape
-        kv_heads = key.shape[1]
+        kv_heads = int(layer.keys.shape[1])
+        check_cache(index, (key, value), kv_heads, dim)
         attributes: dict[str, Any] = {"num_heads": heads, "kv_num_heads": kv_heads}
         if scaling is not None:
             attributes["scale"] = float(scaling)
+        if softcap is not None:
+            attributes["softcap"] = float(softcap)
+        if isinstance(attention_mask, _Window):
+            attributes["local_window_size"] = attention_mask.size
+        turned = rotary.before(query, key)
+        tables: tuple[Tensor, ...] = ()
+        if turned is not None:
+            query, key, tables = turned.query, turned.key, (turned.cos, turned.sin)
+            attributes["do_rotary"] = 1
         new = [states.transpose(1, 2).flatten(2) for states in (query, key, value)]
         cache = [batch, kv_heads, size, dim]
         out, layer.keys, layer.values = torch.onnx.ops.symbolic_multi_out(
             "com.microsoft::GroupQueryAttention",
-            (*new, layer.keys, layer.values, total - 1, total),
+            (*new, layer.keys, layer.values, total - 1, total, *tables),
             attributes,
             dtypes=(query.dtype,) * 3,
             shapes=([batch, count, heads * dim], cache, cache),
@@ -139,18 +187,3 @@ def _attention_over(
         return out.unflatten(2, (heads, dim)), None
 
     return attention
-
-
-@contextmanager
-def _use_attention(model: PreTrainedModel, attention: Callable[..., Any]) -> Iterator[None]:
-    config = model.config.get_text_config()
-    before = config._attn_implementation
-    AttentionInterface.register(_ATTENTION, attention)
-    AttentionMaskInterface.register(_ATTENTION, lambda *args, **kwargs: None)
-    config._attn_implementation = _ATTENTION
-    try:
-        yield
-    finally:
-        config._attn_implementation = before
-        AttentionInterface._global_mapping.pop(_ATTENTION)
-        AttentionMaskInterface._global_mapping.pop(_ATTENTION)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from caliport_core.directories import check_recorded
 from caliport_core.errors import InputError
 
 if TYPE_CHECKING:
@@ -37,21 +38,29 @@ class ExecuTorchRunner:
         threads: Threads of ExecuTorch's pool, which delegates and operators share.
     """
 
-    def __init__(self, directory: Path, threads: int | None = None) -> None:
+    def __init__(
+        self, directory: Path, threads: int | None = None, method: str = "forward"
+    ) -> None:
         """Load ``directory/model.pte``.
 
         Args:
             directory: An artifact directory.
             threads: Threads to run with; default ExecuTorch's own choice. The pool belongs to the
                 process: while a runner lives, others must ask for the same number.
+            method: Which of the program's methods to run; a bundle has one for each composition.
 
         Raises:
-            InputError: No program there, one that cannot be loaded, or another number of threads
-                than living runners use.
+            InputError: No program there, no such method in it, one that cannot be loaded, or
+                another number of threads than living runners use.
         """
+        check_recorded(directory)
         self.name = "ExecuTorch"
         self._directory = directory
         self._module = _load(directory / PROGRAM, threads)
+        if method not in (methods := self._module.method_names()):
+            listed = ", ".join(sorted(n for n in methods if not n.startswith(("get_", "use_"))))
+            raise InputError(f"{directory}: has no method {method!r}, expected one of {listed}")
+        self._method = method
         self.context = self._constant("get_max_context_len")
         self._vocabulary = self._constant("get_vocab_size")
         with _native(directory / PROGRAM, "cannot be run"):
@@ -110,7 +119,7 @@ class ExecuTorchRunner:
         import torch
 
         inputs = [torch.tensor([tokens]), torch.tensor([position])]
-        return np.asarray(self._module.forward(inputs)[0].reshape(-1).numpy())
+        return np.asarray(self._module.run_method(self._method, inputs)[0].reshape(-1).numpy())
 
     def _constant(self, method: str) -> int:
         with _native(self._directory / PROGRAM, f"has no {method}; expected one made by caliport"):
@@ -140,6 +149,7 @@ def generate(directory: Path, prompt_text: str, max_new_tokens: int) -> str:
     Raises:
         InputError: A file is missing or cannot be loaded, or the prompt does not fit the context.
     """
+    check_recorded(directory)
     _load(directory / PROGRAM, None)
     if not (directory / TOKENIZER).is_file():
         raise InputError(f"{directory}: no {TOKENIZER}; expected an artifact with its tokenizer")

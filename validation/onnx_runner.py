@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from caliport_core.directories import check_recorded
 from caliport_core.errors import InputError
 
 _CONFIG = "genai_config.json"
@@ -38,6 +39,7 @@ class OnnxRunner:
     ) -> None:
         import onnxruntime
 
+        check_recorded(directory)
         model = _read_config(directory)["model"]
         decoder = model["decoder"]
         graph = directory / decoder["filename"]
@@ -156,6 +158,7 @@ def _generate(directory: Path, model: Any, prompt: Sequence[int], max_new_tokens
 def _genai_model(directory: Path) -> Any:
     import onnxruntime_genai as genai
 
+    check_recorded(directory)
     _read_config(directory)
     try:
         return genai.Model(str(directory))

@@ -133,14 +133,15 @@ def artifact_form(directory: Path) -> tuple[str, str]:
 
 
 def open_runner(directory: Path, threads: int) -> Runner:
-    """The runner that the artifact's runtime asks for.
+    """The runner that the artifact's runtime asks for; it checks the artifact's hashes first.
 
     Args:
         directory: An artifact directory with its manifest.
         threads: Threads of the runtime's own pool.
 
     Raises:
-        InputError: Not an artifact, or one that its runtime cannot load.
+        InputError: Not an artifact, one whose files are not those that its manifest records, or
+            one that its runtime cannot load.
     """
     runtime, _ = artifact_form(directory)
     if runtime == "executorch":
@@ -155,7 +156,11 @@ def open_runner(directory: Path, threads: int) -> Runner:
 def stock_generate(directory: Path, text: str, max_new_tokens: int) -> str:
     """What the runtime's own stock runner writes after ``text``, greedily.
 
-    ``TextLLMRunner`` for ExecuTorch, ``onnxruntime_genai`` for ONNX.
+    ``TextLLMRunner`` for ExecuTorch, ``onnxruntime_genai`` for ONNX. Both check the artifact's
+    hashes first.
+
+    Raises:
+        InputError: As ``open_runner``.
     """
     runtime, _ = artifact_form(directory)
     if runtime == "executorch":

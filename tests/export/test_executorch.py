@@ -18,7 +18,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 
 from caliport_core.checkpoints import encode_prompt, load_base, load_tokenizer, render_prompt
 from caliport_core.errors import InputError
-from export import executorch
+from export import executorch, to_executorch
+from export.fast_lowering import fast_lowering
+from export.lean import every, group, lean
+from export.lowering import finish
 from export.quantize import PRECISIONS, quantize
 from export.quiet import quiet
 from validation.executorch_runner import ExecuTorchRunner, generate
@@ -67,7 +70,10 @@ def artifact_of(
             greedy = _greedy(model, encode_prompt(tokenizer, TEXT), 8)
             greedy = greedy[: greedy.index(greedy[-1]) + 1]
             out = tmp_path_factory.mktemp(precision)
-            facts = executorch.lower(model, out, CONTEXT, [greedy[-1]], tokenizer.bos_token_id)
+            with lean(base_dir, None, precision, out) as decoder:
+                facts = executorch.lower(
+                    decoder, out, CONTEXT, [greedy[-1]], tokenizer.bos_token_id
+                )
             tokenizer.save_pretrained(out)
             made[precision] = Artifact(precision, out, model, tokenizer, facts, greedy)
         return made[precision]
@@ -188,13 +194,12 @@ def test_stock_runner_adds_the_begin_token_that_a_tokenizer_without_template_add
     assert generate(tmp_path, text, 6) == artifact.tokenizer.decode(expected)
 
 
-def test_all_linears_run_in_xnnpack_and_the_model_is_left_as_it_was(artifact: Artifact) -> None:
+def test_all_linears_run_in_xnnpack(artifact: Artifact) -> None:
     facts, model = artifact.facts, artifact.model
     linears = sum(isinstance(module, torch.nn.Linear) for module in model.modules())
-    assert facts["linears_delegated"] == linears
-    assert facts["linears_not_delegated"] == 0
+    norms = sum(type(module).__name__.endswith("RMSNorm") for module in model.modules())
+    assert facts["products_delegated"] == linears + norms
     assert facts["constant_methods"]["get_max_context_len"] == CONTEXT
-    assert model.config._attn_implementation == "sdpa"
     json.dumps(facts)
 
 
@@ -203,43 +208,62 @@ def test_sizes_shrink_with_the_bits(artifact_of: Callable[[str], Artifact]) -> N
     assert sizes[0] > 2 * sizes[1] > 2 * sizes[2]
 
 
+def _checkpoint(directory: Path, layers: int, **settings: object) -> Path:
+    """A tiny Llama with random weights, its norms too, so that no two layers are alike."""
+    config = LlamaConfig(
+        **{
+            "vocab_size": 64,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": layers,
+            "num_attention_heads": 2,
+            "max_position_embeddings": 16,
+            **settings,
+        }
+    )
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.2 + (parameter.dim() == 1))
+    model.save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_repeated_layers_give_the_program_of_all_layers(tmp_path: Path, tied: bool) -> None:
+    """Lowered as two layers and repeated, four layers give the very logits of four lowered ones."""
+    base = _checkpoint(tmp_path / "base", 4, tie_word_embeddings=tied)
+    found = []
+    with lean(base, None, "int4", tmp_path) as decoder:
+        assert group(decoder).kept == [0, 1]
+        assert every(decoder).kept == [0, 1, 2, 3]
+        constants = executorch.constant_methods(decoder.whole, 16, [2], 1)
+        for layers in (group(decoder), every(decoder)):
+            with quiet(), fast_lowering():
+                edge = executorch.whole_program(decoder, layers, 16, constants)
+                (tmp_path / "model.pte").write_bytes(finish(edge).buffer)
+            runner = ExecuTorchRunner(tmp_path)
+            found.append([runner.prefill([5, 9, 3]), runner.step(7), runner.step(8)])
+    np.testing.assert_array_equal(found[0], found[1])
+
+
 @pytest.mark.slow
 def test_fast_lowering_gives_the_same_program(tmp_path: Path) -> None:
     """Tells also when another executorch makes ``export.fast_lowering`` needless or wrong."""
-    config = LlamaConfig(
-        vocab_size=32,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=16,
-    )
-    torch.manual_seed(0)
-    model = quantize(LlamaForCausalLM(config).eval(), "int4")
-    executorch.lower(model, tmp_path, 16, [2], 1)
-    with quiet():
-        constants = executorch._constant_methods(model, 16, [2], 1)
-        edge = executorch._delegate(executorch._trace(model, 16), constants)
-        plain = executorch._finish(edge).buffer
-    assert (tmp_path / "model.pte").read_bytes() == plain
+    base = _checkpoint(tmp_path / "base", 1)
+    with lean(base, None, "int4", tmp_path) as decoder, quiet():
+        constants = executorch.constant_methods(decoder.whole, 16, [2], 1)
+        plain = finish(executorch.whole_program(decoder, every(decoder), 16, constants)).buffer
+        with fast_lowering():
+            fast = finish(executorch.whole_program(decoder, every(decoder), 16, constants)).buffer
+    assert fast == plain
 
 
-def test_what_cannot_be_exported_is_refused_before_any_work(base_dir: Path, tmp_path: Path) -> None:
-    model = load_base(base_dir)
+def test_a_wrong_context_is_refused_before_any_work(base_dir: Path, tmp_path: Path) -> None:
     for context in (0, 129):
         with pytest.raises(InputError, match=f"context: found {context}, expected 1 to .* 128"):
-            executorch.lower(model, tmp_path, context, [2], 1)
-    model.config.sliding_window = 64
-    with pytest.raises(InputError, match="sliding window of 64"):
-        executorch.lower(model, tmp_path, 96, [2], 1)
-    executorch.check_exportable(model, 64)
-    model.config.layer_types = ["full_attention", "linear_attention"]
-    with pytest.raises(InputError, match="layer_types has linear_attention"):
-        executorch.lower(model, tmp_path, 64, [2], 1)
-    model.config.layer_types = None
-    model.config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
-    with pytest.raises(InputError, match="rope_type is dynamic"):
-        executorch.lower(model, tmp_path, 64, [2], 1)
+            to_executorch(base_dir, tmp_path / "out", context=context)
     assert not list(tmp_path.iterdir())
 
 

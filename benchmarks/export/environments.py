@@ -1,0 +1,75 @@
+"""A virtual environment for each peer, since they pin libraries that ours cannot have."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.export.exporters import EXPORTERS, interpreter
+from caliport_core.errors import InputError
+
+_READY = "ready.json"
+_VERSIONS = """
+import json, sys
+from importlib import metadata
+print(json.dumps({name: metadata.version(name) for name in sys.argv[1:]}))
+"""
+
+
+def install(name: str, peers: Path) -> bool:
+    """Make a peer's environment with pip; nothing is done where it is finished.
+
+    Args:
+        name: In ``EXPORTERS``.
+        peers: The directory of all environments.
+
+    Returns:
+        Whether anything was installed.
+
+    Raises:
+        InputError: pip failed.
+    """
+    steps = [list(step) for step in EXPORTERS[name].installs]
+    home = peers / name
+    ready = home / _READY
+    if not steps or (ready.is_file() and json.loads(ready.read_text(encoding="utf-8")) == steps):
+        return False
+    ready.unlink(missing_ok=True)
+    _run([sys.executable, "-m", "venv", "--clear", str(home)], name)
+    for step in steps:
+        _run([interpreter(name, peers), "-m", "pip", "install", "--quiet", *step], name)
+    ready.write_text(json.dumps(steps, indent=2) + "\n", encoding="utf-8")
+    return True
+
+
+def check_installed(names: Sequence[str], peers: Path) -> None:
+    """Check that every peer of ``names`` has its environment.
+
+    Raises:
+        InputError: One has not.
+    """
+    missing = [
+        name for name in names if EXPORTERS[name].installs and not (peers / name / _READY).is_file()
+    ]
+    if missing:
+        raise InputError(
+            f"{peers}: no environment of {', '.join(missing)}; `python -m benchmarks.export setup` "
+            "makes them"
+        )
+
+
+def installed(name: str, peers: Path) -> dict[str, str]:
+    """Versions of the packages of an exporter that the tables name."""
+    command = [interpreter(name, peers), "-c", _VERSIONS, *EXPORTERS[name].shown]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    found: dict[str, str] = json.loads(done.stdout)
+    return found
+
+
+def _run(command: list[str], name: str) -> None:
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    if done.returncode:
+        raise InputError(f"{name}: {' '.join(command)} failed:\n{done.stderr[-2000:]}")

@@ -1,0 +1,69 @@
+"""One export: prepared, measured, and kept."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from benchmarks.export.environments import installed
+from benchmarks.export.exporters import EXPORTERS, Job, fresh, interpreter
+from benchmarks.export.measuring import measured
+from benchmarks.export.records import Export, read_export, write_record
+from caliport_core.directories import read_manifest
+from validation.results import file_sizes
+
+
+def export(
+    name: str, checkpoint: Path, out: Path, context: int, threads: int, peers: Path
+) -> tuple[Export, bool]:
+    """Make and measure one artifact; a finished one of the same settings is kept.
+
+    Args:
+        name: In ``EXPORTERS``.
+        checkpoint: A directory of ``write_checkpoint``.
+        out: The directory of the run; ``NAME`` in it is the artifact, ``NAME.json`` what it took,
+            ``NAME.log`` what the exporter printed.
+        context: Tokens of the cache.
+        threads: What PyTorch and OpenMP are told to use.
+        peers: The directory of the peers' environments.
+
+    Returns:
+        What it took, and whether that is new.
+
+    Raises:
+        InputError: The exporter failed.
+    """
+    key = read_manifest(checkpoint)["key"]
+    checkpoint, out, peers = checkpoint.resolve(), out.resolve(), peers.absolute()
+    artifact, record = out / name, out / f"{name}.json"
+    done = read_export(record)
+    if done and (done.checkpoint, done.context, done.threads) == (key, context, threads):
+        return done, False
+    record.unlink(missing_ok=True)
+    shutil.rmtree(artifact, ignore_errors=True)
+    work = fresh(out / f"{name}.work")
+    job = Job(checkpoint, artifact, work, context, interpreter(name, peers))
+    exporter = EXPORTERS[name]
+    exporter.prepare(job)
+    log = out / f"{name}.log"
+    usage = measured(exporter.command(job), log, cwd=work, environment=_environment(threads))
+    shutil.rmtree(work)
+    done = Export(
+        exporter=name,
+        checkpoint=key,
+        context=context,
+        threads=threads,
+        seconds=usage.seconds,
+        peak_bytes=usage.peak_bytes,
+        files=file_sizes(artifact),
+        versions=installed(name, peers),
+    )
+    write_record(done, record)
+    return done, True
+
+
+def _environment(threads: int) -> dict[str, str]:
+    """Our variables without our modules and without a network to ask."""
+    ours = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return {**ours, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}

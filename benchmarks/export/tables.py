@@ -1,0 +1,137 @@
+"""The tables of ``results.json``, as Markdown between two marks of docs/results.md."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from benchmarks.export.exporters import EXPORTERS
+from benchmarks.export.records import Export, Results, Speed
+from caliport_core.errors import InputError
+
+_START, _END = "<!-- export: tables -->", "<!-- export: end -->"
+_OURS = {"executorch": "caliport-executorch", "onnx": "caliport-onnx"}
+_NAMES = {"executorch": "ExecuTorch", "onnx": "ONNX"}
+_HEADS = ("export", "peak memory", "size", "prefill", "decode", "logits")
+_LEFT_OUT = (
+    "Left out: Olive (olive-ai 0.13.0). For a Hugging Face decoder in int4 on a CPU its `auto-opt` "
+    "only calls the model builder, and its `optimize` calls it after GPTQ, which needs calibration "
+    "text; graph and kernels would be the model builder's."
+)
+_PROGRAMS = (".pte", ".ptd", ".onnx", ".data")
+
+
+def write_tables(results: Results, path: Path) -> None:
+    """Replace what stands between the marks; all else in the file stays.
+
+    Raises:
+        InputError: The file has no such marks.
+    """
+    text = path.read_text(encoding="utf-8")
+    if _START not in text or _END not in text:
+        raise InputError(f"{path}: no place for the tables; expected lines {_START} and {_END}")
+    head, _, rest = text.partition(_START)
+    tail = rest.partition(_END)[2]
+    path.write_text(f"{head}{_START}\n\n{render(results)}\n\n{_END}{tail}", encoding="utf-8")
+
+
+def render(results: Results) -> str:
+    """All tables with the words that they need."""
+    return "\n\n".join(_parts(results))
+
+
+def _parts(results: Results) -> Iterable[str]:
+    machine = results.machine
+    runtimes = ", ".join(f"{name} {version}" for name, version in results.versions.items())
+    yield (
+        f"{results.parameters:,} parameters, context {results.context}. "
+        f"{machine.cpu}, {machine.cores} cores, {machine.memory_gb:.0f} GB; {results.threads} "
+        f"threads for every export and artifact. Prefill is of {results.prompt_tokens} tokens, "
+        f"decode of the {results.new_tokens} after them, medians of {_rounds(results)} turns, all "
+        f"artifacts with {runtimes}."
+    )
+    yield (
+        "Each number is a ratio to caliport's for the same runtime: time, memory and size above 1 "
+        "are more than ours, rates above 1 are faster. Size is of the program and its weights. "
+        "The last column is no ratio but the cosine of the logits after the prompt with those of "
+        "the float32 checkpoint."
+    )
+    for runtime in _OURS:
+        table = _table(results, runtime)
+        if table:
+            yield table
+    yield _LEFT_OUT
+    yield "Versions: " + "; ".join(
+        f"{_title(name)} with {', '.join(f'{p} {v}' for p, v in export.versions.items())}"
+        for name, export in results.exports.items()
+    )
+
+
+def _rounds(results: Results) -> int:
+    return max((len(speed.decode) for speed in results.speeds), default=0)
+
+
+def _title(name: str) -> str:
+    return f"{EXPORTERS[name].title} ({_NAMES[EXPORTERS[name].runtime]})"
+
+
+def _table(results: Results, runtime: str) -> str:
+    """One row an artifact and way to run it; empty without exports of the runtime."""
+    exports = {n: e for n, e in results.exports.items() if EXPORTERS[n].runtime == runtime}
+    ours = exports.get(_OURS[runtime])
+    our_speeds = _speeds(results, _OURS[runtime])
+    our_speed = our_speeds[0] if our_speeds else None
+    rows = []
+    for name, export in exports.items():
+        made = _made(export, ours)
+        found: list[Speed | None] = [*_speeds(results, name)] or [None]
+        for speed in found:
+            variant = f", {speed.variant}" if speed and speed.variant else ""
+            rows.append([f"{EXPORTERS[name].title}{variant}", *made, *_ran(speed, our_speed)])
+            made = [""] * len(made)
+    return _markdown([_NAMES[runtime], *_HEADS], rows) if rows else ""
+
+
+def _speeds(results: Results, name: str) -> list[Speed]:
+    return [speed for speed in results.speeds if speed.exporter == name]
+
+
+def _made(export: Export, ours: Export | None) -> list[str]:
+    """What the export took and what it gave."""
+    units: tuple[tuple[Callable[[Export], float], str], ...] = (
+        (lambda e: e.seconds, "{:.0f} s"),
+        (lambda e: e.peak_bytes / 1e9, "{:.1f} GB"),
+        (lambda e: program_bytes(e) / 1e6, "{:.3g} MB"),
+    )
+    return [_ratio(get(export), get(ours) if ours else None, form) for get, form in units]
+
+
+def _ran(speed: Speed | None, ours: Speed | None) -> list[str]:
+    """How fast it ran and how true."""
+    if speed is None:
+        return ["", "", ""]
+    prefill, decode = map(statistics.median, (speed.prefill, speed.decode))
+    our_prefill = statistics.median(ours.prefill) if ours else None
+    our_decode = statistics.median(ours.decode) if ours else None
+    return [
+        _ratio(prefill, our_prefill, "{:.0f} tok/s"),
+        _ratio(decode, our_decode, "{:.1f} tok/s"),
+        f"{speed.cosine:.4f}",
+    ]
+
+
+def program_bytes(export: Export) -> int:
+    """Bytes of what a runtime loads; tokenizers and configurations are left out."""
+    return sum(size for name, size in export.files.items() if name.endswith(_PROGRAMS))
+
+
+def _ratio(value: float, ours: float | None, form: str) -> str:
+    absolute = form.format(value)
+    return f"{value / ours:.2f} ({absolute})" if ours else absolute
+
+
+def _markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(row)} |" for row in (heads, *rows)]
+    rule = f"|{'|'.join(['---', *['---:'] * (len(heads) - 1)])}|"
+    return "\n".join([lines[0], rule, *lines[1:]])

@@ -1,0 +1,123 @@
+"""``optimum-cli export caliport``, as Optimum itself finds and runs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+from commands import ROOT, caliport
+
+from caliport.optimum_plugin import check_task
+from caliport_core.directories import read_manifest
+from caliport_core.errors import InputError
+
+# Optimum must find the command by what is installed, not by where the tests run.
+ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"COLUMNS": "200"}
+PACKAGES = ("android_harness", "calibrate", "caliport", "caliport_core", "export", "validation")
+
+
+def optimum(*arguments: object, cwd: Path) -> subprocess.CompletedProcess:
+    """The installed ``optimum-cli``."""
+    command = [Path(sys.executable).with_name("optimum-cli"), *arguments]
+    return subprocess.run(
+        [*map(str, command)], cwd=cwd, env=ENVIRONMENT, text=True, capture_output=True
+    )
+
+
+def test_optimum_cli_exports(base_dir: Path, adapter_dirs: list[Path], tmp_path: Path) -> None:
+    """What it writes is, by its key, what ``caliport export`` would have written."""
+    flags = ["--adapter", adapter_dirs[0], "--runtime", "onnx", "--precision", "int8"]
+    flags += ["--context", 96]
+    done = optimum("export", "caliport", "--model", base_dir, *flags, "art", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "art: needs about" in done.stdout
+    manifest = read_manifest(tmp_path / "art")
+    assert (manifest["runtime"], manifest["precision"], manifest["context"]) == ("onnx", "int8", 96)
+    assert manifest["inputs"].keys() == {"base", "adapter"}
+    again = caliport("export", "--base", base_dir, *flags, "--out", "art", cwd=tmp_path)
+    assert "up to date, skipped" in again.stderr
+
+
+def checkpoint(directory: Path, **config: object) -> Path:
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+def test_optimum_cli_refuses_in_one_line(tmp_path: Path) -> None:
+    checkpoint(tmp_path / "bert", architectures=["BertForMaskedLM"], model_type="bert")
+    done = optimum("export", "caliport", "-m", "bert", "--runtime", "onnx", "art", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "caliport: bert: BertForMaskedLM is for fill-mask, expected a model for text-generation\n"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["bert"]
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({"architectures": ["T5ForConditionalGeneration"]}, "is for text2text-generation, expect"),
+        ({"architectures": ["LlamaModel"]}, "is for feature-extraction, expected a model for text"),
+        ({"architectures": ["NobodysModel"]}, "architecture 'NobodysModel', expected one of trans"),
+        ({}, "names the architecture None"),
+        ({"architecture": "resnet18"}, "a checkpoint of timm, expected one of transformers"),
+    ],
+)
+def test_other_models_are_refused(config: dict[str, object], says: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=says):
+        check_task(str(checkpoint(tmp_path / "model", **config)))
+
+
+def test_other_libraries_are_refused(tmp_path: Path, base_dir: Path) -> None:
+    check_task(str(base_dir))
+    images = checkpoint(tmp_path / "images")
+    (images / "model_index.json").write_text("{}")
+    with pytest.raises(InputError, match="a checkpoint of diffusers"):
+        check_task(str(images))
+    (tmp_path / "empty").mkdir()
+    for nothing in ("empty", "gone"):
+        with pytest.raises(InputError, match="no checkpoint that Optimum knows"):
+            check_task(str(tmp_path / nothing))
+
+
+@pytest.mark.slow
+def test_a_wheel_brings_the_command(tmp_path: Path) -> None:
+    """Installed alone into an environment that shares only the libraries with this one."""
+    source = tmp_path / "source"
+    for name in (*PACKAGES, "optimum"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    build = [*pip, "wheel", "--no-index", "--no-deps", "--no-build-isolation", str(source)]
+    subprocess.run(build, cwd=tmp_path, env=ENVIRONMENT, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    venv.create(tmp_path / "venv", symlinks=True)
+    packages = next((tmp_path / "venv/lib").glob("python*")) / "site-packages"
+    shared = [path for path in sys.path if path.endswith("site-packages")]
+    (packages / "shared.pth").write_text("\n".join(shared))  # not read as one: no .pth of theirs
+    python = tmp_path / "venv/bin/python"
+    install = [*pip, "--python", str(python), "install", "--ignore-installed", "--no-deps"]
+    install += ["--no-index", str(wheel)]
+    subprocess.run(install, cwd=tmp_path, env=ENVIRONMENT, check=True, capture_output=True)
+    shutil.rmtree(source)
+    shown = subprocess.run(
+        [python, "-m", "optimum.commands.optimum_cli", "export", "caliport", "--help"],
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        text=True,
+        capture_output=True,
+    )
+    assert shown.returncode == 0, shown.stderr
+    assert "--runtime" in shown.stdout
+    where = "import caliport, optimum.commands.register.register_caliport as r; print(r.__file__)"
+    found = subprocess.run([python, "-c", where], cwd=tmp_path, text=True, capture_output=True)
+    assert found.stdout.startswith(str(packages)), found.stderr
+    assert (packages / "export/card.md.j2").is_file()

@@ -1,0 +1,38 @@
+"""What a long export shows: its stage, how far it is, and the memory it holds."""
+
+from __future__ import annotations
+
+import io
+import re
+
+import pytest
+from rich.console import Console
+
+from caliport_core import progress
+from caliport_core.progress import at, working
+
+
+def shown(monkeypatch: pytest.MonkeyPatch, *, terminal: bool) -> str:
+    stream = io.StringIO()
+    console = Console(file=stream, force_terminal=terminal, width=120)
+    monkeypatch.setattr(progress, "console", console)
+    with working("onnx int4"):
+        at("quantizing", 3, 16)
+        console.print("line")  # draws the bar anew
+        at("serializing")
+        console.print("line")
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", stream.getvalue())
+
+
+def test_stage_layer_and_memory_show_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = shown(monkeypatch, terminal=True)
+    assert re.search(r"onnx int4: quantizing +3/16 +0:00:00 +\d+\.\d GB in memory", text)
+    assert re.search(r"onnx int4: serializing +0:00:00", text)
+
+
+def test_logs_stay_readable(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert shown(monkeypatch, terminal=False).split() == ["line", "line"]
+
+
+def test_stages_may_be_named_where_nothing_shows_them() -> None:
+    at("quantizing", 3, 16)

@@ -1,0 +1,114 @@
+"""What travels with an artifact: generation settings and a card whose every word can be checked."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from commands import ENVIRONMENT
+from huggingface_hub import ModelCard
+from transformers import AutoTokenizer, GenerationConfig, LlamaConfig
+
+from caliport_core.directories import read_manifest
+from export.card import describe, write_card
+from export.generation import save_generation_config
+
+RUNTIMES = ("onnx", "executorch")
+
+
+@pytest.fixture(params=RUNTIMES)
+def artifact(request: pytest.FixtureRequest, artifacts: Path) -> Path:
+    return artifacts / request.param
+
+
+def test_the_card_says_what_the_manifest_says(artifact: Path) -> None:
+    manifest = read_manifest(artifact)
+    card = ModelCard.load(artifact / "README.md")
+    assert card.data.library_name == artifact.name
+    assert card.data.pipeline_tag == "text-generation"
+    assert card.data.tags == ["caliport", artifact.name, "int8", "lora"]
+    assert "base_model" not in card.data.to_dict(), "a directory is no name on the Hub"
+    for name, facts in manifest["files"].items():
+        if name != "README.md":
+            assert f"| `{name}` | {facts['bytes']:,} |" in card.content
+    for package, version in manifest["versions"].items():
+        assert f"{package} {version}" in card.content
+    assert f"| context | {manifest['context']} tokens" in card.content
+    assert "| 8 bits per output channel, max-abs, symmetric, scale float32 |" in card.content
+    assert "LORA of rank 4 on `down_proj`, `gate_proj`, `k_proj`" in card.content
+    assert "LlamaForCausalLM, 2 layers of width 64, 384 tokens" in card.content
+
+
+def test_nothing_that_travels_names_this_machine(
+    artifact: Path, base_dir: Path, adapter_dirs: list[Path]
+) -> None:
+    places = [str(base_dir), str(adapter_dirs[0]), str(artifact.parent), str(Path.home())]
+    for path in artifact.iterdir():
+        content = path.read_bytes()
+        assert [p for p in places if len(p) > 3 and p.encode() in content] == [], path.name
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_the_cards_code_runs(artifact: Path, chat: bool, tmp_path: Path) -> None:
+    """As it stands, from the directory; also where the tokenizer has no chat template."""
+    if not chat:
+        artifact = shutil.copytree(artifact, tmp_path / artifact.name)
+        (artifact / "chat_template.jinja").unlink()
+        write_card(artifact, read_manifest(artifact))
+    code = re.search(r"```python\n(.*?)```", (artifact / "README.md").read_text(), re.DOTALL)
+    assert code is not None
+    done = subprocess.run(
+        [sys.executable, "-c", code[1]], cwd=artifact, env=ENVIRONMENT, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+def test_settings_and_template_travel(artifact: Path, base_dir: Path) -> None:
+    settings = GenerationConfig.from_pretrained(artifact)
+    theirs = AutoTokenizer.from_pretrained(base_dir)
+    ours = AutoTokenizer.from_pretrained(artifact)
+    assert settings.eos_token_id == [theirs.eos_token_id]
+    assert settings.bos_token_id == theirs.bos_token_id
+    assert ours.chat_template == theirs.chat_template
+    assert ours.special_tokens_map == theirs.special_tokens_map
+    if artifact.name == "onnx":
+        genai = json.loads((artifact / "genai_config.json").read_text())["model"]
+        assert genai["eos_token_id"] == settings.eos_token_id
+    else:
+        constants = read_manifest(artifact)["lowering"]["constant_methods"]
+        assert constants["get_eos_ids"] == settings.eos_token_id
+
+
+def test_the_bases_own_settings_are_kept(tmp_path: Path) -> None:
+    """Also those that transformers refuses to save: a temperature without sampling."""
+    (tmp_path / "generation_config.json").write_text(
+        json.dumps({"temperature": 0.6, "do_sample": False, "top_k": 7, "eos_token_id": 9})
+    )
+    (tmp_path / "out").mkdir()
+    save_generation_config(tmp_path, LlamaConfig(), tmp_path / "out", [2, 3], 1)
+    found = json.loads((tmp_path / "out/generation_config.json").read_text())
+    kept = {k: found[k] for k in ("temperature", "top_k", "eos_token_id", "bos_token_id")}
+    assert kept == {"temperature": 0.6, "top_k": 7, "eos_token_id": [2, 3], "bos_token_id": 1}
+
+
+def test_a_composed_adapter_says_how_it_was_made(adapter_dirs: list[Path], tmp_path: Path) -> None:
+    adapter = shutil.copytree(adapter_dirs[0], tmp_path / "adapter")
+    inputs = {"base": "0", " adapter summarize": "1", " adapter translate_es": "2"}
+    manifest = {"stage": "compose", "settings": {"method": "lc++"}, "inputs": inputs}
+    (adapter / "manifest.json").write_text(json.dumps(manifest))
+    config = LlamaConfig(architectures=["LlamaForCausalLM"])
+    facts = describe("some/base", config, adapter)
+    assert facts["base"]["name"] == "some/base"
+    assert facts["adapter"]["method"] == "lc++"
+    assert facts["adapter"]["composed_of"] == ["summarize", "translate_es"]
+    facts |= {"runtime": "onnx", "precision": "fp32", "context": 8, "lowering": {"backend": "b"}}
+    write_card(tmp_path, facts | {"scheme": {"linear": {"bits": 32}}})
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.base_model == "some/base"
+    assert "made by `lc++` from summarize, translate_es" in card.content

@@ -1,0 +1,132 @@
+"""Every method of a bundle is its composition, and what is shared is stored once."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedModel
+
+from calibrate.low_rank import LowRankUpdate
+from calibrate.merge import exact, linear
+from caliport_core.checkpoints import load_base
+from export.bundle import Composed, split
+from export.executorch_bundle import lower_bundle
+from export.fold import fold
+from export.lean import lean
+from export.quantize import Form, dequantize, quantize
+from validation.executorch_runner import ExecuTorchRunner
+
+CONTEXT = 64
+
+
+def _random(shapes: Mapping[str, tuple[int, int]], rank: int, seed: int) -> LowRankUpdate:
+    draw = torch.Generator().manual_seed(seed)
+    return LowRankUpdate(
+        {n: torch.randn(rank, i, generator=draw) * 0.1 for n, (o, i) in shapes.items()},
+        {n: torch.randn(o, rank, generator=draw) * 0.1 for n, (o, i) in shapes.items()},
+    )
+
+
+def _shared_by_layers(shapes: Mapping[str, tuple[int, int]], seed: int) -> LowRankUpdate:
+    """A correction as LC++ makes it: the same in all layers."""
+    first = {n: s for n, s in shapes.items() if ".layers.0." in n}
+    update = _random(first, 2, seed)
+    like = {n: next(f for f in first if f.split(".")[3:] == n.split(".")[3:]) for n in shapes}
+    return LowRankUpdate(
+        {n: update.a[like[n]] for n in shapes}, {n: update.b[like[n]] for n in shapes}
+    )
+
+
+@pytest.fixture(scope="module")
+def shapes(base_dir: Path) -> dict[str, tuple[int, int]]:
+    return {
+        name: (module.out_features, module.in_features)
+        for name, module in load_base(base_dir).named_modules()
+        if isinstance(module, torch.nn.Linear) and name != "lm_head"
+    }
+
+
+def _bundle(
+    base: Path, out: Path, shapes: dict, precision: str, form: Form | None
+) -> tuple[dict[str, LowRankUpdate], dict]:
+    adapters = {name: _random(shapes, 4, seed) for seed, name in enumerate(("sum", "de", "fr"))}
+    compositions = {
+        f"sum_{to}": exact(
+            [linear([adapters["sum"], adapters[to]]), _shared_by_layers(shapes, seed)], [1, 1]
+        )
+        for seed, to in enumerate(("de", "fr"), start=7)
+    }
+    parts = {name: split(update, adapters) for name, update in compositions.items()}
+    with lean(base, None, precision, out) as decoder:
+        facts = lower_bundle(decoder, adapters, parts, out, CONTEXT, [2], 1, form)
+    return compositions, facts
+
+
+def _eager(base: Path, update: LowRankUpdate | None, precision: str) -> PreTrainedModel:
+    model = copy.deepcopy(load_base(base))
+    model = dequantize(quantize(model, precision)) if precision != "fp32" else model
+    return model if update is None else fold(model, update, "the test")
+
+
+@pytest.mark.parametrize(
+    ("precision", "form", "tolerance"),
+    [
+        ("fp32", None, 1e-5),
+        # Activations are rounded to 8 bits, in the base and in the terms: see test_executorch.
+        pytest.param("int4", "int8", 0.15, marks=pytest.mark.slow),
+    ],
+)
+def test_methods_give_their_compositions(
+    base_dir: Path, tmp_path: Path, shapes: dict, precision: str, form: Form, tolerance: float
+) -> None:
+    compositions, facts = _bundle(base_dir, tmp_path, shapes, precision, form)
+    assert facts["methods"] == ["forward", "sum_de", "sum_fr"]
+    tokens = list(range(5, 40))
+    found: dict[str, np.ndarray] = {}
+    for method in facts["methods"]:
+        model = _eager(base_dir, compositions.get(method), precision)
+        with torch.no_grad():
+            expected = model(torch.tensor([tokens])).logits[0].numpy()
+        runner = ExecuTorchRunner(tmp_path, method=method)
+        runner.prefill(tokens[:-1])
+        found[method] = runner.step(tokens[-1])
+        error = np.abs(found[method] - expected[-1]).max() / np.abs(expected[-1]).max()
+        assert error < tolerance, (method, error)
+    assert np.abs(found["sum_de"] - found["sum_fr"]).max() > 0.05
+    sizes = facts["sizes"]
+    layers = 2
+    own = sum(4 * 2 * (o + i) for o, i in shapes.values()) / layers
+    assert sizes["compositions"] == {"sum_de": own, "sum_fr": own}, "stored once for all layers"
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 1000), rank=st.integers(1, 5), count=st.integers(1, 3))
+def test_split_parts_are_the_update(seed: int, rank: int, count: int) -> None:
+    shapes = {"a": (6, 8), "b": (5, 6)}
+    adapters = {str(i): _random(shapes, rank, seed * 10 + i) for i in range(4)}
+    used = dict(list(adapters.items())[:count])
+    own = _random(shapes, 2, seed + 1)
+    composed = exact([linear(list(used.values())), own], [1, 1])
+    parts = split(composed, adapters)
+    assert parts.adapters == tuple(used)
+    assert parts.weight == pytest.approx(1 / count, rel=1e-4)
+    assert parts.own is not None
+    for name in shapes:
+        inner = sum(u.a[name] for u in used.values())
+        outer = sum(u.b[name] for u in used.values())
+        delta = parts.weight**2 * outer @ inner + parts.own.delta(name)
+        torch.testing.assert_close(delta, composed.delta(name), rtol=1e-4, atol=1e-5)
+
+
+def test_an_update_that_is_no_merge_is_kept_whole() -> None:
+    shapes = {"a": (6, 8)}
+    adapters = {"one": _random(shapes, 2, 0)}
+    other = _random(shapes, 3, 1)
+    assert split(other, adapters) == Composed((), 1.0, other)

@@ -1,0 +1,181 @@
+"""Killed without warning at any moment, an export leaves a whole artifact or none."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from commands import ENVIRONMENT
+
+from calibrate.base import BaseShape, build_model, build_tokenizer
+from tests.conftest import TEXTS
+
+# Forks a child for every export and kills it after a share of the time that one takes. Reports a
+# JSON line for each, with what lies there afterwards.
+FORKER = """
+import json, os, random, signal, sys, time
+from pathlib import Path
+
+def survey(out):
+    '''What a user finds: none, or the setting of a whole artifact; and what lies beside it.'''
+    from caliport_core.directories import check_files, key, read_manifest
+    left = sorted(path.name.rpartition("-")[0] for path in out.parent.glob(".*"))
+    if not out.exists():
+        return None, left
+    check_files(out)
+    manifest = read_manifest(out)
+    assert manifest["key"] == key(manifest["stage"], manifest["inputs"], manifest["settings"])
+    return manifest["settings"]["context"], left
+
+def child(work, wait):
+    '''Let ``work`` run in a process of its own for ``wait`` seconds, or until ``wait()``.'''
+    start, pid = time.monotonic(), os.fork()
+    if pid == 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        code = 1
+        try:
+            code = work() or 0
+        finally:
+            os._exit(code)
+    while True:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            return "ended", os.waitstatus_to_exitcode(status), time.monotonic() - start
+        if wait() if callable(wait) else time.monotonic() - start >= wait:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            return "killed", None, time.monotonic() - start
+        time.sleep(0.0005)
+
+def report(**facts):
+    print(json.dumps(facts), flush=True)
+"""
+
+# What is written takes about as long as a child takes to be forked, so moments spread over it all.
+SMALL = """
+def work(value):
+    from caliport_core.directories import new_directory
+    with new_directory(out, "export", {}, {"context": value}) as (partial, extra):
+        for index in range(6):
+            (partial / str(index)).write_bytes(bytes([value % 256]) * 50_000)
+
+out = Path(sys.argv[1]) / "art"
+out.parent.mkdir()
+import caliport_core.directories
+_, code, whole = child(lambda: work(0), 60)
+assert code == 0
+draw = random.Random(0)
+for count in range(1, 151):
+    how, code, _ = child(lambda: work(count), draw.uniform(0, 1.2 * whole))
+    found, left = survey(out)
+    report(how=how, code=code, found=found, left=left)
+_, code, _ = child(lambda: work(1000), 60)
+report(how="last", code=code, found=survey(out)[0], left=survey(out)[1])
+"""
+
+REAL = """
+import logging, warnings
+from tqdm import tqdm
+tqdm.monitor_interval = 0  # its thread would be missing in a child
+import torch, torchao, transformers
+torch.set_num_threads(1)
+
+def export(runtime, out, context):
+    from caliport.cli import guarded, app
+    flags = ["--base", sys.argv[2], "--runtime", runtime, "--context", str(context)]
+    command = ["export", *flags, "--out", str(out)]
+    return guarded(lambda: app(command, standalone_mode=False), "", False)
+
+place = Path(sys.argv[1])
+place.mkdir()
+draw = random.Random(0)
+for runtime, kills in (("onnx", 43), ("executorch", 7)):
+    assert export(runtime, place / "warm", 10) == 0  # so that children import and compile nothing
+    out = place / runtime / "art"
+    _, code, whole = child(lambda: export(runtime, out, 11), 600)
+    assert code == 0
+    report(how="whole", code=code, found=survey(out)[0], left=survey(out)[1], seconds=whole)
+    shares = [(index + draw.random()) / kills for index in range(kills)]
+    draw.shuffle(shares)
+    patterns = [".art.partial-*", ".art.partial-*/*", ".art.partial-*/manifest.json"]
+    count = 0
+    for when in [*shares, *patterns]:
+        for _ in range(4):  # again where it ended before it was killed, being faster than the last
+            count += 1
+            wait = (lambda: any(out.parent.glob(when))) if isinstance(when, str) else whole * when
+            how, code, seconds = child(lambda: export(runtime, out, 11 + count % 9), wait)
+            found, left = survey(out)
+            report(how=how, code=code, found=found, left=left, seconds=seconds)
+            if how == "killed":
+                break
+            whole = min(whole, seconds)
+    _, code, _ = child(lambda: export(runtime, out, 30), 600)
+    report(how="last", code=code, found=survey(out)[0], left=survey(out)[1])
+"""
+
+
+def run(script: str, *arguments: object, timeout: float) -> list[dict]:
+    done = subprocess.run(
+        [sys.executable, "-c", FORKER + script, *map(str, arguments)],
+        env={**ENVIRONMENT, "OMP_NUM_THREADS": "1"},
+        text=True,
+        capture_output=True,
+        timeout=timeout,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+def check(found: list[dict]) -> None:
+    """Nothing failed of itself, left-overs never add up, and the last run left nothing of them."""
+    assert [one for one in found if one["how"] != "killed" and one["code"] != 0] == []
+    for one in found:
+        assert set(one["left"]) <= {".art.partial", ".art.old"}, one
+        assert len(one["left"]) <= 2, one
+    assert found[-1]["how"] == "last"
+    assert found[-1]["found"] is not None
+    assert found[-1]["left"] == []
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_directory_is_whole_or_absent_whenever_it_is_killed(tmp_path: Path) -> None:
+    """150 writers of small files, so that many a kill falls on the manifest and the renames."""
+    found = run(SMALL, tmp_path / "place", timeout=300)
+    check(found)
+    assert found[-1]["found"] == 1000
+    killed = [one for one in found if one["how"] == "killed"]
+    assert len(killed) > 50
+    assert any(one["left"] for one in killed)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_an_export_killed_at_any_moment_leaves_a_whole_artifact_or_none(tmp_path: Path) -> None:
+    """`caliport export` of a model of one layer, killed 56 times: 46 to ONNX, 10 to ExecuTorch.
+
+    Starting Python and importing the libraries takes longer than exporting this model. So one
+    process imports them, exports once, and forks a child for each of the exports, which go through
+    the command line's own code. The kills are spread evenly over the time that a whole export
+    takes, in random order, and three more fall on the moments at which the partial directory, its
+    first file and its manifest appear. Each child asks for another context than the one before, so
+    none is skipped and most of them replace an artifact that is there.
+    """
+    shape = BaseShape(
+        vocab_size=300, hidden_size=32, intermediate_size=32, layers=1, heads=2, context=32
+    )
+    tokenizer = build_tokenizer(TEXTS, shape.vocab_size)
+    build_model(tokenizer, shape, seed=0).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    found = run(REAL, tmp_path / "place", tmp_path / "base", timeout=3000)
+    ends = [index for index, one in enumerate(found) if one["how"] == "last"]
+    assert len(ends) == 2
+    check(found[: ends[0] + 1])
+    check(found[ends[0] + 1 :])
+    assert [found[index]["found"] for index in ends] == [30, 30]
+    killed = [one for one in found if one["how"] == "killed"]
+    assert len(killed) >= 50, [one["how"] for one in found]
+    assert any(one["left"] for one in killed)
