@@ -74,7 +74,8 @@ def working(title: str) -> Iterator[None]:
         task = bars.add_task(title, total=None, stage="", count="")
 
         def show(stage: str, done: int, total: int | None) -> None:
-            bars.update(task, stage=stage, count="" if total is None else f"{done}/{total}")
+            count = "" if total is None else f"{done}/{total}"
+            bars.update(task, stage=stage, count=count, refresh=True)
 
         token = _shown.set(show)
         try:

@@ -16,10 +16,13 @@ from export.quantize import (
     GROUP_SIZE,
     PRECISIONS,
     dequantize,
+    integers,
     is_quantized,
+    plan,
     quantize,
     quantized_weight,
     scheme,
+    unpacked,
 )
 
 QUANTIZED = ("int8", "int4")
@@ -54,9 +57,8 @@ def test_every_linear_and_embedding_is_quantized(case: tuple[str, PreTrainedMode
         assert is_quantized(module), name
         data, scale = quantized_weight(module)
         low, high = int(data.min()), int(data.max())
-        linear = isinstance(module, nn.Linear)
-        half = 2 ** ((bits if linear else 8) - 1)
-        groups = data.shape[1] // GROUP_SIZE if linear and precision == "int4" else 1
+        half = 2 ** (bits - 1)  # the embedding too, since it is tied to the head
+        groups = data.shape[1] // GROUP_SIZE if precision == "int4" else 1
         assert data.dtype == torch.int8
         assert scale.dtype == torch.float32
         assert scale.shape == (data.shape[0], groups)
@@ -125,15 +127,55 @@ def test_error_grows_as_bits_shrink(plain: PreTrainedModel, prompts: list[list[i
     assert errors[1] < 0.1
 
 
-def test_groups_that_do_not_divide_are_refused_before_any_change(plain: PreTrainedModel) -> None:
+def test_forms_follow_groups_ties_and_wishes(plain: PreTrainedModel) -> None:
+    """What does not divide falls back to int8, a tied embedding has its head's integers."""
     model = copy.deepcopy(plain)
+    down, up = "model.layers.1.mlp.down_proj", "model.layers.0.mlp.up_proj"
     model.model.layers[1].mlp.down_proj = nn.Linear(40, 64)
-    with pytest.raises(
-        InputError, match=r"^model\.layers\.1\.mlp\.down_proj: 40 inputs.*32"
-    ) as info:
-        quantize(model, "int4")
-    assert "\n" not in str(info.value)
-    assert not any(is_quantized(module) for module in model.modules())
+    forms = plan(model, "int4", [up])
+    assert forms[down] == forms[up] == "int8"
+    assert forms["lm_head"] == "int4"
+    assert forms["model.embed_tokens"] == "rows int4"
+    assert plan(model, "int4", ["lm_head"])["model.embed_tokens"] == "rows int8"
+    assert plan(model, "int4", embedding_bits=8)["model.embed_tokens"] == "rows int8"
+    assert set(plan(model, "int8").values()) == {"int8", "rows int8"}
+    quantized = quantize(model, "int4", forms)
+    head, table = (quantized.get_submodule(n) for n in ("lm_head", "model.embed_tokens"))
+    for one, other in zip(quantized_weight(head), quantized_weight(table), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+    for precision, bits in (("int8", 4), ("int4", 2)):
+        with pytest.raises(InputError, match=f"embedding bits: found {bits} with {precision}"):
+            plan(plain, precision, embedding_bits=bits)
+
+
+@pytest.mark.parametrize("form", ["int8", "int4"])
+def test_integers_are_torchaos(form: str) -> None:
+    """Slice by slice and by our own fit, the integers and scales that torchao finds at once."""
+    from torchao.quantization import IntxUnpackedToInt8Tensor
+
+    torch.manual_seed(0)
+    weight = torch.randn(96, 512) * 0.02
+    weight[3] = 0
+    weight[5, :GROUP_SIZE] = 0
+    parts = list(integers(lambda start, stop: weight[start:stop], 96, 512, form))
+    data, scale = (torch.cat(part) for part in zip(*parts, strict=True))
+    if form == "int8":
+        expected = IntxUnpackedToInt8Tensor.from_hp(weight, (1, 512), torch.int8)
+    else:
+        block, data = (1, GROUP_SIZE), unpacked(data)
+        fitted = IntxUnpackedToInt8Tensor.from_hp(
+            weight, block, torch.int4, intx_choose_qparams_algorithm="hqq_scale_only"
+        )
+        expected = IntxUnpackedToInt8Tensor.from_hp(
+            weight,
+            block,
+            torch.int4,
+            intx_choose_qparams_algorithm=None,
+            custom_scale=fitted.scale.bfloat16().float(),
+            custom_zero_point=fitted.zero_point,
+        )
+    torch.testing.assert_close(data, expected.qdata, rtol=0, atol=0)
+    torch.testing.assert_close(scale.float(), expected.scale, rtol=1e-6, atol=2e-7)
 
 
 def test_weights_outside_linears_and_unknown_precisions_are_refused(plain: PreTrainedModel) -> None:
