@@ -145,6 +145,13 @@ def export(
     context: Annotated[
         int | None, typer.Option(help="Tokens of the cache; default the base's own.", min=1)
     ] = None,
+    int8_layer: Annotated[
+        list[str] | None,
+        typer.Option(help="A linear layer that int4 keeps at 8 bits; see caliport sensitivity."),
+    ] = None,
+    embedding_bits: Annotated[
+        int | None, typer.Option(help="4 or 8 with int4; default a tied head's, else 8.")
+    ] = None,
     out: Out = None,
     preflight: Annotated[
         bool,
@@ -164,9 +171,11 @@ def export(
 
         _no_flags(base=base, adapter=adapter, runtime=runtime, context=context, out=out)
         _no_flags(**{"push-to-hub": push_to_hub, "private": private})
+        _no_flags(**{"int8-layer": int8_layer, "embedding-bits": embedding_bits})
         export_all(_space(recipe, overrides, runs), preflight=preflight)
         return
     from caliport.single import export_one
+    from export.artifact import Quantization
 
     base, runtime, target = _needed(base=base, runtime=runtime, out=out)
     if private and push_to_hub is None:
@@ -175,13 +184,33 @@ def export(
         base,
         adapter,
         runtime,
-        precision,
+        Quantization(precision, tuple(int8_layer or ()), embedding_bits),
         context,
         target,
         preflight=preflight,
         repo_id=push_to_hub,
         private=private,
     )
+
+
+@app.command()
+def sensitivity(
+    base: Annotated[Path, typer.Option(help="A Hugging Face directory.")],
+    adapter: Adapter = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="JSON Lines with `input` and `output`; default a built-in set."),
+    ] = None,
+    prompt: Annotated[str, typer.Option(help="Prompt around each input.")] = "{input}",
+    share: Annotated[
+        float, typer.Option(help="Bytes to spend on 8 bits, as a share of all layers' at 4.")
+    ] = 0.05,
+    out: Annotated[Path | None, typer.Option("--out", help="Also write a JSON file.")] = None,
+) -> None:
+    """Show what each linear layer loses at 4 bits and which to keep at 8."""
+    from caliport.exporting import show_sensitivity
+
+    show_sensitivity(base, adapter, prompts, prompt, share, out)
 
 
 @app.command()

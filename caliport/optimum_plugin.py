@@ -50,6 +50,7 @@ class CaliportExportCommand(BaseOptimumCLICommand):
 
     def _export(self) -> None:
         from caliport.single import export_one
+        from export.artifact import Quantization
 
         given = self.args
         if given.context is not None and given.context < 1:
@@ -59,7 +60,7 @@ class CaliportExportCommand(BaseOptimumCLICommand):
             given.model,
             given.adapter,
             given.runtime,
-            given.precision,
+            Quantization(given.precision),
             given.context,
             given.output,
             preflight=not given.no_preflight,

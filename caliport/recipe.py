@@ -258,12 +258,17 @@ class Evaluation(_Part):
 
 
 class Export(_Part):
-    """What is exported: every runtime in every precision."""
+    """What is exported: every runtime in every precision.
+
+    ``int8_layers`` and ``embedding_bits`` are int4's (``export.artifact.Quantization``).
+    """
 
     method: str = "best"
     runtimes: tuple[Runtime, ...] = ("executorch", "onnx")
     precisions: tuple[Precision, ...] = ("fp32", "int8", "int4")
     context: int | None = Field(None, gt=0)
+    int8_layers: tuple[str, ...] = ()
+    embedding_bits: Literal[4, 8] | None = None
 
 
 class Validation(_Part):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +12,9 @@ from caliport.composing import examples_of
 from caliport.recipe import prompt_of
 from caliport.scoring import best_method
 from caliport.workspace import Workspace, need, stage
-from caliport_core.directories import MANIFEST
+from caliport_core.directories import MANIFEST, read_manifest
 from caliport_core.progress import progress, working
+from export.artifact import Quantization
 
 if TYPE_CHECKING:
     from validation.evaluation import Answers, Evaluation
@@ -34,12 +36,17 @@ def _forms(space: Workspace) -> Iterator[tuple[str, str, str, Path]]:
 
 def export_all(space: Workspace, *, preflight: bool = True) -> None:
     """Export each composition in every form that the recipe asks for."""
-    context = space.recipe.export.context
+    settings = space.recipe.export
     for composition, runtime, precision, out in _forms(space):
         method = best_method(space, composition)
         adapter = need(space.composed(composition, method), "composed adapter", "calibrate")
         title = f"{composition}: {runtime} {precision}"
-        export_to(out, title, space.base, adapter, runtime, precision, context, preflight=preflight)
+        kept = settings.int8_layers if precision == "int4" else ()
+        bits = settings.embedding_bits if precision == "int4" else None
+        how = Quantization(precision, kept, bits)
+        export_to(
+            out, title, space.base, adapter, runtime, how, settings.context, preflight=preflight
+        )
 
 
 def _say_needs(*given: Any, refuse: bool) -> None:
@@ -54,7 +61,7 @@ def export_to(
     base: str | Path,
     adapter: Path | None,
     runtime: str,
-    precision: str,
+    how: Quantization,
     context: int | None,
     *,
     preflight: bool = True,
@@ -66,20 +73,20 @@ def export_to(
     # Hashing reads the base once, so say what is needed before; but not of what may be skipped.
     may_be_skipped = (out / MANIFEST).is_file()
     if not may_be_skipped:
-        _say_needs(base, adapter, runtime, precision, out, refuse=preflight)
+        _say_needs(base, adapter, runtime, how.precision, out, refuse=preflight)
 
     def build(partial: Path, extra: dict[str, Any], resume: Path) -> None:
         from export.artifact import fill
 
         if may_be_skipped:
-            _say_needs(base, adapter, runtime, precision, out, refuse=preflight)
+            _say_needs(base, adapter, runtime, how.precision, out, refuse=preflight)
         with working(title):
-            fill(partial, extra, base, runtime, adapter, precision, context)
+            fill(partial, extra, base, runtime, adapter, how, context)
 
     inputs: dict[str, Path | str] = {"base": base}
     if adapter is not None:
         inputs["adapter"] = adapter
-    settings = {"runtime": runtime, "precision": precision, "context": context}
+    settings = {"runtime": runtime, "context": context, **asdict(how)}
     # No times in an artifact: the same inputs give the same bytes.
     stage(out, "export", title, inputs, settings, build, timed=False)
 
@@ -107,18 +114,18 @@ class References:
         self.evaluation = evaluation
         self._base = base
         self._adapter = adapter
-        self._kept: dict[tuple[Path | None, str, str], Answers] = {}
+        self._kept: dict[tuple[Path | None, Quantization, str], Answers] = {}
 
-    def answers(self, precision: str, runtime: str, alone: bool = False) -> Answers:
-        """Of the composition in a precision as a runtime rounds it, or of the base ``alone``."""
+    def answers(self, how: Quantization, runtime: str, alone: bool = False) -> Answers:
+        """Of the composition, quantized, as a runtime rounds it; or of the base ``alone``."""
         from export.artifact import reference
         from validation.evaluation import eager_answers
 
         adapter = None if alone else self._adapter
-        wanted = (adapter, precision, "executorch" if precision == "fp32" else runtime)
+        wanted = (adapter, how, "executorch" if how.precision == "fp32" else runtime)
         if wanted not in self._kept:
-            model = reference(self._base, adapter, precision, runtime)
-            name = f"eager {precision}{' base' if alone else ''}"
+            model = reference(self._base, adapter, how, runtime)
+            name = f"eager {how.precision}{' base' if alone else ''}"
             self._kept[wanted] = eager_answers(model, name, self.evaluation, write=not alone)
         return self._kept[wanted]
 
@@ -140,12 +147,13 @@ def check_artifact(
     from validation.validate import validate_artifact
 
     runtime, precision = artifact_form(directory)
+    fp32 = Quantization("fp32")
     return validate_artifact(
         directory,
         references.evaluation,
-        quantized=references.answers(precision, runtime),
-        fp32=references.answers("fp32", runtime),
-        base=references.answers("fp32", runtime, alone=True) if has_adapter else None,
+        quantized=references.answers(Quantization.of(read_manifest(directory)), runtime),
+        fp32=references.answers(fp32, runtime),
+        base=references.answers(fp32, runtime, alone=True) if has_adapter else None,
         composition=composition,
         method=method,
         limits=limits_for(precision, **limits),

@@ -14,6 +14,7 @@ from caliport.sources import Source
 from caliport.training import Training, features_to
 from caliport_core.errors import InputError
 from caliport_core.progress import console, progress
+from export.artifact import Quantization
 
 
 def calibrate_one(
@@ -99,7 +100,7 @@ def export_one(
     base: str,
     adapter: Path | None,
     runtime: str,
-    precision: str,
+    how: Quantization,
     context: int | None,
     out: Path,
     *,
@@ -108,17 +109,15 @@ def export_one(
     private: bool = False,
 ) -> None:
     """Export one artifact into ``out`` and push it to ``repo_id`` where one is given."""
-    from export.artifact import PRECISIONS, RUNTIMES
+    from export.artifact import RUNTIMES
     from export.hub import check_repo_id, push
 
     if runtime not in RUNTIMES:
         raise InputError(f"--runtime is {runtime!r}, expected one of {', '.join(RUNTIMES)}")
-    if precision not in PRECISIONS:
-        raise InputError(f"--precision is {precision!r}, expected one of {', '.join(PRECISIONS)}")
     if repo_id is not None:
         check_repo_id(repo_id)
-    title = f"{runtime} {precision}"
-    export_to(out, title, base, adapter, runtime, precision, context, preflight=preflight)
+    title = f"{runtime} {how.precision}"
+    export_to(out, title, base, adapter, runtime, how, context, preflight=preflight)
     console.print(f"artifact: {out}")
     if repo_id is not None:
         console.print(f"pushed: {push(out, repo_id, private=private)}")

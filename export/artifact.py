@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,40 @@ RUNTIMES = ("executorch", "onnx")
 PRECISIONS = ("fp32", "int8", "int4")
 
 
+@dataclass(frozen=True)
+class Quantization:
+    """How a decoder is quantized.
+
+    Attributes:
+        precision: One of ``PRECISIONS``.
+        int8_layers: Linear layers that ``int4`` keeps at 8 bits.
+        embedding_bits: 4 or 8; None: as many as a tied head has, else 8.
+    """
+
+    precision: str
+    int8_layers: tuple[str, ...] = ()
+    embedding_bits: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            listed = ", ".join(PRECISIONS)
+            raise InputError(f"precision: found {self.precision!r}, expected one of {listed}")
+
+    def choices(self) -> dict[str, Any]:
+        """What is chosen beside the precision, for a manifest."""
+        return {"int8_layers": list(self.int8_layers), "embedding_bits": self.embedding_bits}
+
+    @classmethod
+    def of(cls, manifest: Mapping[str, Any]) -> Quantization:
+        """What an artifact's manifest says of it."""
+        choices = manifest.get("quantization", {})
+        return cls(
+            manifest["precision"],
+            tuple(choices.get("int8_layers", ())),
+            choices.get("embedding_bits"),
+        )
+
+
 def to_executorch(
     base: str | Path,
     out: Path,
@@ -22,6 +58,8 @@ def to_executorch(
     adapter: Path | None = None,
     precision: str = "fp32",
     context: int | None = None,
+    int8_layers: Sequence[str] = (),
+    embedding_bits: int | None = None,
 ) -> Path:
     """Fold an adapter into a base, quantize, and lower to ExecuTorch with XNNPACK.
 
@@ -31,6 +69,8 @@ def to_executorch(
         adapter: A PEFT LoRA directory; None exports the base alone.
         precision: ``fp32``, ``int8`` or ``int4``; the manifest says the exact scheme.
         context: Tokens of the key-value cache; default the base's own maximum.
+        int8_layers: Linear layers that ``int4`` keeps at 8 bits, by name (``export.sensitivity``).
+        embedding_bits: 4 or 8; default as many as a tied head has, then stored once, else 8.
 
     Returns:
         ``out``.
@@ -38,7 +78,8 @@ def to_executorch(
     Raises:
         InputError: Something given is wrong or cannot be exported; nothing is left behind.
     """
-    return _export(base, out, "executorch", adapter, precision, context)
+    how = Quantization(precision, tuple(int8_layers), embedding_bits)
+    return _export(base, out, "executorch", adapter, how, context)
 
 
 def to_onnx(
@@ -48,13 +89,16 @@ def to_onnx(
     adapter: Path | None = None,
     precision: str = "fp32",
     context: int | None = None,
+    int8_layers: Sequence[str] = (),
+    embedding_bits: int | None = None,
 ) -> Path:
     """Fold an adapter into a base, quantize, and lower to ONNX for ONNX Runtime.
 
     The directory also holds ``genai_config.json``, so ``onnxruntime_genai`` runs it. Arguments,
     result and errors are those of ``to_executorch``.
     """
-    return _export(base, out, "onnx", adapter, precision, context)
+    how = Quantization(precision, tuple(int8_layers), embedding_bits)
+    return _export(base, out, "onnx", adapter, how, context)
 
 
 def _export(
@@ -62,15 +106,15 @@ def _export(
     out: Path,
     runtime: str,
     adapter: Path | None,
-    precision: str,
+    how: Quantization,
     context: int | None,
 ) -> Path:
     inputs = {"base": content_hash(Path(base)) if Path(base).exists() else f"name:{base}"}
     if adapter is not None:
         inputs["adapter"] = content_hash(adapter)
-    settings = {"runtime": runtime, "precision": precision, "context": context}
+    settings = {"runtime": runtime, "context": context, **asdict(how)}
     with new_directory(out, "export", inputs, settings) as (partial, extra):
-        fill(partial, extra, base, runtime, adapter, precision, context)
+        fill(partial, extra, base, runtime, adapter, how, context)
     return out
 
 
@@ -80,7 +124,7 @@ def fill(
     base: str | Path,
     runtime: str,
     adapter: Path | None,
-    precision: str,
+    how: Quantization,
     context: int | None,
 ) -> None:
     """Write an artifact's files into a directory and its facts into ``extra``."""
@@ -98,7 +142,7 @@ def fill(
     def check(model: PreTrainedModel) -> None:
         check_exportable(model, length(model))
 
-    with lean(base, adapter, precision, directory, check=check) as decoder:
+    with lean(base, adapter, how, directory, check=check) as decoder:
         model = decoder.whole
         tokenizer = load_tokenizer(base, model)
         if runtime == "executorch":
@@ -111,21 +155,32 @@ def fill(
             from export import onnx
 
             lowered = onnx.lower(decoder, directory, length(model), tokenizer)
+        sizes = decoder.sizes()
     save_tokenizer(tokenizer, directory)
     save_generation_config(base, model.config, directory, eos_ids(model), tokenizer.bos_token_id)
     extra |= {
         "runtime": runtime,
-        "precision": precision,
+        "precision": how.precision,
         "context": length(model),
-        "scheme": scheme(precision),
+        "scheme": scheme(how.precision),
+        "quantization": {
+            "int8_layers": list(how.int8_layers),
+            "embedding_bits": how.embedding_bits,
+        },
+        "sizes": sizes,
         "lowering": lowered,
         **describe(base, model.config, adapter),
     }
     write_card(directory, extra)
 
 
-def eager(base: str | Path, adapter: Path | None, precision: str) -> PreTrainedModel:
+def eager(base: str | Path, adapter: Path | None, how: Quantization | str) -> PreTrainedModel:
     """The eager model that an artifact is lowered from: W0 + ΔW, quantized by torchao.
+
+    Args:
+        base: A Hugging Face directory or hub name.
+        adapter: A PEFT LoRA directory or None.
+        how: How it is quantized; a precision stands for its defaults.
 
     Raises:
         InputError: Unknown precision, or a base or adapter that cannot be read or do not fit.
@@ -133,28 +188,30 @@ def eager(base: str | Path, adapter: Path | None, precision: str) -> PreTrainedM
     from calibrate.low_rank import LowRankUpdate
     from caliport_core.checkpoints import load_base
     from export.fold import fold
-    from export.quantize import quantize
+    from export.quantize import plan, quantize
 
-    if precision not in PRECISIONS:
-        raise InputError(f"precision is {precision!r}, expected one of {', '.join(PRECISIONS)}")
+    how = Quantization(how) if isinstance(how, str) else how
     update = None if adapter is None else LowRankUpdate.from_peft(adapter)
     model = load_base(base)
     if update is not None and adapter is not None:
         fold(model, update, adapter)
-    return quantize(model, precision)
+    return quantize(
+        model, how.precision, plan(model, how.precision, how.int8_layers, how.embedding_bits)
+    )
 
 
 def reference(
-    base: str | Path, adapter: Path | None, precision: str, runtime: str
+    base: str | Path, adapter: Path | None, how: Quantization | str, runtime: str
 ) -> PreTrainedModel:
     """The eager model whose logits an artifact should give, rounding of activations included.
 
     The two runtimes hold the same integers but quantize activations differently: XNNPACK by
     token, as torchao does; ONNX Runtime by block.
     """
-    model = eager(base, adapter, precision)
-    if runtime == "executorch" or precision == "fp32":
+    how = Quantization(how) if isinstance(how, str) else how
+    model = eager(base, adapter, how)
+    if runtime == "executorch" or how.precision == "fp32":
         return model
     from export import activations
 
-    return activations.reference(model, precision)
+    return activations.reference(model, how.precision)

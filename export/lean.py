@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
+from export.artifact import Quantization
 from export.quantize import Form, plan
 from export.skeleton import Layers, empty, group_layers
 from export.weights import Weights, store
@@ -31,6 +34,33 @@ class Lean:
     forms: dict[str, Form]
     weights: Weights
 
+    def sizes(self) -> dict[str, Any]:
+        """Bytes by part, what is stored once counted once, and bits for each weight.
+
+        ``embedding`` holds a tied head too; ``scales`` are those of all parts.
+        """
+        parts = {"linear": 0, "head": 0, "embedding": 0, "scales": 0, "other": 0}
+        head = self.whole.get_output_embeddings()
+        kinds = {
+            name: "embedding"
+            if isinstance(module, nn.Embedding)
+            else "head"
+            if module is head
+            else "linear"
+            for name, module in self.whole.named_modules()
+            if isinstance(module, nn.Linear | nn.Embedding)
+        }
+        seen: set[Path] = set()
+        for name, stored in self.weights.items():
+            if stored.path not in seen:
+                seen.add(stored.path)
+                module = name.removesuffix(".data").removesuffix(".weight")
+                part = kinds.get(module, "other")
+                parts["scales" if name.endswith(".scale") else part] += stored.nbytes
+        weights = sum(parameter.numel() for parameter in self.whole.parameters())
+        total = sum(parts.values())
+        return {**parts, "total": total, "bits_per_weight": round(8 * total / weights, 3)}
+
 
 def forms_of(decoder: Lean, layer: int) -> tuple[Form, ...]:
     """The forms that the weights of a layer ship in."""
@@ -52,25 +82,19 @@ def every(decoder: Lean) -> Layers:
 def lean(
     base: str | Path,
     adapter: Path | None,
-    precision: str,
+    how: Quantization | str,
     scratch: Path,
     *,
-    int8: Iterable[str] = (),
-    embedding_bits: int | None = None,
     check: Callable[[PreTrainedModel], None] = lambda model: None,
-    on_module: Callable[[str], None] = lambda name: None,
 ) -> Iterator[Lean]:
     """Fold an adapter into a base and quantize, without ever holding the model in memory.
 
     Args:
         base: A Hugging Face directory or hub name of a decoder.
         adapter: A PEFT LoRA directory or None.
-        precision: One of ``PRECISIONS``.
+        how: How it is quantized; a precision stands for its defaults.
         scratch: A directory in which the weights lie while the body runs.
-        int8: Linear layers that stay at 8 bits (``export.quantize.plan``).
-        embedding_bits: See ``export.quantize.plan``.
         check: Called with the decoder on the ``meta`` device before any weight is read.
-        on_module: Called with each module's name before its weights are read.
 
     Raises:
         InputError: See ``plan``, ``check`` and ``LowRankUpdate``.
@@ -78,15 +102,16 @@ def lean(
     from calibrate.low_rank import LowRankUpdate
     from caliport_core.checkpoints import load_config
 
+    how = Quantization(how) if isinstance(how, str) else how
     config, generation = load_config(base)
     whole = empty(config)
     if generation is not None:
         whole.generation_config = generation
     check(whole)
-    forms = plan(whole, precision, int8, embedding_bits)
+    forms = plan(whole, how.precision, how.int8_layers, how.embedding_bits)
     update = None if adapter is None else LowRankUpdate.from_peft(adapter)
     if update is not None and adapter is not None:
         update.check_fits(whole, adapter)
     with TemporaryDirectory(dir=scratch, prefix="weights-") as directory:
-        weights = store(base, whole, forms, update, Path(directory), on_module)
+        weights = store(base, whole, forms, update, Path(directory))
         yield Lean(whole, forms, weights)

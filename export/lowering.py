@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
+from caliport_core.progress import at
 from export.deferred import add, deferred_weights
 from export.executorch_decoder import Decoder
 from export.fast_lowering import swapped
@@ -58,8 +59,10 @@ def lower_skeleton(
         while_tracing: Active around the trace.
     """
     names: dict[str, str] = {}
+    at("tracing")
     with while_tracing or nullcontext():
         traced = _trace(model, layers, context)
+    at(f"lowering {len(layers.kept)} of {len(layers.stands_for)} layers")
     with deferred_weights(is_weight, names):
         edge = _delegate(traced)
     store = edge._named_data_store
@@ -211,6 +214,7 @@ def finish(edge: EdgeProgramManager, share_cache: bool = False) -> Any:
     from executorch.exir.passes import MemoryPlanningPass
     from executorch.exir.passes.sym_shape_eval_pass import ConstraintBasedSymShapeEvalPass
 
+    at("emitting the program")
     return edge.to_executorch(
         ExecutorchBackendConfig(
             extract_delegate_segments=True,

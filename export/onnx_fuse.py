@@ -192,7 +192,7 @@ def _last_token_first(graph: ir.Graph) -> None:
 
     after: dict[ir.Node, None] = {}
     for node in reversed(list(graph)):
-        if node.op_type not in _PER_TOKEN or node is cut:
+        if not _is_per_token(node):
             continue
         made = [value for value in node.outputs if value.uses() or value in outputs]
         if made and all(
@@ -221,6 +221,12 @@ def _last_token_first(graph: ir.Graph) -> None:
             if value.shape is not None:
                 value.shape = _of_one(value)
     _replace(cut.outputs[0], source)
+
+
+def _is_per_token(node: ir.Node) -> bool:
+    if node.op_type == "Split":
+        return "axis" in node.attributes and node.attributes["axis"].as_int() in (-1, 2)
+    return node.op_type in _PER_TOKEN
 
 
 def _of_one(value: ir.Value) -> ir.Shape:

@@ -84,7 +84,7 @@ class _Repeater:
 
     def _layers(self, shared: _Env) -> list[ir.Value]:
         """Copy all; the new outputs."""
-        units = _units(self.old)
+        units = _units(self.old, self.layers)
         marks = {n.attributes["layer"].as_int(): n for n in self.old if _is_mark(n)}
         self.past: list[ir.Value] = []
         self._copy([n for n in self.old if units[n] < 0], shared, -1)
@@ -147,7 +147,10 @@ class _Repeater:
             return self.constants[name]
         if value.producer() is not None or value not in self.rest:
             raise CannotRepeat(f"{name} is computed in one layer and used in another")
-        if layer >= 0 and self.layers.index(name) is not None:
+        inside = self.layers.index(name)
+        if inside is not None:
+            if layer < 0 or inside != self.layers.stands_for[layer]:
+                raise CannotRepeat(f"{name} is used outside of its layer")
             name = layer_name(self.layers, name, layer)
         if name not in self.weights:
             self.weights[name] = self._like(value, name)
@@ -186,11 +189,13 @@ def _unit(value: ir.Value, units: dict[ir.Node, int]) -> int | None:
     return None if node is None else units.get(node)
 
 
-def _units(graph: ir.Graph) -> dict[ir.Node, int]:
-    """The last mark that each node depends on; -1 for none."""
+def _units(graph: ir.Graph, layers: Layers) -> dict[ir.Node, int]:
+    """The last mark that each node depends on, or the layer of its weights; -1 for none."""
     found: dict[ir.Node, int] = {}
     for node in graph:
-        before = [found[p] for v in node.inputs if v is not None and (p := v.producer())]
+        values = [value for value in node.inputs if value is not None]
+        before = [found[p] for value in values if (p := value.producer())]
+        layer = [i for v in values if v.name and (i := layers.index(v.name)) is not None]
         own = [node.attributes["layer"].as_int()] if _is_mark(node) else []
-        found[node] = max([-1, *before, *own])
+        found[node] = max([-1, *before, *layer, *own])
     return found

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _APPLY = "apply_rotary_pos_emb"
+# The operator turns so many dimensions, or a multiple of that (onnxruntime 1.31).
+_MULTIPLE = 16
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,8 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
 
 def _turns_halves(plain: Callable[..., Any], query: Tensor, cos: Tensor) -> bool:
     """Whether a function turns the first halves of queries and keys, found by trial."""
+    if cos.shape[-1] % _MULTIPLE:
+        return False
     from torch._subclasses.fake_tensor import unset_fake_temporarily
     from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from caliport_core.errors import InputError
+from caliport_core.progress import at
 from export.quantize import Form, integers
 
 if TYPE_CHECKING:
@@ -120,7 +121,6 @@ def store(
     forms: Mapping[str, Form],
     update: LowRankUpdate | None,
     directory: Path,
-    on_module: Callable[[str], None] = lambda name: None,
 ) -> Weights:
     """Fold, quantize and store every parameter of a decoder.
 
@@ -131,7 +131,6 @@ def store(
             (``export.quantize.plan``); the other parameters ship in float32.
         update: ΔW to add, or None.
         directory: Where the files go.
-        on_module: Called with each module's name before it is done.
 
     Raises:
         InputError: A checkpoint that lacks a parameter or has one of another shape.
@@ -139,9 +138,10 @@ def store(
     weights = Weights(directory)
     tied = {**(shell.all_tied_weights_keys or {})}
     with reading(source) as read:
-        for name, module in shell.named_modules():
+        modules = list(shell.named_modules())
+        for index, (name, module) in enumerate(modules):
             for key, parameter in module.named_parameters(recurse=False):
-                on_module(name)
+                at(f"quantizing {name}", index, len(modules))
                 full = f"{name}.{key}" if name else key
                 value = read(tied.get(full, full))
                 if value.shape != parameter.shape:
