@@ -145,6 +145,18 @@ def export(
     context: Annotated[
         int | None, typer.Option(help="Tokens of the cache; default the base's own.", min=1)
     ] = None,
+    bundle: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=DIR",
+            help="A composition of a bundle, over one base; --share NAME=DIR names adapters that "
+            "compositions stand on.",
+        ),
+    ] = None,
+    share: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=DIR", help="A single-task adapter that a bundle stores once."),
+    ] = None,
     int8_layer: Annotated[
         list[str] | None,
         typer.Option(help="A linear layer that int4 keeps at 8 bits; see caliport sensitivity."),
@@ -172,6 +184,7 @@ def export(
         _no_flags(base=base, adapter=adapter, runtime=runtime, context=context, out=out)
         _no_flags(**{"push-to-hub": push_to_hub, "private": private})
         _no_flags(**{"int8-layer": int8_layer, "embedding-bits": embedding_bits})
+        _no_flags(bundle=bundle, share=share)
         export_all(_space(recipe, overrides, runs), preflight=preflight)
         return
     from caliport.single import export_one
@@ -180,6 +193,16 @@ def export(
     base, runtime, target = _needed(base=base, runtime=runtime, out=out)
     if private and push_to_hub is None:
         raise InputError("--private goes with --push-to-hub REPO_ID alone")
+    if bundle:
+        from caliport.exporting import bundle_one
+
+        if adapter is not None:
+            raise InputError("--adapter goes without --bundle; expected --share NAME=DIR")
+        _no_flags(**{"int8-layer": int8_layer, "embedding-bits": embedding_bits})
+        bundle_one(base, bundle, share or [], runtime, precision, context, target)
+        return
+    if share:
+        raise InputError("--share goes with --bundle NAME=DIR")
     export_one(
         base,
         adapter,

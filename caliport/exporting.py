@@ -1,8 +1,9 @@
-"""What helps to decide how to export: which layers lose most at 4 bits."""
+"""Bundles from flags, and which layers lose most at 4 bits."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from rich.table import Table
 
 from caliport.data.examples import read_jsonl
 from caliport_core.errors import InputError
-from caliport_core.progress import console, progress
+from caliport_core.progress import console, progress, working
 
 _SHOWN = 12
 
@@ -79,3 +80,42 @@ def show_sensitivity(
     if out is not None:
         found = {"share": share, "int8_layers": kept, "layers": [asdict(x) for x in layers]}
         out.write_text(json.dumps(found, indent=2) + "\n")
+
+
+def bundle_one(
+    base: str | Path,
+    compositions: Sequence[str],
+    shared: Sequence[str],
+    runtime: str,
+    precision: str,
+    context: int | None,
+    out: Path,
+) -> None:
+    """Export a bundle of compositions, each ``NAME=DIR``, over one base."""
+    from export.bundling import to_executorch_bundle
+
+    if runtime != "executorch":
+        raise InputError(f"--runtime is {runtime!r}; a bundle is made for executorch")
+    adapters = _named("--share", shared)
+    with working(f"bundle of {len(compositions)}"):
+        to_executorch_bundle(
+            base,
+            _named("--bundle", compositions),
+            out,
+            adapters=adapters,
+            precision=precision,
+            context=context,
+        )
+    console.print(f"bundle: {out}")
+
+
+def _named(flag: str, values: Sequence[str]) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for value in values:
+        name, is_pair, path = value.partition("=")
+        if not is_pair or not name or not path:
+            raise InputError(f"{flag}: found {value!r}, expected NAME=DIR")
+        if name in found:
+            raise InputError(f"{flag}: found {name} twice, expected each name once")
+        found[name] = Path(path)
+    return found

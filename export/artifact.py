@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,9 @@ from caliport_core.directories import content_hash, new_directory
 from caliport_core.errors import InputError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from export.lean import Lean
 
 RUNTIMES = ("executorch", "onnx")
 PRECISIONS = ("fp32", "int8", "int4")
@@ -128,6 +130,44 @@ def fill(
     context: int | None,
 ) -> None:
     """Write an artifact's files into a directory and its facts into ``extra``."""
+    from caliport_core.checkpoints import eos_ids
+
+    def lower(decoder: Lean, length: int, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+        if runtime == "executorch":
+            from export import executorch
+
+            ends = eos_ids(decoder.whole)
+            return executorch.lower(decoder, directory, length, ends, tokenizer.bos_token_id)
+        from export import onnx
+
+        return onnx.lower(decoder, directory, length, tokenizer)
+
+    fill_with(lower, directory, extra, base, runtime, adapter, how, context)
+
+
+def fill_with(
+    lower: Callable[[Lean, int, PreTrainedTokenizerBase], dict[str, Any]],
+    directory: Path,
+    extra: dict[str, Any],
+    base: str | Path,
+    runtime: str,
+    adapter: Path | None,
+    how: Quantization,
+    context: int | None,
+) -> None:
+    """What every artifact has beside its program: tokenizer, settings, facts, card.
+
+    Args:
+        lower: Writes the program; is given the decoder, the context and the tokenizer and returns
+            the manifest's entries about it.
+        directory: Where to.
+        extra: Takes the manifest's entries.
+        base: A Hugging Face directory or hub name.
+        runtime: One of ``RUNTIMES``.
+        adapter: What is folded in, or None.
+        how: How the base is quantized.
+        context: Tokens of the cache; None for the base's own maximum.
+    """
     from caliport_core.checkpoints import eos_ids, load_tokenizer
     from export.card import describe, write_card
     from export.generation import save_generation_config
@@ -145,17 +185,8 @@ def fill(
     with lean(base, adapter, how, directory, check=check) as decoder:
         model = decoder.whole
         tokenizer = load_tokenizer(base, model)
-        if runtime == "executorch":
-            from export import executorch
-
-            lowered = executorch.lower(
-                decoder, directory, length(model), eos_ids(model), tokenizer.bos_token_id
-            )
-        else:
-            from export import onnx
-
-            lowered = onnx.lower(decoder, directory, length(model), tokenizer)
         sizes = decoder.sizes()
+        lowered = lower(decoder, length(model), tokenizer)
     save_tokenizer(tokenizer, directory)
     save_generation_config(base, model.config, directory, eos_ids(model), tokenizer.bos_token_id)
     extra |= {
@@ -163,10 +194,7 @@ def fill(
         "precision": how.precision,
         "context": length(model),
         "scheme": scheme(how.precision),
-        "quantization": {
-            "int8_layers": list(how.int8_layers),
-            "embedding_bits": how.embedding_bits,
-        },
+        "quantization": how.choices(),
         "sizes": sizes,
         "lowering": lowered,
         **describe(base, model.config, adapter),

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,18 +82,31 @@ def lower(
     return {**describe(program, decoder), "threads": threads}
 
 
-def graph_of(decoder: Lean, context: int) -> onnx_ir.Model:
-    """The graph of a decoder, its weights still inputs after the others."""
+def graph_of(
+    decoder: Lean, context: int, change: Callable[[onnx_ir.Graph], None] | None = None
+) -> onnx_ir.Model:
+    """The graph of a decoder, its weights still inputs after the others.
+
+    Args:
+        decoder: What to trace.
+        context: Most tokens.
+        change: Called with the graph of all layers while each linear layer still is a product of
+            its own, with the layer's name; None joins those that attention reads.
+    """
     try:
-        return _repeated(decoder, group(decoder), context)
+        return _repeated(decoder, group(decoder), context, change)
     except CannotRepeat:
-        return _repeated(decoder, every(decoder), context)
+        return _repeated(decoder, every(decoder), context, change)
 
 
-def _repeated(decoder: Lean, layers: Layers, context: int) -> onnx_ir.Model:
+def _repeated(
+    decoder: Lean, layers: Layers, context: int, change: Callable[[onnx_ir.Graph], None] | None
+) -> onnx_ir.Model:
     skeleton = trace(decoder, layers, context)
-    fuse_inside_layers(skeleton.graph)
+    fuse_inside_layers(skeleton.graph, join=change is None)
     program = repeat(skeleton, layers)
+    if change is not None:
+        change(program.graph)
     fuse_between_layers(program.graph)
     return program
 

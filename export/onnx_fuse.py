@@ -40,14 +40,19 @@ _PER_TOKEN = frozenset(
 )
 
 
-def fuse_inside_layers(graph: ir.Graph) -> None:
-    """What can be joined within a layer; before the layers are repeated."""
+def fuse_inside_layers(graph: ir.Graph, *, join: bool) -> None:
+    """What can be joined within a layer; before the layers are repeated.
+
+    Args:
+        graph: Changed in place.
+        join: Make one product of those that attention reads.
+    """
     for node in list(graph):
         if node.op_type == "Reshape":
             _drop_reshapes(graph, node)
     _sweep(graph)
     for node in list(graph):
-        if node.op_type == "GroupQueryAttention":
+        if join and node.op_type == "GroupQueryAttention":
             _pack(graph, node)
     _sweep(graph)
 

@@ -1,0 +1,67 @@
+"""``caliport export --bundle`` and ``caliport sensitivity`` from the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.commands import caliport
+from validation.executorch_runner import ExecuTorchRunner, generate
+
+
+def test_bundle_from_flags(base_dir: Path, adapter_dirs: list[Path], tmp_path: Path) -> None:
+    one, two = adapter_dirs
+    done = caliport(
+        "export", "--base", base_dir, "--runtime", "executorch", "--precision", "int4",
+        "--bundle", f"first={one}", "--bundle", f"second={two}",
+        "--share", f"task0={one}", "--out", tmp_path / "out", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    manifest = json.loads((tmp_path / "out/manifest.json").read_text())
+    assert manifest["lowering"]["methods"] == ["forward", "first", "second"]
+    assert manifest["lowering"]["sizes"]["compositions"]["first"] == 0, "all of it is shared"
+    logits = [
+        ExecuTorchRunner(tmp_path / "out", method=name).prefill([5, 6, 7])
+        for name in ("forward", "first", "second")
+    ]
+    assert abs(logits[0] - logits[1]).max() > 0.01 < abs(logits[1] - logits[2]).max()
+    assert generate(tmp_path / "out", "Anna and", 4)
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (("--bundle", "first"), "--bundle: found 'first', expected NAME=DIR"),
+        (("--bundle", "a=x", "--bundle", "a=y"), "--bundle: found a twice"),
+        (("--bundle", "forward=x"), "found the name 'forward'"),
+        (("--bundle", "../up=x"), "found the name '../up'"),
+        (("--share", "a=x"), "--share goes with --bundle"),
+        (("--bundle", "a=x", "--adapter", "x"), "--adapter goes without --bundle"),
+    ],
+)
+def test_wrong_bundles_end_in_one_line(
+    base_dir: Path, tmp_path: Path, flags: tuple[str, ...], reason: str
+) -> None:
+    done = caliport(
+        "export", "--base", base_dir, "--runtime", "executorch", *flags, "--out", "out",
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert reason in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_sensitivity_names_layers_to_keep(base_dir: Path, tmp_path: Path) -> None:
+    done = caliport(
+        "sensitivity", "--base", base_dir, "--share", 0.2, "--out", "s.json", cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "s.json").read_text())
+    losses = [layer["divergence"] for layer in found["layers"]]
+    assert losses == sorted(losses, reverse=True)
+    assert found["int8_layers"]
+    for name in found["int8_layers"]:
+        assert f"--int8-layer {name}" in done.stderr
