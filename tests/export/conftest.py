@@ -12,11 +12,11 @@ from commands import ENVIRONMENT
 
 EXPORT = """
 import sys
-from pathlib import Path
-from caliport.single import export_one
-base, adapter, out = map(Path, sys.argv[1:])
+from caliport.cli import app
+base, adapter, out = sys.argv[1:]
 for runtime in ("onnx", "executorch"):
-    export_one(str(base), adapter, runtime, "int8", 96, out / runtime)
+    flags = ["--base", base, "--adapter", adapter, "--runtime", runtime, "--precision", "int8"]
+    app(["export", *flags, "--context", "96", "--out", f"{out}/{runtime}"], standalone_mode=False)
 """
 
 
