@@ -29,7 +29,6 @@ from caliport_core.errors import InputError
 
 if TYPE_CHECKING:
     import onnx_ir
-    from torch import nn
 
     from calibrate.low_rank import LowRankUpdate
     from export.lean import Lean
@@ -236,9 +235,7 @@ def add_terms(graph: onnx_ir.Graph, modules: Mapping[str, tuple[int, int]]) -> N
         )
 
 
-def _factor(
-    graph: onnx_ir.Graph, name: str, shape: tuple[int | None, int | None]
-) -> onnx_ir.Value:
+def _factor(graph: onnx_ir.Graph, name: str, shape: tuple[int | None, int | None]) -> onnx_ir.Value:
     import numpy as np
     import onnx_ir as ir
 

@@ -44,7 +44,7 @@ def furnish(model: PreTrainedModel, layers: Layers, decoder: Lean) -> PreTrained
         if layout is not None:
             _give(module, "qdata", stand_in(layout.data_shape, torch.uint8))
             _give(module, "scale", stand_in(layout.scale_shape, torch.float32))
-            module.layout = layout  # type: ignore[assignment]
+            module.layout = layout
     return model
 
 
@@ -89,9 +89,11 @@ def _linear(self: nn.Linear, input: Tensor) -> Tensor:
     shape = [*input.shape[:-1], self.out_features]
     if isinstance(getattr(self, "layout", None), Layout):
         layout: Any = self.layout
+        data: Any = self.qdata
+        scale: Any = self.scale
         return symbolic(
             "com.microsoft::MatMulNBits",
-            (input, self.qdata, self.scale, None, None, self.bias),
+            (input, data, scale, None, None, self.bias),
             shape,
             K=layout.columns,
             N=layout.rows,
@@ -108,9 +110,11 @@ def _lookup(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
         if not isinstance(getattr(self, "layout", None), Layout):
             return plain(self, input)
         layout: Any = self.layout
+        data: Any = self.qdata
+        scale: Any = self.scale
         return symbolic(
             "com.microsoft::GatherBlockQuantized",
-            (self.qdata, input, self.scale),
+            (data, input, scale),
             [*input.shape, layout.columns],
             bits=layout.bits,
             block_size=layout.block,

@@ -50,6 +50,7 @@ class _Repeater:
     def __init__(self, skeleton: ir.Model, layers: Layers) -> None:
         self.skeleton, self.layers = skeleton, layers
         self.old = skeleton.graph
+        self.whole = layers.kept == list(range(len(layers.stands_for)))
         self.nodes: list[ir.Node] = []
         self.weights: dict[str, ir.Value] = {}
         self.constants: dict[str, ir.Value] = {}
@@ -63,7 +64,7 @@ class _Repeater:
         names = (TOKENS, MASK, POSITIONS)
         inputs = [self._like(v, n) for v, n in zip(self.old.inputs, names, strict=False)]
         shared: _Env = dict(zip(self.old.inputs, inputs, strict=False))
-        outputs = self._layers(shared) if self.layers.path else self._as_it_is(shared)
+        outputs = self._as_it_is(shared) if self.whole else self._layers(shared)
         inputs += self.past
         for value, name in zip(
             outputs,
@@ -106,7 +107,7 @@ class _Repeater:
         return [tail[self.old.outputs[0]], *present]
 
     def _as_it_is(self, shared: _Env) -> list[ir.Value]:
-        """A decoder without a plain list of layers was traced whole."""
+        """All layers were traced: copy them in order; the new outputs."""
         self.past = []
         for index, old in enumerate(self.caches):
             shared[old] = self._like(old, PAST[index % 2] % (index // 2))
@@ -117,6 +118,8 @@ class _Repeater:
     def _copy(self, nodes: list[ir.Node], env: _Env, layer: int) -> None:
         for node in nodes:
             if _is_mark(node):
+                if self.whole:
+                    env[node.outputs[0]] = self._get(_input(node), env, layer)
                 continue
             name = node.name
             if layer >= 0 and name is not None:
@@ -148,7 +151,7 @@ class _Repeater:
         if value.producer() is not None or value not in self.rest:
             raise CannotRepeat(f"{name} is computed in one layer and used in another")
         inside = self.layers.index(name)
-        if inside is not None:
+        if inside is not None and not self.whole:
             if layer < 0 or inside != self.layers.stands_for[layer]:
                 raise CannotRepeat(f"{name} is used outside of its layer")
             name = layer_name(self.layers, name, layer)

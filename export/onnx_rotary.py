@@ -92,7 +92,9 @@ class Rotary(nn.Module):
                 self._made.append((*output, name))
 
     def _watched(self, plain: Callable[..., Any]) -> Callable[..., Any]:
-        def apply(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any):
+        def apply(
+            query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any
+        ) -> Any:
             turned = plain(query, key, cos, sin, *args, **kwargs)
             name = next((n for c, s, n in self._made if c is cos and s is sin), None)
             if name is not None and not args and not kwargs and _turns_halves(plain, query, cos):

@@ -66,8 +66,7 @@ def write_weights(graph: ir.Graph, weights: Weights, path: Path) -> None:
             if isinstance(content, ir.ExternalTensor) or content is None:
                 continue
             if content.nbytes > _LARGE:
-                data = content.tobytes()
-                _refer(value, _append(stream, lambda out, data=data: out.write(data)), path)
+                _refer(value, _append(stream, partial(_dump, content=content)), path)
 
 
 def _sources(value: ir.Value, weights: Weights) -> list[Stored] | None:
@@ -107,6 +106,10 @@ def _refer(value: ir.Value, place: _Place, path: Path) -> None:
         name=str(value.name),
         base_dir=path.parent,
     )
+
+
+def _dump(stream: BinaryIO, content: ir.TensorProtocol) -> None:
+    stream.write(content.tobytes())
 
 
 def _write(stream: BinaryIO, parts: list[Stored], dtype: ir.DataType | None, width: int) -> None:

@@ -52,7 +52,8 @@ class OnnxRunner:
         self.context = int(model["context_length"])
         self._inputs, self._outputs = decoder["inputs"], decoder["outputs"]
         self._session = _open(graph, threads, float_activations)
-        self._factors = {} if adapter is None else _read_adapter(adapter)
+        self._adapter = None if adapter is None else _read_adapter(adapter)
+        self._factors = {} if self._adapter is None else self._adapter.get_parameters()
         self._value = onnxruntime.OrtValue.ortvalue_from_numpy
         layers = range(int(decoder["num_hidden_layers"]))
         self._past = [
@@ -206,8 +207,8 @@ def _open(graph: Path, threads: int | None, float_activations: bool) -> Any:
         raise InputError(f"{graph}: ONNX Runtime cannot load it ({_line(error)})") from error
 
 
-def _read_adapter(path: Path) -> dict[str, Any]:
-    """A composition's values by the names of the graph's inputs.
+def _read_adapter(path: Path) -> Any:
+    """A composition's values by the names of the graph's inputs; they lie in what is returned.
 
     They are fed like other inputs: onnxruntime 1.31 looks at ``RunOptions.add_active_adapter`` in
     ``run`` alone, not in ``run_with_ort_values``.
@@ -215,10 +216,9 @@ def _read_adapter(path: Path) -> dict[str, Any]:
     import onnxruntime
 
     try:
-        values: dict[str, Any] = onnxruntime.AdapterFormat.read_adapter(str(path)).get_parameters()
+        return onnxruntime.AdapterFormat.read_adapter(str(path))
     except Exception as error:
         raise InputError(f"{path}: not an adapter of ONNX Runtime ({_line(error)})") from error
-    return values
 
 
 def _without_rounding(graph: Path) -> bytes:

@@ -11,9 +11,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from export.activations import quantize_blocks
-from export.matmul_nbits import block_scales, block_size, pack, row_block, unpack
+from export.matmul_nbits import (
+    Layout,
+    lookup_layout,
+    product_layout,
+    row_scale_block,
+    unpack,
+    unsigned,
+)
+from export.quantize import packed
 
 FLOAT, INT64 = onnx.TensorProto.FLOAT, onnx.TensorProto.INT64
+
+
+def stored(data: np.ndarray, layout: Layout) -> np.ndarray:
+    """Signed integers as the graph holds them."""
+    if layout.bits == 4:
+        whole = packed(torch.from_numpy(data).float()).numpy()
+    else:
+        whole = unsigned(data, int(np.prod(layout.data_shape[1:])))
+    return whole.reshape(layout.data_shape)
 
 
 @settings(max_examples=40, deadline=None)
@@ -21,53 +38,56 @@ FLOAT, INT64 = onnx.TensorProto.FLOAT, onnx.TensorProto.INT64
     bits=st.sampled_from([4, 8]),
     rows=st.integers(1, 5),
     columns=st.integers(1, 140),
-    block=st.sampled_from([32, 64, 128]),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_unpacking_gives_back_what_was_packed(
-    bits: int, rows: int, columns: int, block: int, seed: int
+def test_unpacking_gives_back_what_was_stored(
+    bits: int, rows: int, columns: int, seed: int
 ) -> None:
+    columns = columns * 32 if bits == 4 else columns
     half = 1 << (bits - 1)
     data = np.random.default_rng(seed).integers(-half, half, (rows, columns)).astype(np.int8)
-    np.testing.assert_array_equal(unpack(pack(data, bits, block), bits, columns), data)
+    for layout in (
+        product_layout(rows, columns, "int4" if bits == 4 else "int8"),
+        lookup_layout(rows, columns, "rows int4" if bits == 4 else "rows int8"),
+    ):
+        np.testing.assert_array_equal(unpack(stored(data, layout), bits, columns), data)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("columns", [64, 160, 704])
-def test_onnxruntime_reads_the_packing(bits: int, columns: int) -> None:
+def test_onnxruntime_reads_the_layout(bits: int, columns: int) -> None:
     draw = np.random.default_rng(columns)
     half = 1 << (bits - 1)
     groups = columns // 32 if bits == 4 else 1
     data = draw.integers(-half, half, (48, columns)).astype(np.int8)
     scale = draw.uniform(0.01, 0.02, (48, groups)).astype(np.float32)
-    block = block_size(columns, groups)
+    layout = product_layout(48, columns, "int4" if bits == 4 else "int8")
     x = draw.standard_normal((3, columns)).astype(np.float32)
-    found = multiply(x, data, scale, bits=bits, accuracy_level=0)
+    found = multiply(x, data, scale, layout, accuracy_level=0)
     weight = data * np.repeat(scale, columns // groups, axis=1)
     np.testing.assert_allclose(found, x @ weight.T, rtol=1e-4, atol=1e-4)
-    rounded = quantize_blocks(torch.from_numpy(x), block).numpy()
-    found = multiply(x, data, scale, bits=bits, accuracy_level=4)
+    rounded = quantize_blocks(torch.from_numpy(x), layout.block).numpy()
+    found = multiply(x, data, scale, layout, accuracy_level=4)
     np.testing.assert_allclose(found, rounded @ weight.T, rtol=1e-4, atol=1e-4)
 
 
 def multiply(
-    x: np.ndarray, data: np.ndarray, scale: np.ndarray, *, bits: int, accuracy_level: int
+    x: np.ndarray, data: np.ndarray, scale: np.ndarray, layout: Layout, *, accuracy_level: int
 ) -> np.ndarray:
-    """``x`` times the packed weight, by a graph of this one operator."""
-    outputs, inputs = data.shape
-    block = block_size(inputs, scale.shape[1])
+    """``x`` times the stored weight, by a graph of this one operator."""
     node = onnx.helper.make_node(
         "MatMulNBits",
         ["x", "data", "scale"],
         ["y"],
         domain="com.microsoft",
-        K=inputs,
-        N=outputs,
-        bits=bits,
-        block_size=block,
+        K=layout.columns,
+        N=layout.rows,
+        bits=layout.bits,
+        block_size=layout.block,
         accuracy_level=accuracy_level,
     )
-    weights = {"data": pack(data, bits, block), "scale": block_scales(scale, inputs, block)}
+    scales = np.ascontiguousarray(np.broadcast_to(scale, layout.scale_shape))
+    weights = {"data": stored(data, layout), "scale": scales}
     return run_one(node, onnx.helper.make_tensor_value_info("x", FLOAT, x.shape), x, weights)
 
 
@@ -86,28 +106,41 @@ def run_one(
     return onnxruntime.InferenceSession(model.SerializeToString()).run(None, {"x": x})[0]
 
 
-@pytest.mark.parametrize("columns", [16, 96, 704, 3072])
-def test_onnxruntime_reads_rows_with_one_scale(columns: int) -> None:
+@pytest.mark.parametrize("form", ["rows int8", "rows int8, tied", "rows int4"])
+@pytest.mark.parametrize("columns", [64, 96, 704, 3072])
+def test_onnxruntime_looks_rows_up(columns: int, form: str) -> None:
+    """Exactly integer times scale; where both are tied, from the very bytes of the product."""
     draw = np.random.default_rng(columns)
-    data = draw.integers(-128, 128, (20, columns)).astype(np.int8)
-    scale = draw.uniform(0.01, 0.02, (20, 1)).astype(np.float32)
+    bits, groups = (4, columns // 32) if form == "rows int4" else (8, 1)
+    half = 1 << (bits - 1)
+    data = draw.integers(-half, half, (20, columns)).astype(np.int8)
+    scale = draw.uniform(0.01, 0.02, (20, groups)).astype(np.float32)
+    kind = "rows int4" if bits == 4 else "rows int8"
+    head = product_layout(20, columns, "int4" if bits == 4 else "int8")
+    layout = lookup_layout(20, columns, kind, head if form.endswith("tied") else None)
+    if form != "rows int8":
+        assert stored(data, layout).tobytes() == stored(data, head).tobytes()
+        assert layout.scale_shape == head.scale_shape
     node = onnx.helper.make_node(
         "GatherBlockQuantized",
         ["data", "x", "scale"],
         ["y"],
         domain="com.microsoft",
-        bits=8,
-        block_size=row_block(columns),
+        bits=bits,
+        block_size=layout.block,
         gather_axis=0,
         quantize_axis=1,
     )
     rows = np.array([[3, 0, 19]])
     info = onnx.helper.make_tensor_value_info("x", INT64, rows.shape)
-    found = run_one(node, info, rows, {"data": pack(data, 8, columns)[:, 0], "scale": scale})
-    np.testing.assert_array_equal(found[0], (data * scale)[rows[0]])
+    scales = np.ascontiguousarray(np.broadcast_to(scale, layout.scale_shape))
+    found = run_one(node, info, rows, {"data": stored(data, layout), "scale": scales})
+    expected = data * np.repeat(scale, columns // groups, axis=1)
+    np.testing.assert_array_equal(found[0], expected[rows[0]])
 
 
 @pytest.mark.parametrize(("columns", "block"), [(64, 64), (160, 32), (704, 64), (2048, 256)])
 def test_int8_block_wastes_no_bytes(columns: int, block: int) -> None:
-    assert block_size(columns, groups=1) == block
-    assert block_size(columns, groups=columns // 32) == 32
+    assert row_scale_block(columns) == block
+    assert product_layout(2, columns, "int8").block == block
+    assert product_layout(2, columns, "int4").block == 32

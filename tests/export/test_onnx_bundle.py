@@ -160,9 +160,7 @@ def test_a_composition_can_be_added_later(
     assert add_to_onnx_bundle(bundle, "later", adapter_dirs[1]).read_bytes() == first
 
 
-def test_layers_can_be_limited(
-    base_dir: Path, adapters: dict[str, Path], tmp_path: Path
-) -> None:
+def test_layers_can_be_limited(base_dir: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
     bundle = to_onnx_bundle(
         base_dir, {}, tmp_path / "bundle", context=CONTEXT, modules=["down_proj"]
     )
@@ -178,7 +176,7 @@ def test_wrong_inputs_are_one_line(
     bundle_of: Callable[[str], Path], base_dir: Path, adapters: dict[str, Path], tmp_path: Path
 ) -> None:
     bundle = shutil.copytree(bundle_of("int8"), tmp_path / "bundle")
-    with pytest.raises(InputError, match="composition '../up': expected a name"):
+    with pytest.raises(InputError, match=r"composition '\.\./up': expected a name"):
         add_to_onnx_bundle(bundle, "../up", adapters["all"])
     with pytest.raises(InputError, match="ends the name of no linear layer"):
         to_onnx_bundle(base_dir, {}, tmp_path / "no", context=CONTEXT, modules=["proj_q"])
@@ -187,10 +185,10 @@ def test_wrong_inputs_are_one_line(
     (bundle / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(InputError, match="made for another base"):
         add_to_onnx_bundle(bundle, "all", adapters["all"])
+    (bundle / "manifest.json").write_text("{}")
     with pytest.raises(InputError, match="expected one for onnx"):
-        (bundle / "manifest.json").write_text("{}")
         add_to_onnx_bundle(bundle, "all", adapters["all"])
+    (bundle / "manifest.json").unlink()
+    (bundle / "all.onnx_adapter").write_bytes(b"\0" * 100)
     with pytest.raises(InputError, match="not an adapter of ONNX Runtime"):
-        (bundle / "manifest.json").unlink()
-        (bundle / "all.onnx_adapter").write_bytes(b"\0" * 100)
         OnnxRunner(bundle, adapter=bundle / "all.onnx_adapter")
