@@ -157,6 +157,10 @@ def export(
         list[str] | None,
         typer.Option(metavar="NAME=DIR", help="A single-task adapter that a bundle stores once."),
     ] = None,
+    into: Annotated[
+        Path | None,
+        typer.Option(help="A finished bundle for onnx, to add --bundle NAME=DIR to."),
+    ] = None,
     int8_layer: Annotated[
         list[str] | None,
         typer.Option(help="A linear layer that int4 keeps at 8 bits; see caliport sensitivity."),
@@ -184,8 +188,16 @@ def export(
         _no_flags(base=base, adapter=adapter, runtime=runtime, context=context, out=out)
         _no_flags(**{"push-to-hub": push_to_hub, "private": private})
         _no_flags(**{"int8-layer": int8_layer, "embedding-bits": embedding_bits})
-        _no_flags(bundle=bundle, share=share)
+        _no_flags(bundle=bundle, share=share, into=into)
         export_all(_space(recipe, overrides, runs), preflight=preflight)
+        return
+    if into is not None:
+        from caliport.exporting import add_to_bundle
+
+        if any((base, adapter, runtime, out, share)):
+            raise InputError("--into goes with --bundle NAME=DIR alone")
+        (added,) = _needed(bundle=bundle)
+        add_to_bundle(into, added)
         return
     from caliport.single import export_one
     from export.artifact import Quantization

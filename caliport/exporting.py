@@ -12,6 +12,7 @@ from rich.table import Table
 from caliport.data.examples import read_jsonl
 from caliport_core.errors import InputError
 from caliport_core.progress import console, progress, working
+from export.artifact import RUNTIMES
 
 _SHOWN = 12
 
@@ -91,22 +92,44 @@ def bundle_one(
     context: int | None,
     out: Path,
 ) -> None:
-    """Export a bundle of compositions, each ``NAME=DIR``, over one base."""
-    from export.bundling import to_executorch_bundle
+    """Export a bundle of compositions, each ``NAME=DIR``, over one base.
 
-    if runtime != "executorch":
-        raise InputError(f"--runtime is {runtime!r}; a bundle is made for executorch")
-    adapters = _named("--share", shared)
-    with working(f"bundle of {len(compositions)}"):
-        to_executorch_bundle(
-            base,
-            _named("--bundle", compositions),
-            out,
-            adapters=adapters,
-            precision=precision,
-            context=context,
-        )
+    Raises:
+        InputError: A flag that is no ``NAME=DIR``, an unknown runtime, shared adapters with onnx.
+    """
+    from export.bundling import to_executorch_bundle
+    from export.onnx_bundle import to_onnx_bundle
+
+    named, adapters = _named("--bundle", compositions), _named("--share", shared)
+    if runtime not in RUNTIMES:
+        raise InputError(f"--runtime is {runtime!r}, expected one of {', '.join(RUNTIMES)}")
+    if runtime == "onnx" and adapters:
+        raise InputError("--share goes with --runtime executorch; an .onnx_adapter holds all of it")
+    with working(f"bundle of {len(named)}"):
+        if runtime == "onnx":
+            to_onnx_bundle(base, named, out, precision=precision, context=context)
+        else:
+            to_executorch_bundle(
+                base, named, out, adapters=adapters, precision=precision, context=context
+            )
     console.print(f"bundle: {out}")
+
+
+def add_to_bundle(bundle: Path, compositions: Sequence[str]) -> None:
+    """Add compositions, each ``NAME=DIR``, to a finished bundle for ONNX.
+
+    Raises:
+        InputError: See ``export.onnx_bundle.add_to_onnx_bundle``; or a bundle for ExecuTorch.
+    """
+    from caliport_core.directories import read_manifest
+    from export.onnx_bundle import add_to_onnx_bundle
+
+    if read_manifest(bundle).get("runtime") == "executorch":
+        raise InputError(
+            f"{bundle}: a .pte cannot be added to; export the bundle again with all compositions"
+        )
+    for name, path in _named("--bundle", compositions).items():
+        console.print(f"added: {add_to_onnx_bundle(bundle, name, path)}")
 
 
 def _named(flag: str, values: Sequence[str]) -> dict[str, Path]:

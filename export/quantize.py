@@ -395,7 +395,7 @@ def packed(data: Tensor) -> Tensor:
 
     Both runtimes read them so. ``data`` [n, width] of values in [-8, 7]; uint8 [n, width / 2].
     """
-    whole = data.to(torch.int8).add_(8).view(torch.uint8)
+    whole = (data.to(torch.int8) + 8).view(torch.uint8)
     return whole[:, 0::2] | whole[:, 1::2] << 4
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from tests.commands import caliport
 from validation.executorch_runner import ExecuTorchRunner, generate
+from validation.onnx_runner import OnnxRunner
 
 
 def test_bundle_from_flags(base_dir: Path, adapter_dirs: list[Path], tmp_path: Path) -> None:
@@ -28,6 +29,25 @@ def test_bundle_from_flags(base_dir: Path, adapter_dirs: list[Path], tmp_path: P
     ]
     assert abs(logits[0] - logits[1]).max() > 0.01 < abs(logits[1] - logits[2]).max()
     assert generate(tmp_path / "out", "Anna and", 4)
+
+
+def test_onnx_bundle_from_flags_and_one_more(
+    base_dir: Path, adapter_dirs: list[Path], tmp_path: Path
+) -> None:
+    one, two = adapter_dirs
+    flags = ("--base", base_dir, "--runtime", "onnx", "--precision", "int4")
+    done = caliport("export", *flags, "--bundle", f"first={one}", "--out", "out", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    done = caliport("export", "--into", "out", "--bundle", f"second={two}", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    logits = [
+        OnnxRunner(tmp_path / "out", adapter=adapter).prefill([5, 6, 7])
+        for adapter in (None, *(tmp_path / f"out/{n}.onnx_adapter" for n in ("first", "second")))
+    ]
+    assert abs(logits[0] - logits[1]).max() > 0.01 < abs(logits[1] - logits[2]).max()
+    done = caliport("export", "--into", "out", "--base", base_dir, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "--into goes with --bundle NAME=DIR alone" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -38,14 +38,13 @@ _SMALL = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-_SLIDING_FIRST = ["sliding_attention", "full_attention"]
 
 
 def _gemma2() -> PreTrainedConfig:
     return Gemma2Config(
-        **_SMALL,
+        **_SMALL | {"num_hidden_layers": 4},
         head_dim=32,
-        layer_types=_SLIDING_FIRST,
+        layer_types=["sliding_attention", "full_attention"] * 2,
         sliding_window=WINDOW,
         attn_logit_softcapping=4.0,
         final_logit_softcapping=6.0,
@@ -114,6 +113,15 @@ def _qwen2() -> PreTrainedConfig:
     return Qwen2Config(**_SMALL, tie_word_embeddings=True)
 
 
+def _qwen2_sliding() -> PreTrainedConfig:
+    return Qwen2Config(
+        **_SMALL | {"num_hidden_layers": 4},
+        use_sliding_window=True,
+        sliding_window=WINDOW,
+        layer_types=["full_attention"] * 2 + ["sliding_attention"] * 2,
+    )
+
+
 def _qwen3() -> PreTrainedConfig:
     return Qwen3Config(**_SMALL, head_dim=32, tie_word_embeddings=True)
 
@@ -164,6 +172,7 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
     "phi3": _phi3,
     "phi3-longrope": _phi3_longrope,
     "qwen2": _qwen2,
+    "qwen2-sliding": _qwen2_sliding,
     "qwen3": _qwen3,
     "qwen3-yarn": _qwen3_yarn,
     "smollm2": _smollm2,

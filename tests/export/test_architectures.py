@@ -37,7 +37,9 @@ SPLITS = ([CONTEXT], [1] * CONTEXT, [12, 33, 1, 17, 1])
 
 # Windows, soft-capping and both kinds of rotary embeddings; the other families take these paths.
 FAST = ("gemma2", "gemma3")
-QUANTIZED = [name for name in FAMILIES if name not in ("llama-dynamic", "qwen3-yarn")]
+# Quantization has nothing to do with what sets the others apart.
+UNQUANTIZED = ("llama-dynamic", "phi3-longrope", "qwen2-sliding", "qwen3-yarn")
+QUANTIZED = [name for name in FAMILIES if name not in UNQUANTIZED]
 
 Artifacts = Callable[[str, str, str], tuple[Path, Path]]
 
