@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _disable_current_modes
 
 from caliport_core.progress import at
 from export.deferred import add, deferred_weights
@@ -108,14 +107,15 @@ def _trace(model: PreTrainedModel, layers: Layers, context: int) -> ExportedProg
 
     tokens = torch.zeros(1, min(4, context), dtype=torch.long)
     sizes = torch.export.Dim("n", min=1, max=context)
+    decoder = Decoder(model, context).eval()
     with (
         torch.no_grad(),
         marked(model, layers.path, boundary_op()),
         _quantized_lookup(),
-        _means_as_products(),
+        _means_as_products(decoder),
     ):
         return torch.export.export(
-            Decoder(model, context).eval(),
+            decoder,
             (tokens, torch.zeros(1, dtype=torch.long)),
             dynamic_shapes={"tokens": {1: sizes}, "input_pos": None},
             strict=False,
@@ -123,25 +123,24 @@ def _trace(model: PreTrainedModel, layers: Layers, context: int) -> ExportedProg
 
 
 @contextmanager
-def _means_as_products() -> Iterator[None]:
+def _means_as_products(decoder: Decoder) -> Iterator[None]:
     """While the body runs, the mean over a last dimension is a product with a constant.
 
     XNNPACK has no such mean. A norm's mean would leave the delegate for a slow operator and cut
     the delegate in two, which costs a decode step of a model of a billion parameters some 7 %.
     """
     plain = Tensor.mean
-    weights: dict[int, Tensor] = {}
+    config = decoder.model.config.get_text_config()
+    sizes = {config.hidden_size, getattr(config, "head_dim", None)} - {None}
+    for size in sizes:
+        decoder.register_buffer(f"mean_of_{size}", torch.full((1, size), 1 / size))
 
     def mean(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         given = dict(zip(("dim", "keepdim"), args, strict=False)) | kwargs
         last = given.get("dim") in (-1, (-1,), [-1]) and given.get("keepdim")
-        if not last or self.dtype != torch.float32:
+        if not last or self.dtype != torch.float32 or self.shape[-1] not in sizes:
             return plain(self, *args, **kwargs)
-        size = int(self.shape[-1])
-        if size not in weights:
-            with _disable_current_modes():  # a constant, not a step of the traced program
-                weights[size] = torch.full((1, size), 1 / size)
-        return nn.functional.linear(self, weights[size])
+        return nn.functional.linear(self, decoder.get_buffer(f"mean_of_{self.shape[-1]}"))
 
     with swapped(Tensor, "mean", mean):
         yield

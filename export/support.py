@@ -38,9 +38,10 @@ def check_exportable(model: PreTrainedModel, context: int) -> None:
         InputError: One line that names the field of ``config.json`` or the model class, what was
             found and what would be right, for: encoder-decoders and models of more than text;
             mixtures of experts; layers that are not attention over all earlier tokens or a window
-            of them; attention that transformers does not let us replace, that looks ahead, or
-            whose cache is not the same in every layer; a ``forward`` without positions; rotary
-            embeddings that change within ``context``; ``context`` out of the model's range.
+            of them; attention that transformers does not let us replace, that looks ahead, that
+            has sinks, or whose cache is not the same in every layer; a ``forward`` without
+            positions, or positions that do not begin at 0; rotary embeddings that change within
+            ``context``; ``context`` out of the model's range.
     """
     config = model.config.get_text_config()
     _check_decoder(model)
