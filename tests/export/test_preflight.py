@@ -147,9 +147,9 @@ def test_the_process_needs_no_more_than_is_said(
     runtime: str, base_dir: Path, tmp_path: Path
 ) -> None:
     """Of a tiny model, all is the constant for Python and its libraries; it is tight, too."""
+    flags = ("--base", base_dir, "--runtime", runtime, "--precision", "int4", "--out", "art")
     done = subprocess.run(
-        [sys.executable, "-c", _PEAK, "export", "--base", base_dir, "--runtime", runtime]
-        + ["--precision", "int4", "--out", "art"],
+        [sys.executable, "-c", _PEAK, "export", *flags],
         cwd=tmp_path,
         env={**ENVIRONMENT, "OMP_NUM_THREADS": "1"},
         stderr=subprocess.DEVNULL,
