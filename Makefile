@@ -28,7 +28,7 @@ lint: setup
 	$(BIN)/lint-imports
 
 test: lint
-	$(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist worksteal
+	$(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
 clean:
 	rm -rf .venv runs
