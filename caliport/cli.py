@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from caliport.comparing import BaselineOption, register, with_baseline
 from caliport_core.errors import InputError
 
 app = typer.Typer(
@@ -35,6 +36,21 @@ BaseOption = Annotated[
 ]
 Adapter = Annotated[Path | None, typer.Option("--adapter", help="PEFT LoRA directory.")]
 Out = Annotated[Path | None, typer.Option("--out", help="The directory to write.")]
+Bundle = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--bundle",
+        metavar="NAME=DIR",
+        help="A composition of a bundle, over one base; --share NAME=DIR names adapters that "
+        "compositions stand on.",
+    ),
+]
+Share = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--share", metavar="NAME=DIR", help="A single-task adapter that a bundle stores once."
+    ),
+]
 
 
 @app.callback()
@@ -45,19 +61,25 @@ def options(
 
 
 @app.command()
-def run(recipe: NeededRecipe, overrides: Overrides = None, runs: Runs = Path("runs")) -> None:
+def run(
+    recipe: NeededRecipe,
+    overrides: Overrides = None,
+    runs: Runs = Path("runs"),
+    baseline: BaselineOption = None,
+) -> None:
     """Do everything a recipe says, skipping what is up to date."""
     from caliport.composing import compose_all
     from caliport.scoring import score_all
-    from caliport.shipping import export_all, validate_all
+    from caliport.shipping import check_baseline, export_all, validate_all
 
-    space = _space(recipe, overrides, runs)
+    space = _space(recipe, with_baseline(overrides, baseline), runs)
+    check_baseline(space)
     compose_all(space)
     score_all(space)
     _only_main()
     export_all(space)
     passed = validate_all(space)
-    _show(space.reports)
+    _show(space.reports, recipe)
     raise typer.Exit(0 if passed else 1)
 
 
@@ -145,18 +167,8 @@ def export(
     context: Annotated[
         int | None, typer.Option(help="Tokens of the cache; default the base's own.", min=1)
     ] = None,
-    bundle: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME=DIR",
-            help="A composition of a bundle, over one base; --share NAME=DIR names adapters that "
-            "compositions stand on.",
-        ),
-    ] = None,
-    share: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME=DIR", help="A single-task adapter that a bundle stores once."),
-    ] = None,
+    bundle: Bundle = None,
+    share: Share = None,
     into: Annotated[
         Path | None,
         typer.Option(help="A finished bundle for onnx, to add --bundle NAME=DIR to."),
@@ -167,6 +179,9 @@ def export(
     ] = None,
     embedding_bits: Annotated[
         int | None, typer.Option(help="4 or 8 with int4; default a tied head's, else 8.")
+    ] = None,
+    cache_bits: Annotated[
+        int | None, typer.Option(help="8: keys and values in int8, for executorch; default float.")
     ] = None,
     out: Out = None,
     preflight: Annotated[
@@ -188,6 +203,7 @@ def export(
         _no_flags(base=base, adapter=adapter, runtime=runtime, context=context, out=out)
         _no_flags(**{"push-to-hub": push_to_hub, "private": private})
         _no_flags(**{"int8-layer": int8_layer, "embedding-bits": embedding_bits})
+        _no_flags(**{"cache-bits": cache_bits})
         _no_flags(bundle=bundle, share=share, into=into)
         export_all(_space(recipe, overrides, runs), preflight=preflight)
         return
@@ -199,33 +215,22 @@ def export(
         (added,) = _needed(bundle=bundle)
         add_to_bundle(into, added)
         return
-    from caliport.single import export_one
+    from caliport.exporting import bundle_one, export_one
     from export.artifact import Quantization
 
     base, runtime, target = _needed(base=base, runtime=runtime, out=out)
     if private and push_to_hub is None:
         raise InputError("--private goes with --push-to-hub REPO_ID alone")
+    how = Quantization(precision, tuple(int8_layer or ()), embedding_bits, cache_bits)
+    more: dict[str, Any] = {"preflight": preflight, "repo_id": push_to_hub, "private": private}
     if bundle:
-        from caliport.exporting import bundle_one
-
         if adapter is not None:
             raise InputError("--adapter goes without --bundle; expected --share NAME=DIR")
-        _no_flags(**{"int8-layer": int8_layer, "embedding-bits": embedding_bits})
-        bundle_one(base, bundle, share or [], runtime, precision, context, target)
+        bundle_one(base, bundle, share or [], runtime, how, context, target, **more)
         return
     if share:
         raise InputError("--share goes with --bundle NAME=DIR")
-    export_one(
-        base,
-        adapter,
-        runtime,
-        Quantization(precision, tuple(int8_layer or ()), embedding_bits),
-        context,
-        target,
-        preflight=preflight,
-        repo_id=push_to_hub,
-        private=private,
-    )
+    export_one(base, adapter, runtime, how, context, target, **more)
 
 
 @app.command()
@@ -257,12 +262,18 @@ def validate(
     runs: Runs = Path("runs"),
     base: BaseOption = None,
     adapter: Adapter = None,
+    bundle: Bundle = None,
+    share: Share = None,
     prompts: Annotated[
         Path | None,
         typer.Option(help="JSON Lines with `input` and `output`; default a built-in set."),
     ] = None,
     prompt: Annotated[str, typer.Option(help="Prompt around each input.")] = "{input}",
     threads: Annotated[int | None, typer.Option(help="Threads of the runtime.", min=1)] = None,
+    latency: Annotated[
+        bool, typer.Option("--latency/--no-latency", help="Also measure times and memory.")
+    ] = True,
+    baseline: BaselineOption = None,
     out: Annotated[Path | None, typer.Option("--out", help="Also write the reports here.")] = None,
 ) -> None:
     """Hold artifacts against eager PyTorch; exit code 1 if a gate fails."""
@@ -270,15 +281,39 @@ def validate(
         from caliport.single import validate_one
 
         (base,) = _needed(base=base)
-        passed = validate_one(recipe, base, adapter, prompts, prompt, threads, out)
+        parts = bundle or [], share or []
+        more: dict[str, Any] = {"latency": latency, "baseline": baseline}
+        passed = validate_one(recipe, base, adapter, *parts, prompts, prompt, threads, out, **more)
     else:
         from caliport.shipping import validate_all
 
-        _no_flags(base=base, adapter=adapter, prompts=prompts, out=out)
-        space = _space(recipe, overrides, runs)
-        passed = validate_all(space)
-        _show(space.reports)
+        _no_flags(base=base, adapter=adapter, bundle=bundle, share=share)
+        _no_flags(prompts=prompts, out=out)
+        space = _space(recipe, with_baseline(overrides, baseline), runs)
+        passed = validate_all(space, latency=latency)
+        _show(space.reports, recipe)
     raise typer.Exit(0 if passed else 1)
+
+
+@app.command()
+def bench(
+    artifacts: Annotated[
+        list[Path], typer.Argument(metavar="ARTIFACT...", help="Artifact directories.")
+    ],
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens of the prompt.", min=1)] = 64,
+    new_tokens: Annotated[int, typer.Option(help="Tokens to write after it.", min=2)] = 32,
+    repetitions: Annotated[int, typer.Option(help="Rounds; 6 or more for 95 %.", min=1)] = 6,
+    threads: Annotated[
+        int | None, typer.Option(help="Of the runtime; default a core each.", min=1)
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Also write latency.json and the report here.")
+    ] = None,
+) -> None:
+    """Measure artifacts side by side: load, first token, decode rate, memory; never a pass."""
+    from caliport.benching import bench as measure
+
+    measure(artifacts, prompt_tokens, new_tokens, repetitions, threads, out)
 
 
 @app.command()
@@ -334,6 +369,9 @@ def doctor() -> None:
     raise typer.Exit(0 if examine() else 1)
 
 
+register(app)
+
+
 def main() -> None:
     """Run the command line; every wrong input ends in one line."""
     debug = "--debug" in sys.argv
@@ -378,13 +416,17 @@ def _space(recipe: Path, overrides: list[str] | None, runs: Path) -> Any:
     return Workspace(found, runs / found.name)
 
 
-def _show(reports: Path) -> None:
+def _show(reports: Path, validated: Path | None = None) -> None:
+    """Write the report and show it; a CI job is told too where a recipe was ``validated``."""
+    from caliport.github import publish_run
     from caliport.tables import show_tables
     from validation.report import write_report
 
     page = write_report(reports)
     show_tables(reports)
     print(f"report: {page}")
+    if validated is not None:
+        publish_run(reports, validated)
 
 
 def _only_main() -> None:

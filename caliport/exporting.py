@@ -1,4 +1,4 @@
-"""Bundles from flags, and which layers lose most at 4 bits."""
+"""Exports from flags, one artifact or a bundle, and which layers lose most at 4 bits."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from pathlib import Path
 from rich.table import Table
 
 from caliport.data.examples import read_jsonl
+from caliport.shipping import bundle_to, export_to
 from caliport_core.errors import InputError
-from caliport_core.progress import console, progress, working
-from export.artifact import RUNTIMES
+from caliport_core.progress import console, progress
+from export.artifact import RUNTIMES, Quantization
 
 _SHOWN = 12
 
@@ -83,56 +84,87 @@ def show_sensitivity(
         out.write_text(json.dumps(found, indent=2) + "\n")
 
 
+def export_one(
+    base: str,
+    adapter: Path | None,
+    runtime: str,
+    how: Quantization,
+    context: int | None,
+    out: Path,
+    *,
+    preflight: bool = True,
+    repo_id: str | None = None,
+    private: bool = False,
+) -> None:
+    """Export one artifact into ``out`` and push it to ``repo_id`` where one is given."""
+    _check(runtime, repo_id)
+    title = f"{runtime} {how.precision}"
+    export_to(out, title, base, adapter, runtime, how, context, preflight=preflight)
+    _finish("artifact", out, repo_id, private)
+
+
 def bundle_one(
-    base: str | Path,
+    base: str,
     compositions: Sequence[str],
     shared: Sequence[str],
     runtime: str,
-    precision: str,
+    how: Quantization,
     context: int | None,
     out: Path,
+    *,
+    preflight: bool = True,
+    repo_id: str | None = None,
+    private: bool = False,
 ) -> None:
-    """Export a bundle of compositions, each ``NAME=DIR``, over one base.
+    """Export a bundle of compositions, each ``NAME=DIR``, over one base; push it as ``export_one``.
 
     Raises:
         InputError: A flag that is no ``NAME=DIR``, an unknown runtime, shared adapters with onnx.
     """
-    from export.bundling import to_executorch_bundle
-    from export.onnx_bundle import to_onnx_bundle
-
-    named, adapters = _named("--bundle", compositions), _named("--share", shared)
-    if runtime not in RUNTIMES:
-        raise InputError(f"--runtime is {runtime!r}, expected one of {', '.join(RUNTIMES)}")
+    _check(runtime, repo_id)
+    parts, adapters = named("--bundle", compositions), named("--share", shared)
     if runtime == "onnx" and adapters:
         raise InputError("--share goes with --runtime executorch; an .onnx_adapter holds all of it")
-    with working(f"bundle of {len(named)}"):
-        if runtime == "onnx":
-            to_onnx_bundle(base, named, out, precision=precision, context=context)
-        else:
-            to_executorch_bundle(
-                base, named, out, adapters=adapters, precision=precision, context=context
-            )
-    console.print(f"bundle: {out}")
+    title = f"bundle of {len(parts)}: {runtime} {how.precision}"
+    bundle_to(out, title, base, parts, adapters, runtime, how, context, preflight=preflight)
+    _finish("bundle", out, repo_id, private)
+
+
+def _check(runtime: str, repo_id: str | None) -> None:
+    from export.hub import check_repo_id
+
+    if runtime not in RUNTIMES:
+        raise InputError(f"--runtime is {runtime!r}, expected one of {', '.join(RUNTIMES)}")
+    if repo_id is not None:
+        check_repo_id(repo_id)
+
+
+def _finish(kind: str, out: Path, repo_id: str | None, private: bool) -> None:
+    from export.hub import push
+
+    console.print(f"{kind}: {out}")
+    if repo_id is not None:
+        console.print(f"pushed: {push(out, repo_id, private=private)}")
 
 
 def add_to_bundle(bundle: Path, compositions: Sequence[str]) -> None:
     """Add compositions, each ``NAME=DIR``, to a finished bundle for ONNX.
 
     Raises:
-        InputError: See ``export.onnx_bundle.add_to_onnx_bundle``; or a bundle for ExecuTorch.
+        InputError: See ``export.onnx_bundle.add_to_onnx_bundle``.
     """
-    from caliport_core.directories import read_manifest
     from export.onnx_bundle import add_to_onnx_bundle
 
-    if read_manifest(bundle).get("runtime") == "executorch":
-        raise InputError(
-            f"{bundle}: a .pte cannot be added to; export the bundle again with all compositions"
-        )
-    for name, path in _named("--bundle", compositions).items():
+    for name, path in named("--bundle", compositions).items():
         console.print(f"added: {add_to_onnx_bundle(bundle, name, path)}")
 
 
-def _named(flag: str, values: Sequence[str]) -> dict[str, Path]:
+def named(flag: str, values: Sequence[str]) -> dict[str, Path]:
+    """Directories by name, from a flag's values, each ``NAME=DIR``.
+
+    Raises:
+        InputError: Another value, or a name twice.
+    """
     found: dict[str, Path] = {}
     for value in values:
         name, is_pair, path = value.partition("=")

@@ -49,7 +49,7 @@ class CaliportExportCommand(BaseOptimumCLICommand):
             sys.exit(code)
 
     def _export(self) -> None:
-        from caliport.single import export_one
+        from caliport.exporting import export_one
         from export.artifact import Quantization
 
         given = self.args

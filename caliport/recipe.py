@@ -16,6 +16,8 @@ from pydantic import (
 )
 
 from caliport.methods import Method, parse
+from export.bundling import is_method
+from validation.regression import RegressionLimits
 
 Runtime = Literal["executorch", "onnx"]
 Precision = Literal["fp32", "int8", "int4"]
@@ -260,24 +262,34 @@ class Evaluation(_Part):
 class Export(_Part):
     """What is exported: every runtime in every precision.
 
-    ``int8_layers`` and ``embedding_bits`` are int4's (``export.artifact.Quantization``).
+    ``ship`` says how: ``fold`` makes an artifact of each composition, ``bundle`` one of them all.
+    ``int8_layers`` and ``embedding_bits`` are int4's, ``cache_bits`` is executorch's
+    (``export.artifact.Quantization``).
     """
 
     method: str = "best"
+    ship: tuple[Literal["fold", "bundle"], ...] = Field(("fold",), min_length=1)
     runtimes: tuple[Runtime, ...] = ("executorch", "onnx")
     precisions: tuple[Precision, ...] = ("fp32", "int8", "int4")
     context: int | None = Field(None, gt=0)
     int8_layers: tuple[str, ...] = ()
     embedding_bits: Literal[4, 8] | None = None
+    cache_bits: Literal[8] | None = None
 
 
 class Validation(_Part):
-    """How artifacts are checked: see ``validation.gates`` for what the limits mean."""
+    """How artifacts are checked: see ``validation.gates`` for what the limits mean.
+
+    ``baseline`` is a stored one (a file, or a directory with one for each machine) that artifacts
+    are held to as well, within the limits of ``regression``.
+    """
 
     examples: int = Field(32, gt=0)
     threads: int | None = Field(None, gt=0)
-    repetitions: int = Field(5, gt=0)
+    repetitions: int = Field(6, gt=0)
     limits: dict[Precision, dict[str, float]] = {}
+    baseline: Path | None = None
+    regression: RegressionLimits = RegressionLimits()
 
 
 class Recipe(_Part):
@@ -334,6 +346,13 @@ class Recipe(_Part):
                 f"export.method is {wanted}, expected best or one of calibration.methods that "
                 f"give an adapter: {', '.join(composed) or 'none'}"
             )
+        if "bundle" in self.export.ship and "executorch" in self.export.runtimes:
+            for name in self.compositions:
+                if not is_method(name):
+                    raise ValueError(
+                        f"compositions.{name}: found {name!r}, expected letters, digits and _ (not "
+                        "forward), since a bundle for executorch has a method of that name"
+                    )
 
     def _training_fits(self, methods: Mapping[str, Method]) -> None:
         calibration = self.calibration

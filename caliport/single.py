@@ -8,13 +8,14 @@ from typing import Any
 
 from caliport.calibrating import How, Job, compose_to
 from caliport.data.examples import read_jsonl
+from caliport.exporting import named
 from caliport.methods import CORRECTED, MERGED, WEIGHTED, parse
-from caliport.shipping import References, check_artifact, export_to
+from caliport.references import References
+from caliport.shipping import ALONE, check_artifact
 from caliport.sources import Source
 from caliport.training import Training, features_to
 from caliport_core.errors import InputError
 from caliport_core.progress import console, progress
-from export.artifact import Quantization
 
 
 def calibrate_one(
@@ -96,79 +97,137 @@ def features_one(
     console.print(f"features: {out}")
 
 
-def export_one(
-    base: str,
-    adapter: Path | None,
-    runtime: str,
-    how: Quantization,
-    context: int | None,
-    out: Path,
-    *,
-    preflight: bool = True,
-    repo_id: str | None = None,
-    private: bool = False,
-) -> None:
-    """Export one artifact into ``out`` and push it to ``repo_id`` where one is given."""
-    from export.artifact import RUNTIMES
-    from export.hub import check_repo_id, push
-
-    if runtime not in RUNTIMES:
-        raise InputError(f"--runtime is {runtime!r}, expected one of {', '.join(RUNTIMES)}")
-    if repo_id is not None:
-        check_repo_id(repo_id)
-    title = f"{runtime} {how.precision}"
-    export_to(out, title, base, adapter, runtime, how, context, preflight=preflight)
-    console.print(f"artifact: {out}")
-    if repo_id is not None:
-        console.print(f"pushed: {push(out, repo_id, private=private)}")
-
-
 def validate_one(
     artifact: Path,
     base: str,
     adapter: Path | None,
+    compositions: Sequence[str],
+    shared: Sequence[str],
     prompts: Path | None,
     prompt: str,
     threads: int | None,
     out: Path | None,
+    *,
+    latency: bool = True,
+    baseline: Path | None = None,
 ) -> bool:
-    """Validate one artifact, show its gates, and write reports where asked."""
-    from caliport.tables import show_gates
+    """Validate one artifact or each part of a bundle, show gates, and write reports where asked.
+
+    Args:
+        artifact: Its directory.
+        base: Directory or hub name of the base.
+        adapter: What was folded in.
+        compositions: Of a bundle, ``NAME=DIR`` of each composition to validate.
+        shared: Of a bundle, ``NAME=DIR`` of each shared adapter that those stand on.
+        prompts: JSON Lines with ``input`` and ``output``; None for the built-in prompts.
+        prompt: Around each input.
+        threads: Of the runtime.
+        out: Where to write reports.
+        latency: Measure times and memory too.
+        baseline: A stored baseline to hold it to as well.
+
+    Raises:
+        InputError: No artifact, or flags that do not fit what it is.
+    """
+    from caliport.benching import time_one
+    from caliport.github import publish
+    from caliport.tables import show_gates, show_held
     from caliport_core.checkpoints import load_tokenizer
-    from caliport_core.directories import check_files
+    from caliport_core.directories import MANIFEST, check_files
     from export.artifact import eager
+    from validation.baseline import read_baseline
     from validation.evaluation import make_evaluation
     from validation.junit import write_junit
+    from validation.latency import Subject
+    from validation.regression import RegressionLimits, held
     from validation.report import write_report
-    from validation.results import PARITY, ParityReport, environment, this_machine, write_result
+    from validation.results import (
+        LATENCY,
+        PARITY,
+        ParityReport,
+        environment,
+        this_machine,
+        write_result,
+    )
 
     check_files(artifact)  # before the references are made, which takes long
+    if baseline is not None:
+        read_baseline(baseline, this_machine())
+    adapters = named("--share", shared)
+    parts, notes = _parts(artifact, adapter, named("--bundle", compositions), adapters)
     examples = read_jsonl(prompts) if prompts is not None else None
-    with progress(f"validating {artifact}", None):
-        model = eager(base, adapter, "fp32")
-        evaluation = make_evaluation(
-            model,
-            load_tokenizer(base, model),
-            [prompt.replace("{input}", e.input) for e in examples] if examples else None,
-            [e.output for e in examples] if examples else None,
-        )
-        result = check_artifact(
-            artifact,
-            References(evaluation, base, adapter),
-            has_adapter=adapter is not None,
-            composition=artifact.name,
-            method="adapter" if adapter is not None else "base",
-            metric="rougeL",
-            threads=threads or this_machine().cores,
-            limits={},
-        )
-    show_gates(result)
+    threads = threads or this_machine().cores
+    results, longest = [], list[int]()
+    for label, (bundled, path) in parts.items():
+        with progress(f"validating {artifact}: {label}", None):
+            model = eager(base, path, "fp32")
+            evaluation = make_evaluation(
+                model,
+                load_tokenizer(base, model),
+                [prompt.replace("{input}", e.input) for e in examples] if examples else None,
+                [e.output for e in examples] if examples else None,
+            )
+            result = check_artifact(
+                artifact,
+                References(evaluation, base, path, adapters),
+                composition=label,
+                method="adapter" if path is not None else "base",
+                metric="rougeL",
+                threads=threads,
+                limits={},
+                bundled=bundled,
+                notes=notes if label == ALONE else (),
+            )
+        results.append(result)
+        longest = max([longest, *evaluation.prompts], key=len)
+    subjects = [Subject(artifact, label, bundled) for label, (bundled, _) in parts.items()]
+    times = time_one(subjects, longest, threads) if latency else None
+    facts: dict[str, Any] = {"machine": this_machine(), "versions": environment()}
+    report = ParityReport(**facts, artifacts=results)
+    report = held(report, baseline, RegressionLimits(), times)
+    for result in report.artifacts:
+        show_gates(result)
+    show_held(report)
     if out is not None:
-        report = ParityReport(machine=this_machine(), versions=environment(), artifacts=[result])
         write_result(report, out / PARITY)
-        write_junit([result], out / "junit.xml")
+        write_junit(report.artifacts, out / "junit.xml")
+        if times is not None:
+            write_result(times, out / LATENCY)
         print(f"report: {write_report(out)}")
-    return result.passed
+    publish(report, times.artifacts if times else [], artifact / MANIFEST, out)
+    return all(result.passed for result in report.artifacts)
+
+
+def _parts(
+    artifact: Path,
+    adapter: Path | None,
+    compositions: Mapping[str, Path],
+    shared: Mapping[str, Path],
+) -> tuple[dict[str, tuple[str | None, Path | None]], list[str]]:
+    """What to validate, by its label in the report, and notes on what is left out.
+
+    Each is the name of a composition in a bundle (None: the base, or no bundle) and its adapter.
+    """
+    from caliport_core.directories import read_manifest
+
+    bundle = read_manifest(artifact).get("bundle")
+    if bundle is None:
+        if compositions or shared:
+            raise InputError(f"{artifact}: is no bundle; expected --adapter DIR")
+        return {artifact.name: (None, adapter)}, []
+    known = bundle["compositions"]
+    listed = ", ".join(known) or "none"
+    if adapter is not None:
+        raise InputError(f"{artifact}: is a bundle of {listed}; expected --bundle NAME=DIR")
+    for name in compositions:
+        if name not in known:
+            raise InputError(f"--bundle {name}: {artifact} has no such composition, only {listed}")
+        missing = [task for task in known[name].get("stands_on", ()) if task not in shared]
+        if missing:
+            raise InputError(f"--share {missing[0]}=DIR is missing; {name} stands on that adapter")
+    left = [name for name in known if name not in compositions]
+    notes = [f"not checked, for want of --bundle NAME=DIR: {', '.join(left)}"] if left else []
+    return {ALONE: (None, None), **{n: (n, path) for n, path in compositions.items()}}, notes
 
 
 def write_template(path: Path) -> None:

@@ -13,12 +13,11 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from validation.audit_summary import Summary
+    from validation.latency_results import LatencyReport, LatencyResult, Spread
     from validation.results import (
         ArtifactResult,
         CompositionAudit,
         CompositionResult,
-        LatencyReport,
-        LatencyResult,
         ParityReport,
         QualityReport,
     )
@@ -44,7 +43,9 @@ def show_tables(reports: Path) -> None:
         times = (
             read_result(LatencyReport, reports / LATENCY) if (reports / LATENCY).exists() else None
         )
-        _artifacts(read_result(ParityReport, reports / PARITY), times)
+        parity = read_result(ParityReport, reports / PARITY)
+        _artifacts(parity, times)
+        show_held(parity)
 
 
 def _methods(report: QualityReport) -> None:
@@ -55,7 +56,7 @@ def _methods(report: QualityReport) -> None:
             more["weighted ROUGE"] = [m.weighted_rouge for m in result.methods]
         if any(m.judge is not None for m in result.methods):
             more["judge %"] = [m.judge for m in result.methods]
-        table = _table(
+        table = table_of(
             f"{composition}: {result.examples} {result.split} examples, eager fp32",
             ("method", "loss", "ROUGE-L", "chrF", *more, "extra bytes", "passes"),
         )
@@ -80,7 +81,7 @@ def _quantized(composition: str, result: CompositionResult) -> None:
     if not rows:
         return
     heads = ("method", "weights", "loss", "against fp32", "ROUGE-L", "chrF")
-    table = _table(f"{composition}: what quantization cost", heads)
+    table = table_of(f"{composition}: what quantization cost", heads)
     for method, weights, found in rows:
         against = "" if method.loss is None else f"{found.loss - method.loss:+.4f}"
         scores = (f"{found.loss:.4f}", against, f"{found.rougeL:.1f}", f"{found.chrf:.1f}")
@@ -89,22 +90,22 @@ def _quantized(composition: str, result: CompositionResult) -> None:
 
 
 def _artifacts(parity: ParityReport, latency: LatencyReport | None) -> None:
-    times = {t.path: t for t in latency.artifacts} if latency else {}
+    times = {(t.path, t.composition): t for t in latency.artifacts} if latency else {}
     for composition in dict.fromkeys(result.composition for result in parity.artifacts):
         results = [r for r in parity.artifacts if r.composition == composition]
-        table = _table(
+        table = table_of(
             f"{composition} by {results[0].method}: parity with quantized eager, task against fp32",
             ("artifact", "MB", "KL", "top-1", "task", "stock", "tok/s", "gates"),
         )
         for result in results:
-            _artifact(table, result, times.get(result.path))
+            _artifact(table, result, times.get((result.path, composition)))
         _console.print(table)
 
 
 def _artifact(table: Table, result: ArtifactResult, time: LatencyResult | None) -> None:
     lowering = result.lowering
     table.add_row(
-        f"{result.runtime} {result.precision}",
+        f"{result.runtime} {result.form}",
         f"{result.bytes / 1e6:.1f}",
         f"{lowering.kl:.1e}" if lowering else "",
         f"{lowering.top1:.1%}" if lowering else "",
@@ -119,11 +120,11 @@ def _verdict(result: ArtifactResult) -> str:
     if not result.passed:
         return f"[red]FAIL: {result.lost_at}[/red]"
     if not all(gate.decided for gate in result.gates):
-        return "[yellow]too few examples[/yellow]"
+        return "[yellow]undecided[/yellow]"
     return "[green]pass[/green]"
 
 
-def _table(title: str, heads: tuple[str, ...]) -> Table:
+def table_of(title: str, heads: tuple[str, ...]) -> Table:
     """A table whose cells never wrap; the first column is text, the others are numbers."""
     table = Table(
         title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False
@@ -164,7 +165,7 @@ def show_far(title: str, audit: CompositionAudit) -> None:
 
 def _adapters(title: str, audit: CompositionAudit, rows: Mapping[str, Summary]) -> None:
     heads = ("component", *audit.weights)
-    table = _table(f"{title}: norm of ΔW; nominal, numerical, effective rank", heads)
+    table = table_of(f"{title}: norm of ΔW; nominal, numerical, effective rank", heads)
     for component, row in rows.items():
         parts = [row.adapters.get(name) for name in audit.weights]
         cells = [
@@ -179,7 +180,7 @@ def _overlap(rows: Mapping[str, Summary]) -> None:
     from validation.audit_summary import shown_cosine
 
     heads = ("component", "ΔW", "columns", "rows")
-    table = _table("cosines; of spaces: mean, highest, at most by chance", heads)
+    table = table_of("cosines; of spaces: mean, highest, at most by chance", heads)
     for component, row in rows.items():
         cells = [shown_cosine(row.cosine)]
         for angles in (row.columns, row.rows):
@@ -192,7 +193,7 @@ def _overlap(rows: Mapping[str, Summary]) -> None:
 def _merge_errors(audit: CompositionAudit, rows: Mapping[str, Summary]) -> None:
     from validation.audit_summary import applied, shown
 
-    table = _table("relative error of each merge", ("component", *applied(audit)))
+    table = table_of("relative error of each merge", ("component", *applied(audit)))
     for component, row in rows.items():
         cells = [shown(error) for error in row.errors.values()]
         table.add_row(component, *cells, style=_last(component))
@@ -203,15 +204,74 @@ def _last(component: str) -> str | None:
     return "bold" if component == "all" else None
 
 
+def show_held(report: ParityReport) -> None:
+    """Which baseline the artifacts were held to, and what was not; nothing without one."""
+    if report.baseline is not None:
+        _console.print(Text(f"held to {report.baseline.file}"))
+        for note in report.baseline.notes:
+            _console.print(Text(note, "yellow"))
+
+
 def show_gates(result: ArtifactResult) -> None:
     """Every gate of one artifact with what was found and why it is held to that."""
-    table = Table(title=f"{result.path}: {result.runtime} {result.precision}")
+    name = f"{result.path}, {result.composition}" if result.bundle else result.path
+    table = Table(title=f"{name}: {result.runtime} {result.form}")
     for name in ("gate", "found", "limit", "verdict", "reason"):
         table.add_column(name)
     for gate in result.gates:
         verdict = "[green]pass[/green]" if gate.passed else f"[red]FAIL: {gate.stage}[/red]"
         if gate.passed and not gate.decided:
-            verdict = "[yellow]too few examples[/yellow]"
+            verdict = "[yellow]undecided[/yellow]"
         found = "" if gate.found is None else f"{gate.found:.3g}"
         table.add_row(gate.name, found, f"{gate.limit:.3g}", verdict, gate.reason)
     _console.print(table)
+    for note in result.notes:
+        _console.print(Text(note, "yellow"))
+
+
+def show_latency(report: LatencyReport) -> None:
+    """Times of every artifact, then memory, bandwidth and ratios to the first.
+
+    Each is shown as its ``composition``. There is no ratio where one of the two was too noisy.
+    """
+    from validation.latency_statistics import ratio
+
+    first = report.artifacts[0]
+    threads = f"{first.threads} thread{'s' if first.threads > 1 else ''}"
+    where = f"pinned to {', '.join(map(str, report.cores))}" if report.cores else "not pinned"
+    times = table_of(
+        f"latency: {first.prompt_tokens} prompt tokens, {first.new_tokens} new ones; {threads}, "
+        f"{where};\nmedians of {first.repetitions} rounds ± half their "
+        f"{first.decode_rate.level:.0%} intervals",
+        ("artifact", "load", "first token", "tokens/s", "9 of 10 within"),
+    )
+    others = ("first token ×", "tokens/s ×") if len(report.artifacts) > 1 else ()
+    title = f"memory, and ratios to {first.composition}" if others else "memory"
+    more = table_of(title, ("artifact", "peak MB", "of bandwidth", *others))
+    for result in report.artifacts:
+        times.add_row(
+            result.composition,
+            f"{result.load_seconds.median:.2f} s",
+            _give_or_take(result.first_token_seconds, 1e3, " ms"),
+            _give_or_take(result.decode_rate),
+            f"{1e3 * result.token_p90_seconds:.3g} ms",
+        )
+        share, peak = result.bandwidth_share, result.peak_bytes
+        ratios = (ratio(result, first, name) for name in ("first_token_seconds", "decode_rate"))
+        more.add_row(
+            result.composition,
+            "–" if peak is None else f"{peak / 1e6:.0f}",
+            "–" if share is None else f"{share:.0%}",
+            *("too noisy" if r is None else _give_or_take(r) for r in ratios if others),
+        )
+    _console.print(times)
+    _console.print(more)
+    read = f"bandwidth: {report.bandwidth_gbs:.1f} GB/s are what {threads} read from memory here"
+    _console.print(f"{read}; weights that fit the processor's cache have no share", highlight=False)
+
+
+def _give_or_take(spread: Spread, scale: float = 1, unit: str = "") -> str:
+    half = (spread.interval[1] - spread.interval[0]) / 2 / spread.median
+    value = scale * spread.median
+    shown = f"{value:,.0f}" if value >= 100 else f"{value:#.3g}".removesuffix(".")
+    return f"{shown}{unit} ±{half:.0%}"

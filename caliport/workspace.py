@@ -54,6 +54,10 @@ class Workspace:
         """An exported artifact."""
         return self.root / "artifacts" / composition / f"{runtime}-{precision}"
 
+    def bundle(self, runtime: str, precision: str) -> Path:
+        """One exported base with all compositions beside it."""
+        return self.root / "bundles" / f"{runtime}-{precision}"
+
     @property
     def reports(self) -> Path:
         """Reports of the run."""

@@ -27,20 +27,28 @@ class Quantization:
         precision: One of ``PRECISIONS``.
         int8_layers: Linear layers that ``int4`` keeps at 8 bits.
         embedding_bits: 4 or 8; None: as many as a tied head has, else 8.
+        cache_bits: 8 for keys and values in int8, None for float32.
     """
 
     precision: str
     int8_layers: tuple[str, ...] = ()
     embedding_bits: int | None = None
+    cache_bits: int | None = None
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
             listed = ", ".join(PRECISIONS)
             raise InputError(f"precision: found {self.precision!r}, expected one of {listed}")
+        if self.cache_bits not in (None, 8):
+            raise InputError(f"cache_bits: found {self.cache_bits}, expected 8 or none")
 
     def choices(self) -> dict[str, Any]:
         """What is chosen beside the precision, for a manifest."""
-        return {"int8_layers": list(self.int8_layers), "embedding_bits": self.embedding_bits}
+        return {
+            "int8_layers": list(self.int8_layers),
+            "embedding_bits": self.embedding_bits,
+            "cache_bits": self.cache_bits,
+        }
 
     @classmethod
     def of(cls, manifest: Mapping[str, Any]) -> Quantization:
@@ -50,6 +58,7 @@ class Quantization:
             manifest["precision"],
             tuple(choices.get("int8_layers", ())),
             choices.get("embedding_bits"),
+            choices.get("cache_bits"),
         )
 
 
@@ -62,25 +71,44 @@ def to_executorch(
     context: int | None = None,
     int8_layers: Sequence[str] = (),
     embedding_bits: int | None = None,
+    cache_bits: int | None = None,
 ) -> Path:
     """Fold an adapter into a base, quantize, and lower to ExecuTorch with XNNPACK.
 
     Args:
         base: A Hugging Face directory (or hub name) of a decoder.
-        out: The artifact directory to appear: ``model.pte``, tokenizer files, ``manifest.json``.
+        out: The artifact directory to appear: ``model.pte``, tokenizer files, generation settings,
+            a model card and ``manifest.json``. One that is there already is replaced.
         adapter: A PEFT LoRA directory; None exports the base alone.
         precision: ``fp32``, ``int8`` or ``int4``; the manifest says the exact scheme.
         context: Tokens of the key-value cache; default the base's own maximum.
         int8_layers: Linear layers that ``int4`` keeps at 8 bits, by name (``export.sensitivity``).
         embedding_bits: 4 or 8; default as many as a tied head has, then stored once, else 8.
+        cache_bits: 8: keys and values are int8 in the cache, by token and head; default float32.
 
     Returns:
         ``out``.
 
     Raises:
         InputError: Something given is wrong or cannot be exported; nothing is left behind.
+
+    Example:
+        ::
+
+            from pathlib import Path
+            from export import to_executorch
+            from validation.executorch_runner import ExecuTorchRunner
+
+            out = to_executorch(
+                "models/my-base",
+                Path("artifacts/summarize"),
+                adapter=Path("adapters/summarize"),
+                precision="int4",
+                context=2048,
+            )
+            logits = ExecuTorchRunner(out).prefill([1, 42, 17])  # float32 [vocab]
     """
-    how = Quantization(precision, tuple(int8_layers), embedding_bits)
+    how = Quantization(precision, tuple(int8_layers), embedding_bits, cache_bits)
     return _export(base, out, "executorch", adapter, how, context)
 
 
@@ -96,8 +124,38 @@ def to_onnx(
 ) -> Path:
     """Fold an adapter into a base, quantize, and lower to ONNX for ONNX Runtime.
 
-    The directory also holds ``genai_config.json``, so ``onnxruntime_genai`` runs it. Arguments,
-    result and errors are those of ``to_executorch``.
+    Args:
+        base: A Hugging Face directory (or hub name) of a decoder.
+        out: The artifact directory to appear: ``model.onnx``, ``model.onnx.data``,
+            ``genai_config.json``, tokenizer files, generation settings, a model card and
+            ``manifest.json``. One that is there already is replaced.
+        adapter: A PEFT LoRA directory; None exports the base alone.
+        precision: ``fp32``, ``int8`` or ``int4``; the manifest says the exact scheme.
+        context: Most tokens, prompt and answer together; default the base's own maximum.
+        int8_layers: Linear layers that ``int4`` keeps at 8 bits, by name (``export.sensitivity``).
+        embedding_bits: 4 or 8; default as many as a tied head has, then stored once, else 8.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        InputError: Something given is wrong or cannot be exported; nothing is left behind.
+
+    Example:
+        ::
+
+            from pathlib import Path
+            import onnxruntime_genai as genai
+            from export import to_onnx
+
+            out = to_onnx(
+                "models/my-base",
+                Path("artifacts/summarize"),
+                adapter=Path("adapters/summarize"),
+                precision="int4",
+                context=2048,
+            )
+            model = genai.Model(str(out))
     """
     how = Quantization(precision, tuple(int8_layers), embedding_bits)
     return _export(base, out, "onnx", adapter, how, context)
@@ -169,6 +227,7 @@ def fill_with(
         context: Tokens of the cache; None for the base's own maximum.
     """
     from caliport_core.checkpoints import eos_ids, load_tokenizer
+    from export.cache import SCHEME, check_cache_bits
     from export.card import describe, write_card
     from export.generation import save_generation_config
     from export.lean import lean
@@ -181,6 +240,7 @@ def fill_with(
 
     def check(model: PreTrainedModel) -> None:
         check_exportable(model, length(model))
+        check_cache_bits(how, runtime, model.config)
 
     with lean(base, adapter, how, directory, check=check) as decoder:
         model = decoder.whole
@@ -193,7 +253,7 @@ def fill_with(
         "runtime": runtime,
         "precision": how.precision,
         "context": length(model),
-        "scheme": scheme(how.precision),
+        "scheme": scheme(how.precision) | ({"cache": SCHEME} if how.cache_bits else {}),
         "quantization": how.choices(),
         "sizes": sizes,
         "lowering": lowered,
@@ -231,13 +291,17 @@ def eager(base: str | Path, adapter: Path | None, how: Quantization | str) -> Pr
 def reference(
     base: str | Path, adapter: Path | None, how: Quantization | str, runtime: str
 ) -> PreTrainedModel:
-    """The eager model whose logits an artifact should give, rounding of activations included.
+    """The eager model whose logits an artifact should give, rounding while it runs included.
 
     The two runtimes hold the same integers but quantize activations differently: XNNPACK by
-    token, as torchao does; ONNX Runtime by block.
+    token, as torchao does; ONNX Runtime by block. An int8 cache rounds keys, values and queries.
     """
     how = Quantization(how) if isinstance(how, str) else how
     model = eager(base, adapter, how)
+    if how.cache_bits is not None:
+        from export.cache import round_cache
+
+        round_cache(model)
     if runtime == "executorch" or how.precision == "fp32":
         return model
     from export import activations

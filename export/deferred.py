@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -22,14 +23,20 @@ if TYPE_CHECKING:
     from export.weights import Stored
 
 _SCALE = "scale_"
-# Of the parts of a torchao tensor, and of an embedding's (``export.skeleton.furnish``).
+_HALF = ".weight.half"
+# Of the parts of a torchao tensor, of an embedding's (``export.skeleton.furnish``), and of a matrix
+# that ships in float16.
 _ENDINGS = {
     ".weight.original0": ".weight.data",
     ".weight.original1": ".weight.scale",
     ".weight_data": ".weight.data",
     ".weight_scale": ".weight.scale",
+    ".weight_half": _HALF,
 }
 _ALIGNMENT = 16
+# Of a key: as long as it takes to tell contents apart, since a method names each that it uses.
+_DIGITS = 16
+KEY = re.compile(rb"(?:scale_)?[0-9a-f]{%d}" % _DIGITS)
 
 
 def stored_name(target: str) -> str:
@@ -43,13 +50,16 @@ def stored_name(target: str) -> str:
 
 def _key_of(name: str) -> str:
     """What a weight is called while lowering; as long as the key that it gets."""
-    digest = hashlib.sha256(f"deferred {name}".encode()).hexdigest()
+    digest = hashlib.sha256(f"deferred {name}".encode()).hexdigest()[:_DIGITS]
     return _SCALE + digest if name.endswith(".scale") else digest
 
 
 def final_key(name: str, stored: Stored) -> str:
-    """The key that XNNPACK's lowering gives to this content."""
-    digest = stored.sha256.hex()
+    """The key of this content: the first digits of its hash.
+
+    XNNPACK's own lowering takes the whole hash. The runtime packs equal keys once.
+    """
+    digest = stored.sha256.hex()[:_DIGITS]
     return _SCALE + digest if name.endswith(".scale") else digest
 
 
@@ -65,6 +75,8 @@ def add(store: NamedDataStore, name: str, stored: Stored) -> None:
 def deferred_weights(is_deferred: Callable[[str], bool], names: dict[str, str]) -> Iterator[None]:
     """While the body runs, XNNPACK's lowering keys the weights that ``is_deferred`` by name.
 
+    Those that ``stored_name`` gives ``.weight.half`` are float16 to XNNPACK, float32 in the graph.
+
     Args:
         is_deferred: Asked with a weight's name.
         names: Takes the name of every key that was given.
@@ -74,6 +86,7 @@ def deferred_weights(is_deferred: Callable[[str], bool], names: dict[str, str]) 
 
     visitor = module.NodeVisitor
     index_of, params_of = visitor.get_serialized_buffer_index, visitor.get_quant_params
+    dtype_of = visitor.get_serialized_dtype
 
     def name_of(self: Any, node: torch.fx.Node) -> str | None:
         signature = self.exported_program.graph_signature
@@ -120,9 +133,16 @@ def deferred_weights(is_deferred: Callable[[str], bool], names: dict[str, str]) 
         assert not swap_in_out_for_weights
         value = node.meta["val"]
         size = value.numel() * value.element_size()
-        if quant_params is not None and quant_params.is_qc4w:
+        if name.endswith(_HALF) or (quant_params is not None and quant_params.is_qc4w):
             size //= 2
         return register(self, xnn_graph, name, size)
+
+    def get_serialized_dtype(
+        self: Any, quant_params: Any, node: torch.fx.Node, *rest: Any, **options: Any
+    ) -> Any:
+        if (name_of(self, node) or "").endswith(_HALF):
+            return schema.XNNDatatype.xnn_datatype_fp16
+        return dtype_of(self, quant_params, node, *rest, **options)
 
     def get_quant_params(self: Any, params: Any, graph: Any, tag: str | None = None) -> Any:
         name = name_of(self, params.q_input) if params.per_channel else None
@@ -146,5 +166,6 @@ def deferred_weights(is_deferred: Callable[[str], bool], names: dict[str, str]) 
     with (
         swapped(visitor, "get_serialized_buffer_index", get_serialized_buffer_index),
         swapped(visitor, "get_quant_params", get_quant_params),
+        swapped(visitor, "get_serialized_dtype", get_serialized_dtype),
     ):
         yield

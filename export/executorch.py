@@ -76,7 +76,11 @@ def whole_program(
     """
     model = furnish(skeleton(decoder.whole.config, layers), layers, decoder.forms)
     lowered = lower_skeleton(
-        model, layers, context, lambda name: layers.whole_name(name) in decoder.weights
+        model,
+        layers,
+        context,
+        lambda name: layers.whole_name(name) in decoder.weights,
+        cache_bits=decoder.cache_bits,
     )
     program, used = repeat(lowered, layers, decoder.weights)
     return with_weights({"forward": program}, constants, decoder.weights, used, lowered.constants)

@@ -15,12 +15,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from export.executorch import PROGRAM, constant_methods
 from export.fast_lowering import fast_lowering
 from export.lean import Lean, every, forms_of
 from export.lowering import count_delegated, finish, lower_skeleton, with_weights
+from export.quantized_once import quantized_once
 from export.quiet import quiet
 from export.repeat import CannotRepeat, repeat
 from export.sharing import shared_tables
@@ -64,7 +66,7 @@ def lower_bundle(
         eos_ids: Token ids that end a generation.
         bos_id: The token id that begins a text, if there is one.
         adapter_form: How the shared adapters ship: ``int8`` or None for float32. A composition's
-            own terms are float32.
+            own terms are float16, or float32 with None.
 
     Returns:
         Manifest entries: methods, constant methods, bytes by part.
@@ -74,7 +76,7 @@ def lower_bundle(
     programs: dict[str, ExportedProgram] = {}
     used: set[str] = set()
     held: dict[str, bytes] = {}
-    with quiet(), fast_lowering():
+    with quiet(), fast_lowering(), quantized_once():
         wanted = {BASE_METHOD: None, **compositions}
         for names in _alike(wanted, adapters):
             terms = _Terms(wanted[names[0]], adapters, adapter_form)
@@ -138,16 +140,38 @@ def _store(
         sizes["adapters"][name] = _put(decoder, f"adapter {name}", update, form)
     for name, composed in compositions.items():
         own = composed.own
-        sizes["compositions"][name] = 0 if own is None else _put(decoder, f"own {name}", own, None)
+        put_own = _put if form is None else _put_halves
+        sizes["compositions"][name] = 0 if own is None else put_own(decoder, f"own {name}", own)
     return sizes
 
 
-def _put(decoder: Lean, owner: str, update: LowRankUpdate, form: Form | None) -> int:
+def _put(decoder: Lean, owner: str, update: LowRankUpdate, form: Form | None = None) -> int:
     return sum(
         put_matrix(decoder.weights, f"{owner} {module} {part}.weight", matrix, form)
         for module in update.modules
         for part, matrix in (("A", update.a[module]), ("B", update.b[module]))
     )
+
+
+def _put_halves(decoder: Lean, owner: str, update: LowRankUpdate) -> int:
+    """Store an update in float16; XNNPACK computes with it in float32."""
+    before = decoder.weights.nbytes
+    for module in update.modules:
+        for part, matrix in zip("AB", halves(update.a[module], update.b[module]), strict=True):
+            decoder.weights.put(f"{owner} {module} {part}.weight.half", [matrix], len(matrix))
+    return decoder.weights.nbytes - before
+
+
+def halves(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """A [R, in] and B [out, R] in float16, their product rounded but within its range.
+
+    A row of A and the column of B that it meets are brought to one size, by a power of two that
+    one is multiplied with and the other divided by.
+    """
+    least = torch.finfo(torch.float32).tiny
+    rows, columns = (m.abs().amax(d).clamp_min(least).log2() for m, d in ((a, 1), (b, 0)))
+    factor = ((columns - rows) / 2).round().exp2()
+    return (a * factor[:, None]).half(), (b / factor).half()
 
 
 def _where(name: str, composed: Composed | None) -> Any:
@@ -219,7 +243,7 @@ class _Terms:
                 for index in range(self.count if shared else 0):
                     terms[f"{_SHARED}{index}"] = _pair(module, shared, self.form)
                 if own:
-                    terms[_OWN] = _pair(module, own, None)
+                    terms[_OWN] = _pair(module, own, None, in_half=self.form is not None)
                 module.low_rank = terms
                 module.register_forward_hook(self._add)
 
@@ -241,10 +265,25 @@ def _sum(values: list[Tensor]) -> Tensor:
     return total
 
 
-def _pair(module: nn.Linear, rank: int, form: Form | None) -> nn.ModuleDict:
+def _pair(module: nn.Linear, rank: int, form: Form | None, in_half: bool = False) -> nn.ModuleDict:
     pair = nn.ModuleDict()
     for name, rows, width in (("A", rank, module.in_features), ("B", module.out_features, rank)):
+        weight = nn.Parameter(matrix_stand_in(rows, width, form), requires_grad=False)
+        if in_half:
+            pair[name] = _InHalf(weight)
+            continue
         linear = nn.Linear(1, 1, bias=False)
-        linear.weight = nn.Parameter(matrix_stand_in(rows, width, form), requires_grad=False)
+        linear.weight = weight
         pair[name] = linear
     return pair
+
+
+class _InHalf(nn.Module):
+    """A linear layer whose weight ships in float16; its name says so (``export.deferred``)."""
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.weight_half = weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight_half)

@@ -1,7 +1,8 @@
 """The decoder as it is traced for ExecuTorch: attention is ``llama.custom_sdpa``.
 
 The modelling code stays Hugging Face's own. Two things are put in its place while it is traced:
-attention, and the cache, which is written by ``llama.update_cache``.
+attention, and the cache, which is written by ``llama.update_cache``. A cache of int8 is read by
+``llama.custom_quantized_sdpa`` (see ``export.cache``).
 
 The kernel masks causally by itself. Layers with a window narrower than the context give it a mask;
 it then reads the whole cache, not only what is filled. It knows no soft-capping: models that cap
@@ -20,6 +21,7 @@ from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
 from caliport_core.errors import InputError
+from export.cache import rounded
 from export.support import (
     attended,
     check_attended,
@@ -32,6 +34,11 @@ from export.support import (
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+# The buffers that are the keys of a layer, or its values, by the bits of the cache.
+_PARTS = {
+    None: {"": torch.float32},
+    8: {"": torch.int8, "_scale": torch.float32, "_zero": torch.int8},
+}
 # What a mask adds to the score of a key that is not seen: finite, so that rows of it give no NaN.
 _UNSEEN = -1e9
 
@@ -41,7 +48,8 @@ class _CacheLayer(CacheLayerMixin):
 
     Args:
         keys: [1, context, heads, dim], or [heads, context, 1, dim] where attention is composed of
-            products by head. ``llama.update_cache`` writes either.
+            products by head. ``llama.update_cache`` writes either. Behind int8 ones their scales
+            and zero points, [1, context, heads, 1].
         values: The same.
         start: Where the new ones begin.
         index: Of the layer.
@@ -50,9 +58,12 @@ class _CacheLayer(CacheLayerMixin):
     keys: Tensor
     values: Tensor
 
-    def __init__(self, keys: Tensor, values: Tensor, start: Any, index: int) -> None:
+    def __init__(
+        self, keys: tuple[Tensor, ...], values: tuple[Tensor, ...], start: Any, index: int
+    ) -> None:
         super().__init__()
-        self.keys, self.values = keys, values
+        self.keys, self.values = keys[0], values[0]
+        self.cached = keys, values
         self.is_initialized = True
         self.start, self.index = start, index
         self.given: tuple[Tensor, Tensor] | None = None
@@ -67,9 +78,10 @@ class _CacheLayer(CacheLayerMixin):
         """Take [1, heads, n, dim] each; return the whole cache."""
         first, _, heads, dim = self.keys.shape
         check_cache(self.index, (key_states, value_states), first * heads, dim)
-        for new, cache in ((key_states, self.keys), (value_states, self.values)):
+        for new, cache in zip((key_states, value_states), self.cached, strict=True):
             rows = new.transpose(1, 2) if first == 1 else new.squeeze(0).unsqueeze(2)
-            torch.ops.llama.update_cache(rows, cache, self.start)
+            for part, held in zip(rounded(rows) if len(cache) > 1 else [rows], cache, strict=True):
+                torch.ops.llama.update_cache(part, held, self.start)
         self.given = (self.keys, self.values)
         return self.given
 
@@ -89,12 +101,14 @@ class Decoder(nn.Module):
     Args:
         model: A decoder that ``export.support.check_exportable`` passes.
         context: Length of the cache in tokens.
+        cache_bits: 8 for keys and values in int8, None for float32.
     """
 
-    def __init__(self, model: PreTrainedModel, context: int) -> None:
+    def __init__(self, model: PreTrainedModel, context: int, cache_bits: int | None = None) -> None:
         super().__init__()
         self.model = model
         self.context = context
+        self.parts = _PARTS[cache_bits]
         config = model.config.get_text_config()
         dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -104,7 +118,12 @@ class Decoder(nn.Module):
         shape = (heads, context, 1, dim) if capped else (1, context, heads, dim)
         for index in range(self.layers):
             for name in ("keys", "values"):
-                self.register_buffer(f"{name}_{index}", torch.zeros(shape))
+                for part, dtype in self.parts.items():
+                    held = torch.zeros((*shape[:3], 1) if part else shape, dtype=dtype)
+                    self.register_buffer(f"{name}{part}_{index}", held)
+
+    def _held(self, name: str, index: int) -> tuple[Tensor, ...]:
+        return tuple(self.get_buffer(f"{name}{part}_{index}") for part in self.parts)
 
     def forward(self, tokens: Tensor, input_pos: Tensor) -> Tensor:
         """Logits float32 [1, 1, vocab] of the last of ``tokens`` [1, n], which begin at a position.
@@ -120,7 +139,7 @@ class Decoder(nn.Module):
         torch._check(start >= 0)
         torch._check(start + tokens.shape[1] <= self.context)
         layers = [
-            _CacheLayer(getattr(self, f"keys_{i}"), getattr(self, f"values_{i}"), start, i)
+            _CacheLayer(self._held("keys", i), self._held("values", i), start, i)
             for i in range(self.layers)
         ]
         positions = torch.arange(tokens.shape[1]).unsqueeze(0) + start
@@ -193,7 +212,7 @@ class _Attention:
         if attention_mask is not None and all(attention_mask is not made for made in self.masks):
             kwargs["attention_mask"] = attention_mask
         check_attention(kwargs, "executorch")
-        attended(self.layers, key, value)
+        _, layer = attended(self.layers, key, value)
         if self.groups is not None:
             assert attention_mask is not None
             return _composed(query, key, value, attention_mask, scaling, softcap), None
@@ -202,17 +221,13 @@ class _Attention:
                 f"config.json: attention is soft-capped at {softcap}, expected that number as "
                 "attn_logit_softcapping"
             )
-        out = torch.ops.llama.custom_sdpa(
-            query.transpose(1, 2),
-            key,
-            value,
-            self.start,
-            attention_mask,
-            0.0,
-            attention_mask is None,
-            scaling,
-        )
-        return out, None
+        rest: tuple[Any, ...] = (self.start, attention_mask, 0.0, attention_mask is None, scaling)
+        if len(layer.cached[0]) == 1:
+            return torch.ops.llama.custom_sdpa(query.transpose(1, 2), key, value, *rest), None
+        queries = rounded(query.transpose(1, 2))
+        for _, scale, zero in (queries, *layer.cached):
+            rest += (zero, scale)
+        return torch.ops.llama.custom_quantized_sdpa(queries[0], key, value, *rest), None
 
 
 def _composed(

@@ -1,20 +1,23 @@
 """Lower several times faster, to the same bytes: leave out work that cannot change anything.
 
 executorch 1.5.1 ends nearly every pass by interpreting the whole graph under fake tensors to renew
-its metadata, also when the pass has changed nothing: sixteen times over for every delegate. It
-traces reference graphs of attention and image scaling to look for them. And torchao 0.18 computes
-the shape that a quantization has by running all its arithmetic on fake tensors, every time.
+its metadata, also when the pass has changed nothing: sixteen times over for every delegate. Where
+it comes by a delegate it builds the graph that the delegate was made from and runs that, in every
+layer of every method. It traces reference graphs of attention and image scaling to look for them.
+And torchao 0.18 computes the shape that a quantization has by running all its arithmetic on fake
+tensors, every time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._pytree import tree_map_only
 
 _TRACED = "caliport_traced"
 _COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
@@ -26,6 +29,7 @@ def fast_lowering() -> Iterator[None]:
 
     - A pass over a graph that is as it was after the last trace returns it. A pass that overrides
       how nodes are interpreted always runs.
+    - A delegate's fake results are computed once for inputs of the same shapes.
     - Plain attention and image scaling are not searched for: attention is one custom operator.
     - torchao's three affine operators give fake results by shape alone.
 
@@ -41,6 +45,7 @@ def fast_lowering() -> Iterator[None]:
         stack.enter_context(swapped(bilinear_2d, "get_graphs_dict", dict))
         for name, fake in _FAKES.items():
             stack.enter_context(_fake(name, fake))
+        stack.enter_context(_delegates_once())
         yield
 
 
@@ -53,6 +58,41 @@ def swapped(owner: Any, name: str, value: Any) -> Iterator[None]:
         yield
     finally:
         setattr(owner, name, before)
+
+
+@contextmanager
+def _delegates_once() -> Iterator[None]:
+    """While the body runs, a delegate is not run again on fake inputs that look the same."""
+    from torch._higher_order_ops.executorch_call_delegate import executorch_call_delegate
+    from torch._higher_order_ops.utils import registered_hop_fake_fns
+
+    functions = cast("dict[Any, Callable[..., Any]]", registered_hop_fake_fns)
+    plain = functions[executorch_call_delegate]
+    found: dict[Hashable, Any] = {}
+    held: dict[int, Any] = {}  # what the keys have the id of
+
+    def look(value: Any) -> Hashable:
+        if not isinstance(value, FakeTensor):
+            return type(value), str(value)
+        held[id(value.fake_mode)] = value.fake_mode
+        return id(value.fake_mode), value.dtype, str(value.shape), str(value.stride())
+
+    def call(lowered: Any, *args: Any) -> Any:
+        key = (id(lowered.original_module), *map(look, args))
+        if key not in found:
+            held[id(lowered.original_module)] = lowered.original_module
+            found[key] = plain(lowered, *args)
+        return tree_map_only(
+            Tensor,
+            lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device),
+            found[key],
+        )
+
+    functions[executorch_call_delegate] = call
+    try:
+        yield
+    finally:
+        functions[executorch_call_delegate] = plain
 
 
 def _lazy(trace: Callable[..., Any], base: type) -> Callable[..., Any]:

@@ -28,11 +28,13 @@ class Lean:
         whole: All its modules, parameters on the ``meta`` device.
         forms: How each linear layer and embedding ships.
         weights: The parameters, folded and quantized.
+        cache_bits: 8 for keys and values in int8, None for float32.
     """
 
     whole: PreTrainedModel
     forms: dict[str, Form]
     weights: Weights
+    cache_bits: int | None = None
 
     def sizes(self) -> dict[str, Any]:
         """Bytes by part, what is stored once counted once, and bits for each weight.
@@ -114,4 +116,4 @@ def lean(
         update.check_fits(whole, adapter)
     with TemporaryDirectory(dir=scratch, prefix="weights-") as directory:
         weights = store(base, whole, forms, update, Path(directory))
-        yield Lean(whole, forms, weights)
+        yield Lean(whole, forms, weights, how.cache_bits)

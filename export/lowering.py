@@ -47,6 +47,7 @@ def lower_skeleton(
     context: int,
     is_weight: Callable[[str], bool],
     while_tracing: AbstractContextManager[None] | None = None,
+    cache_bits: int | None = None,
 ) -> Lowered:
     """Trace a furnished skeleton and lower it to XNNPACK.
 
@@ -56,11 +57,12 @@ def lower_skeleton(
         context: Cache length in tokens.
         is_weight: Whether a parameter of the skeleton gets its content after lowering.
         while_tracing: Active around the trace.
+        cache_bits: 8 for keys and values in int8, None for float32.
     """
     names: dict[str, str] = {}
     at("tracing")
     with while_tracing or nullcontext():
-        traced = _trace(model, layers, context)
+        traced = _trace(model, layers, context, cache_bits)
     at(f"lowering {len(layers.kept)} of {len(layers.stands_for)} layers")
     with deferred_weights(is_weight, names):
         edge = _delegate(traced)
@@ -102,12 +104,17 @@ def with_weights(
     return edge
 
 
-def _trace(model: PreTrainedModel, layers: Layers, context: int) -> ExportedProgram:
-    import executorch.extension.llm.custom_ops.custom_ops  # noqa: F401  registers torch.ops.llama
+def _trace(
+    model: PreTrainedModel, layers: Layers, context: int, cache_bits: int | None
+) -> ExportedProgram:
+    import executorch.extension.llm.custom_ops.custom_ops  # registers torch.ops.llama
+
+    if cache_bits is not None:
+        import executorch.kernels.quantized  # noqa: F401  registers what rounds
 
     tokens = torch.zeros(1, min(4, context), dtype=torch.long)
     sizes = torch.export.Dim("n", min=1, max=context)
-    decoder = Decoder(model, context).eval()
+    decoder = Decoder(model, context, cache_bits).eval()
     with (
         torch.no_grad(),
         marked(model, layers.path, boundary_op()),

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,9 +26,12 @@ from caliport_core.directories import (
     read_manifest,
 )
 from caliport_core.errors import InputError
+from export.artifact import Quantization, fill_with
+from export.bundling import bundle_inputs, bundle_settings, hashed
 
 if TYPE_CHECKING:
     import onnx_ir
+    from transformers import PreTrainedTokenizerBase
 
     from calibrate.low_rank import LowRankUpdate
     from export.lean import Lean
@@ -46,17 +49,23 @@ def to_onnx_bundle(
     *,
     precision: str = "int4",
     context: int | None = None,
+    int8_layers: Sequence[str] = (),
+    embedding_bits: int | None = None,
     modules: Iterable[str] | None = None,
 ) -> Path:
     """Quantize a base as it is and write it once, and a small file for each composition.
 
     Args:
         base: A Hugging Face directory (or hub name) of a decoder.
-        compositions: PEFT LoRA directories by the names that the compositions get.
+        compositions: PEFT LoRA directories by the names that the compositions get: letters,
+            digits, ``.``, ``_`` and ``-``. None at all is fine; they can be added later.
         out: The directory to appear: ``model.onnx``, ``model.onnx.data``, ``genai_config.json``,
-            tokenizer files, ``NAME.onnx_adapter`` for each composition, ``manifest.json``.
+            tokenizer files, generation settings, a model card, ``NAME.onnx_adapter`` for each
+            composition, ``manifest.json``. One that is there already is replaced.
         precision: Of the base: ``fp32``, ``int8`` or ``int4``. Compositions are float32.
-        context: Most tokens; default the base's own maximum.
+        context: Most tokens, prompt and answer together; default the base's own maximum.
+        int8_layers: Linear layers that ``int4`` keeps at 8 bits, by name (``export.sensitivity``).
+        embedding_bits: 4 or 8; default as many as a tied head has, then stored once, else 8.
         modules: Ends of the names of the linear layers that can be updated, such as ``q_proj``.
             None: all in the decoder's layers, so that any composition can be added later. Those
             that ``compositions`` update always can.
@@ -66,15 +75,34 @@ def to_onnx_bundle(
 
     Raises:
         InputError: Something given is wrong or cannot be exported; nothing is left behind.
+
+    Example:
+        ::
+
+            from pathlib import Path
+            import onnxruntime_genai as genai
+            from export import to_onnx_bundle
+
+            out = to_onnx_bundle(
+                "models/my-base",
+                {"summarize_es": Path("composed/summarize_es")},
+                Path("artifacts/bundle"),
+                context=2048,
+            )
+            model = genai.Model(str(out))
+            adapters = genai.Adapters(model)
+            adapters.load(str(out / "summarize_es.onnx_adapter"), "summarize_es")
+            # then, of a genai.Generator: generator.set_active_adapter(adapters, "summarize_es")
     """
-    inputs = {"base": content_hash(Path(base)) if Path(base).exists() else f"name:{base}"}
-    for name, adapter in compositions.items():
-        _check_name(name)
-        inputs[f"composition {name}"] = content_hash(adapter)
+    how = Quantization(precision, tuple(int8_layers), embedding_bits)
+    for name in compositions:
+        check_name(name)
+    inputs = hashed(bundle_inputs(base, compositions, {}))
     ends = None if modules is None else sorted(modules)
-    settings = {"runtime": "onnx", "precision": precision, "context": context, "modules": ends}
-    with new_directory(out, "bundle", inputs, settings) as (partial, extra):
-        fill_bundle(partial, extra, base, compositions, precision, context, ends)
+    settings = bundle_settings("onnx", how, context)
+    settings |= {} if ends is None else {"modules": ends}
+    with new_directory(out, "export", inputs, settings) as (partial, extra):
+        fill_bundle(partial, extra, base, compositions, how, context, ends)
     return out
 
 
@@ -90,13 +118,18 @@ def add_to_onnx_bundle(bundle: Path, name: str, adapter: Path) -> Path:
         The file, ``bundle/NAME.onnx_adapter``.
 
     Raises:
-        InputError: No bundle, a name that is no file name, or an adapter that cannot be read or
-            updates a layer that the bundle has not, or not in that shape. Nothing is changed then.
+        InputError: No bundle or one for ExecuTorch, a name that is no file name, or an adapter that
+            cannot be read or updates a layer that the bundle has not, or not in that shape. Nothing
+            is changed then.
     """
     from calibrate.low_rank import LowRankUpdate
 
-    _check_name(name)
+    check_name(name)
     manifest = read_manifest(bundle)
+    if manifest.get("runtime") == "executorch":
+        raise InputError(
+            f"{bundle}: a .pte cannot be added to; export the bundle again with all compositions"
+        )
     if "bundle" not in manifest:
         raise InputError(f"{bundle}: {MANIFEST} has no `bundle`; expected one for onnx")
     update = LowRankUpdate.from_peft(adapter)
@@ -109,7 +142,7 @@ def add_to_onnx_bundle(bundle: Path, name: str, adapter: Path) -> Path:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
-    manifest["bundle"]["compositions"][name] = _facts(update, path, content_hash(adapter))
+    manifest["bundle"]["compositions"][name] = _facts(update, path, adapter)
     manifest["files"][path.name] = {"bytes": path.stat().st_size, "sha256": file_hash(path)}
     text = json.dumps(manifest, indent=2) + "\n"
     partial = bundle / f".{MANIFEST}.partial-{os.getpid()}"
@@ -123,49 +156,27 @@ def fill_bundle(
     extra: dict[str, Any],
     base: str | Path,
     compositions: Mapping[str, Path],
-    precision: str,
+    how: Quantization,
     context: int | None,
-    modules: list[str] | None,
+    modules: list[str] | None = None,
 ) -> None:
-    """Write a bundle's files into a directory and its facts into ``extra``."""
-    from calibrate.low_rank import LowRankUpdate
-    from caliport_core.checkpoints import eos_ids, load_tokenizer
-    from export.generation import save_generation_config
-    from export.lean import lean
-    from export.quantize import scheme
-    from export.support import check_exportable
-    from export.tokenizer import save_tokenizer
+    """Write a bundle for ONNX into a directory and its facts into ``extra``."""
+    from export.bundle import read_updates
 
-    updates = {name: LowRankUpdate.from_peft(path) for name, path in compositions.items()}
+    updates = read_updates(base, compositions)
 
-    def length(model: Any) -> int:
-        return int(model.config.max_position_embeddings) if context is None else context
-
-    def check(model: Any) -> None:
-        check_exportable(model, length(model))
-        for name, update in updates.items():
-            update.check_fits(model, compositions[name])
-
-    with lean(base, None, precision, directory, check=check) as decoder:
-        model = decoder.whole
-        tokenizer = load_tokenizer(base, model)
+    def lower(decoder: Lean, length: int, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         shapes = _updatable(decoder, modules, updates.values())
-        lowered = lower_bundle(decoder, directory, length(model), tokenizer, shapes)
-    save_tokenizer(tokenizer, directory)
-    save_generation_config(base, model.config, directory, eos_ids(model), tokenizer.bos_token_id)
-    facts = {}
-    for name, update in updates.items():
-        path = directory / f"{name}{ENDING}"
-        write_adapter(update, path)
-        facts[name] = _facts(update, path, content_hash(compositions[name]))
-    extra |= {
-        "runtime": "onnx",
-        "precision": precision,
-        "context": length(model),
-        "scheme": scheme(precision),
-        "lowering": lowered,
-        "bundle": {"modules": shapes, "compositions": facts},
-    }
+        lowered = lower_bundle(decoder, directory, length, tokenizer, shapes)
+        facts = {}
+        for name, update in updates.items():
+            path = directory / f"{name}{ENDING}"
+            write_adapter(update, path)
+            facts[name] = _facts(update, path, compositions[name])
+        extra["bundle"] = {"modules": shapes, "compositions": facts}
+        return lowered
+
+    fill_with(lower, directory, extra, base, "onnx", None, how, context)
 
 
 def lower_bundle(
@@ -191,7 +202,7 @@ def lower_bundle(
 
     program = onnx.graph_of(decoder, context, lambda graph: add_terms(graph, modules))
     onnx.save(program, decoder, directory)
-    config = onnx.genai_config(decoder.whole, context, tokenizer, None)
+    config = onnx.genai_config(decoder.whole, context, tokenizer)
     # ONNX Runtime 1.31 warns of every input with a default while it loads.
     config["model"]["decoder"]["session_options"]["log_severity_level"] = _ERRORS_ONLY
     (directory / onnx.GENAI_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
@@ -271,7 +282,12 @@ def write_adapter(update: LowRankUpdate, path: Path) -> None:
     made.export_adapter(str(path))
 
 
-def _check_name(name: str) -> None:
+def check_name(name: str) -> None:
+    """Check that a composition's name can be that of a file.
+
+    Raises:
+        InputError: It cannot.
+    """
     if not _NAME.fullmatch(name):
         raise InputError(
             f"composition {name!r}: expected a name of letters, digits, `.`, `_` and `-`"
@@ -320,11 +336,14 @@ def _updatable(
     }
 
 
-def _facts(update: LowRankUpdate, path: Path, source: str) -> dict[str, Any]:
+def _facts(update: LowRankUpdate, path: Path, adapter: Path) -> dict[str, Any]:
+    from export.card import describe_adapter
+
     return {
         "file": path.name,
         "bytes": path.stat().st_size,
         "modules": len(update.modules),
         "parameters": update.parameter_count,
-        "adapter": source,
+        "adapter": content_hash(adapter),
+        "lora": describe_adapter(adapter),
     }

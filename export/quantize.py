@@ -165,7 +165,7 @@ def quantize(
         for name, form in forms.items():
             module = model.get_submodule(name)
             assert isinstance(module.weight, Tensor)
-            _replace(module, _quantized(module.weight.detach(), form))
+            _replace(module, quantized(module.weight.detach(), form))
             if isinstance(module, nn.Embedding):
                 module.padding_idx = None  # only gradients know of it
     return model
@@ -225,7 +225,7 @@ def rounded(weight: Tensor, precision: str) -> Tensor:
     if precision == "fp32":
         return weight
     form: Form = "int4" if precision == "int4" and not weight.shape[1] % GROUP_SIZE else "int8"
-    return _values(*_parts(_quantized(weight, form)))
+    return _values(*_parts(quantized(weight, form)))
 
 
 def as_shipped(model: PreTrainedModel, precision: str, keep: Iterable[str] = ()) -> PreTrainedModel:
@@ -273,8 +273,8 @@ def _replace(module: nn.Module, weight: Tensor) -> None:
     module.weight = nn.Parameter(weight, requires_grad=False)
 
 
-def _quantized(weight: Tensor, form: Form) -> Tensor:
-    """A torchao tensor with the integers and scales of ``integers``."""
+def quantized(weight: Tensor, form: Form) -> Tensor:
+    """A float weight [out, in] as the torchao tensor of the integers and scales of ``integers``."""
     rows, width = weight.shape
     parts = list(integers(lambda start, stop: weight[start:stop], rows, width, form))
     data = torch.cat([unpacked(data) if form.endswith("int4") else data for data, _ in parts])

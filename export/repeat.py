@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 from torch.export.graph_signature import ExportGraphSignature, InputKind, OutputKind, OutputSpec
 
-from export.deferred import final_key, stored_name
+from export.deferred import KEY, final_key, stored_name
 
 if TYPE_CHECKING:
     from executorch.exir.lowered_backend_module import LoweredBackendModule
@@ -27,8 +27,7 @@ if TYPE_CHECKING:
     from export.skeleton import Layers
     from export.weights import Weights
 
-_CACHE = re.compile(r"^(keys|values)_(\d+)$")
-_KEY = re.compile(rb"(?:scale_)?[0-9a-f]{64}")
+_CACHE = re.compile(r"^((?:keys|values)(?:_scale|_zero)?)_(\d+)$")
 
 
 class CannotRepeat(Exception):
@@ -198,7 +197,7 @@ class _Repeater:
         new = LoweredBackendModule(
             old.original_module,
             old.backend_id,
-            _KEY.sub(real, bytes(old.processed_bytes)),
+            KEY.sub(real, bytes(old.processed_bytes)),
             old.compile_specs,
             old.named_data_store_output,
         )
@@ -253,7 +252,7 @@ class _Repeater:
             range_constraints=copy.copy(old.range_constraints),
             module_call_graph=copy.deepcopy(old.module_call_graph),
             example_inputs=old.example_inputs,
-            constants=old.constants,
+            constants=dict(old.constants),  # passes take what they fold out of it
             verifiers=[old.verifier],
         )
 

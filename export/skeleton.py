@@ -56,8 +56,12 @@ class Layers:
         return int(name.removeprefix(f"{self.path}.").split(".")[0])
 
 
-def empty(config: PretrainedConfig) -> PreTrainedModel:
-    """The decoder of a config with its parameters on the ``meta`` device and its buffers real.
+def empty(config: PretrainedConfig, buffers: bool = True) -> PreTrainedModel:
+    """The decoder of a config with its parameters on the ``meta`` device.
+
+    Args:
+        config: Of the decoder.
+        buffers: Make its buffers real; else they are on ``meta`` too, and no memory is asked for.
 
     Raises:
         InputError: transformers cannot build it.
@@ -65,7 +69,7 @@ def empty(config: PretrainedConfig) -> PreTrainedModel:
     from accelerate import init_empty_weights
 
     try:
-        with init_empty_weights(include_buffers=False):
+        with init_empty_weights(include_buffers=not buffers):
             model = AutoModelForCausalLM.from_config(
                 config, dtype=torch.float32, trust_remote_code=False
             )

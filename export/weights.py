@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from caliport_core.errors import InputError
 from caliport_core.progress import at
-from export.quantize import Form, integers
+from export.quantize import GROUP_SIZE, Form, integers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -68,12 +68,16 @@ class Weights:
 
     Keys are parameter names; a quantized one has ``name.data`` and ``name.scale`` instead. Equal
     contents lie in one file.
+
+    Attributes:
+        nbytes: Of all files.
     """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._stored: dict[str, Stored] = {}
         self._files: dict[bytes, Path] = {}
+        self.nbytes = 0
         directory.mkdir(parents=True, exist_ok=True)
 
     def __getitem__(self, name: str) -> Stored:
@@ -85,11 +89,6 @@ class Weights:
     def items(self) -> list[tuple[str, Stored]]:
         """Names with what is stored under them."""
         return list(self._stored.items())
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all files."""
-        return sum(path.stat().st_size for path in self._files.values())
 
     def put(self, name: str, parts: Iterator[Tensor] | list[Tensor], rows: int) -> None:
         """Store a tensor that comes in slices along its first dimension, ``rows`` in all."""
@@ -112,6 +111,8 @@ class Weights:
         first = self._files.setdefault(digest, path)
         if first != path:
             path.unlink()
+        else:
+            self.nbytes += path.stat().st_size
         self._stored[name] = Stored(first, shape, dtype, digest)
 
 
@@ -188,15 +189,21 @@ def _store_one(
         slices = (rows(i, i + step) for i in range(0, count, step))
         weights.put(name, slices if value.dim() else [rows(0, 1)], count)
         return
-    scales: list[Tensor] = []
+    # In one piece: small ones that stay would keep what the threads free from being used again.
+    groups = value.shape[1] // GROUP_SIZE if form.endswith("int4") else 1
+    scales = torch.empty(
+        count, groups, dtype=torch.bfloat16 if form.endswith("int4") else torch.float32
+    )
 
     def data() -> Iterator[Tensor]:
+        done = 0
         for part, scale in integers(rows, count, value.shape[1], form):
-            scales.append(scale)
+            scales[done : done + len(scale)] = scale
+            done += len(scale)
             yield part
 
     weights.put(f"{name}.data", data(), count)
-    weights.put(f"{name}.scale", scales, count)
+    weights.put(f"{name}.scale", [scales], count)
 
 
 @contextmanager

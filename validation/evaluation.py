@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -9,9 +11,10 @@ import numpy as np
 
 from caliport_core.checkpoints import encode_prompt, eos_ids, render_prompt
 from caliport_core.errors import InputError
-from validation import quality
+from validation import gates, probes, quality
 from validation.parity import trace
-from validation.prompts import TEXTS, builtin_prompts
+from validation.prompts import SEED, TEXTS, builtin_prompts
+from validation.results import Asked
 from validation.runner import EagerRunner, Runner, greedy
 
 if TYPE_CHECKING:
@@ -112,6 +115,20 @@ def make_evaluation(
         frozenset(ends),
         max_new_tokens,
     )
+
+
+def asked_of(evaluation: Evaluation) -> Asked:
+    """What an evaluation asks, as it is recorded."""
+    return Asked(
+        prompts=_hash(evaluation.prompts),
+        targets=_hash(evaluation.targets),
+        max_new_tokens=evaluation.max_new_tokens,
+        seeds={"built-in prompts": SEED, "probes": probes.SEED, "bootstrap": gates.SEED},
+    )
+
+
+def _hash(tokens: list[list[int]]) -> str:
+    return hashlib.sha256(json.dumps(tokens).encode()).hexdigest()
 
 
 def eager_answers(

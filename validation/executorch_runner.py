@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 PROGRAM = "model.pte"
 TOKENIZER = "tokenizer.json"
+BASE_METHOD = "forward"
 
 _loaded: weakref.WeakSet[ExecuTorchRunner] = weakref.WeakSet()
 
@@ -39,12 +40,14 @@ class ExecuTorchRunner:
     """
 
     def __init__(
-        self, directory: Path, threads: int | None = None, method: str = "forward"
+        self, directory: Path, threads: int | None = None, method: str = BASE_METHOD
     ) -> None:
-        """Load ``directory/model.pte``.
+        """Load the one ``.pte`` of a directory.
 
         Args:
-            directory: An artifact directory.
+            directory: An artifact directory, or one with a program of another tool:
+                ``forward(tokens [1, n], position)``, where the position is that of the first token
+                or [n], of each, gives logits of the last token or of all.
             threads: Threads to run with; default ExecuTorch's own choice. The pool belongs to the
                 process: while a runner lives, others must ask for the same number.
             method: Which of the program's methods to run; a bundle has one for each composition.
@@ -56,17 +59,20 @@ class ExecuTorchRunner:
         check_recorded(directory)
         self.name = "ExecuTorch"
         self._directory = directory
-        self._module = _load(directory / PROGRAM, threads)
+        self._program = program_in(directory)
+        self._module = _load(self._program, threads)
         if method not in (methods := self._module.method_names()):
             listed = ", ".join(sorted(n for n in methods if not n.startswith(("get_", "use_"))))
             raise InputError(f"{directory}: has no method {method!r}, expected one of {listed}")
         self._method = method
-        self.context = self._constant("get_max_context_len")
-        self._vocabulary = self._constant("get_vocab_size")
-        with _native(directory / PROGRAM, "cannot be run"):
-            self._forward([0], 0)  # loads the method, which packs the weights
+        longest = "get_max_context_len"
+        self.context = self._constant(longest if longest in methods else "get_max_seq_len")
+        with _native(self._program, "cannot be run"):
+            positions = self._module.method_meta(method).input_tensor_meta(1).sizes()
+            self._every = tuple(positions) != (1,)
+            self._vocabulary = self._run([0], 0).shape[-1]  # loads it, which packs the weights
         self._position = 0
-        self.threads = int(_runtime()._threadpool_get_thread_count())
+        self.threads = int(binding()._threadpool_get_thread_count())
         _loaded.add(self)
 
     def prefill(self, tokens: list[int]) -> np.ndarray:
@@ -104,7 +110,7 @@ class ExecuTorchRunner:
             raise InputError(
                 f"{self._directory}: token {odd[0]}, expected 0 to {self._vocabulary - 1}"
             )
-        logits = self._forward(tokens, self._position)
+        logits = self._run(tokens, self._position)[-1]
         self._position = end
         return logits
 
@@ -115,15 +121,32 @@ class ExecuTorchRunner:
         """
         self._position = 0
 
-    def _forward(self, tokens: list[int], position: int) -> np.ndarray:
+    def _run(self, tokens: list[int], position: int) -> np.ndarray:
+        """Logits float32 [1 or n, vocab]."""
         import torch
 
-        inputs = [torch.tensor([tokens]), torch.tensor([position])]
-        return np.asarray(self._module.run_method(self._method, inputs)[0].reshape(-1).numpy())
+        end = position + (len(tokens) if self._every else 1)
+        inputs = [torch.tensor([tokens]), torch.arange(position, end)]
+        logits = self._module.run_method(self._method, inputs)[0]
+        return np.asarray(logits.float().flatten(0, -2).numpy())
 
     def _constant(self, method: str) -> int:
-        with _native(self._directory / PROGRAM, f"has no {method}; expected one made by caliport"):
+        with _native(self._program, f"has no {method}; expected a decoder with a cache"):
             return int(self._module.run_method(method, [])[0])
+
+
+def program_in(directory: Path) -> Path:
+    """The program of a directory: ``model.pte``, or the only ``.pte`` there is.
+
+    Raises:
+        InputError: None, or several of which none is ``model.pte``.
+    """
+    if (directory / PROGRAM).is_file():
+        return directory / PROGRAM
+    found = sorted(directory.glob("*.pte"))
+    if len(found) != 1:
+        raise InputError(f"{directory}: {len(found)} .pte files, expected {PROGRAM} or exactly one")
+    return found[0]
 
 
 def generate(directory: Path, prompt_text: str, max_new_tokens: int) -> str:
@@ -150,7 +173,8 @@ def generate(directory: Path, prompt_text: str, max_new_tokens: int) -> str:
         InputError: A file is missing or cannot be loaded, or the prompt does not fit the context.
     """
     check_recorded(directory)
-    _load(directory / PROGRAM, None)
+    program = program_in(directory)
+    _load(program, None)
     if not (directory / TOKENIZER).is_file():
         raise InputError(f"{directory}: no {TOKENIZER}; expected an artifact with its tokenizer")
     with _redirected():
@@ -164,8 +188,8 @@ def generate(directory: Path, prompt_text: str, max_new_tokens: int) -> str:
         num_eos=0,
     )
     pieces: list[str] = []
-    with _native(directory / PROGRAM, "cannot be run by TextLLMRunner"):
-        runner = TextLLMRunner(str(directory / PROGRAM), str(directory / TOKENIZER))
+    with _native(program, "cannot be run by TextLLMRunner"):
+        runner = TextLLMRunner(str(program), str(directory / TOKENIZER))
         runner.generate(prompt_text, config, pieces.append)
     return "".join(pieces)
 
@@ -180,7 +204,7 @@ def _has_chat_template(directory: Path) -> bool:
 def _load(path: Path, threads: int | None) -> Any:
     if not path.is_file():
         raise InputError(f"{path}: no such file; expected an ExecuTorch program")
-    runtime = _runtime()
+    runtime = binding()
     _set_threads(runtime, threads)
     with _native(path, "not loadable as an ExecuTorch program"):
         module = runtime._load_for_executorch(str(path))
@@ -188,17 +212,22 @@ def _load(path: Path, threads: int | None) -> Any:
     return module
 
 
-def _runtime() -> ModuleType:
-    """ExecuTorch's Python binding, with the operators that our programs call registered."""
-    from export.quiet import quiet
+def binding() -> ModuleType:
+    """ExecuTorch's Python binding, with the operators that our programs call registered.
 
-    with quiet(), _redirected():
-        import executorch.extension.llm.custom_ops.custom_ops
-        import executorch.kernels.quantized  # noqa: F401
-        from executorch.extension.pybindings import portable_lib
+    Only its libraries are loaded. Their Python modules (``portable_lib``, ``custom_ops``) import
+    ``executorch.exir`` and torch's compiler beside: six times the seconds and 150 MB more.
+    """
+    with _redirected():
+        import executorch.extension.llm.custom_ops as operators
+        import executorch.kernels.quantized  # noqa: F401  loads its library
+        import torch
+        from executorch.extension.pybindings import _C
 
-        portable_lib._threadpool_get_thread_count()  # makes the pool, which logs what it looks for
-    return portable_lib
+        (library,) = Path(operators.__path__[0]).glob("*custom_ops_aot_lib.*")
+        torch.ops.load_library(library)
+        _C._threadpool_get_thread_count()  # makes the pool, which logs what it looks for
+    return _C
 
 
 def _set_threads(runtime: ModuleType, threads: int | None) -> None:

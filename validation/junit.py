@@ -20,7 +20,7 @@ def write_junit(artifacts: list[ArtifactResult], path: Path) -> None:
         suite = ElementTree.SubElement(
             root,
             "testsuite",
-            name=_clean(f"{artifact.composition} {artifact.runtime} {artifact.precision}"),
+            name=_clean(f"{artifact.composition} {artifact.runtime} {artifact.form}"),
             tests=str(len(artifact.gates)),
             failures=str(failures),
             errors="0",

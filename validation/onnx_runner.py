@@ -96,8 +96,9 @@ class OnnxRunner:
         feeds = dict(zip(self._past, self._caches, strict=True)) | self._factors
         feeds[self._inputs["input_ids"]] = self._value(np.array([tokens], np.int64))
         feeds[self._inputs["attention_mask"]] = self._value(np.ones((1, end), np.int64))
-        positions = np.arange(self._length, end, dtype=np.int64)[None]
-        feeds[self._inputs["position_ids"]] = self._value(positions)
+        if "position_ids" in self._inputs:  # others count inside the graph
+            positions = np.arange(self._length, end, dtype=np.int64)[None]
+            feeds[self._inputs["position_ids"]] = self._value(positions)
         names = [self._outputs["logits"], *self._present]
         logits, *self._caches = self._session.run_with_ort_values(names, feeds)
         self._length = end
@@ -109,7 +110,9 @@ class OnnxRunner:
         self._caches = [self._value(self._empty) for _ in self._past]
 
 
-def generate(directory: Path, prompt_text: str, max_new_tokens: int) -> str:
+def generate(
+    directory: Path, prompt_text: str, max_new_tokens: int, adapter: Path | None = None
+) -> str:
     """What onnxruntime_genai writes after ``prompt_text``, greedily, special tokens left out.
 
     Its decoder (0.18) ends the text at the first byte that is not UTF-8.
@@ -118,6 +121,7 @@ def generate(directory: Path, prompt_text: str, max_new_tokens: int) -> str:
         directory: An artifact directory with its tokenizer files.
         prompt_text: As rendered by the chat template.
         max_new_tokens: Most tokens to write.
+        adapter: Of a bundle, the ``.onnx_adapter`` file of a composition; None for its base alone.
 
     Raises:
         InputError: Not loadable, or no room for the prompt in the context.
@@ -127,11 +131,15 @@ def generate(directory: Path, prompt_text: str, max_new_tokens: int) -> str:
     model = _genai_model(directory)
     tokenizer = genai.Tokenizer(model)
     prompt = [int(token) for token in tokenizer.encode(prompt_text)]
-    return str(tokenizer.decode(_generate(directory, model, prompt, max_new_tokens)))
+    return str(tokenizer.decode(_generate(directory, model, prompt, max_new_tokens, adapter)))
 
 
-def generate_ids(directory: Path, prompt_ids: Sequence[int], max_new_tokens: int) -> list[int]:
+def generate_ids(
+    directory: Path, prompt_ids: Sequence[int], max_new_tokens: int, adapter: Path | None = None
+) -> list[int]:
     """The tokens that onnxruntime_genai writes after ``prompt_ids``, greedily.
+
+    ``adapter`` as for ``generate``.
 
     Returns:
         At most ``max_new_tokens`` tokens. onnxruntime_genai 0.18 leaves the token that ended the
@@ -140,10 +148,16 @@ def generate_ids(directory: Path, prompt_ids: Sequence[int], max_new_tokens: int
     Raises:
         InputError: Not loadable, or no room for the prompt in the context.
     """
-    return _generate(directory, _genai_model(directory), prompt_ids, max_new_tokens)
+    return _generate(directory, _genai_model(directory), prompt_ids, max_new_tokens, adapter)
 
 
-def _generate(directory: Path, model: Any, prompt: Sequence[int], max_new_tokens: int) -> list[int]:
+def _generate(
+    directory: Path,
+    model: Any,
+    prompt: Sequence[int],
+    max_new_tokens: int,
+    adapter: Path | None,
+) -> list[int]:
     import onnxruntime_genai as genai
 
     context = int(_read_config(directory)["model"]["context_length"])
@@ -156,6 +170,10 @@ def _generate(directory: Path, model: Any, prompt: Sequence[int], max_new_tokens
     length = min(context, len(prompt) + max_new_tokens)
     settings.set_search_options(max_length=length, do_sample=False)
     generator = genai.Generator(model, settings)
+    if adapter is not None:
+        adapters = genai.Adapters(model)
+        adapters.load(str(adapter), adapter.stem)
+        generator.set_active_adapter(adapters, adapter.stem)
     generator.append_tokens(np.array([list(prompt)], np.int32))
     while not generator.is_done():
         generator.generate_next_token()

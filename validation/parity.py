@@ -11,6 +11,8 @@ from validation.record import Record
 from validation.runner import Runner
 
 _LARGEST_LOSS = 700.0  # exp() of more overflows float64
+EXACT = 1e-6
+"""Distances of float32 logits below this say nothing."""
 
 
 class NotFinite(Exception):
@@ -92,6 +94,47 @@ def compare(
         perplexity=math.exp(min(loss / positions, _LARGEST_LOSS)),
         reference_perplexity=math.exp(min(reference_loss / positions, _LARGEST_LOSS)),
     )
+
+
+def distances(reference: Sequence[np.ndarray], found: Sequence[np.ndarray]) -> np.ndarray:
+    """Largest difference of two logits at each position, relative to the reference's spread.
+
+    Args:
+        reference: For each prompt, logits [n, vocab].
+        found: The same shapes.
+
+    Returns:
+        float64 [positions], at least ``EXACT``: float32 logits say no more.
+    """
+    parts = [np.zeros(0)]
+    for ours, theirs in zip(reference, found, strict=True):
+        parts.append(np.abs(ours - theirs).max(axis=-1) / spread(ours))
+    return np.maximum(np.concatenate(parts).astype(np.float64), EXACT)
+
+
+def spread(logits: np.ndarray) -> np.ndarray:
+    """Largest distance of a logit from the mean at each position: [n, vocab] to [n]."""
+    centred = logits - logits.mean(axis=-1, keepdims=True)
+    return np.asarray(np.maximum(np.abs(centred).max(axis=-1), 1e-30))
+
+
+def unexplained(found: np.ndarray, noise: np.ndarray, factor: float) -> float:
+    """The share of positions that are farther from the reference than rounding explains.
+
+    The largest lead of the noise's distribution over that of the distances, each divided by
+    ``factor``: max over x of P(noise ≤ x) − P(found ≤ factor · x), a one-sided Kolmogorov–Smirnov
+    statistic. A fault that moves every position by little shows where rounding moves some not at
+    all; one that moves many by much shows anywhere.
+
+    Args:
+        found: Distances of an artifact.
+        noise: Distances that rounding alone makes.
+        factor: How much farther is still the same.
+    """
+    places = np.concatenate([noise, found / factor])
+    below_noise = np.searchsorted(np.sort(noise), places, side="right") / len(noise)
+    below_found = np.searchsorted(np.sort(found / factor), places, side="right") / len(found)
+    return float(max((below_noise - below_found).max(), 0.0))
 
 
 def trace(runner: Runner, prompt: list[int], targets: Sequence[int]) -> np.ndarray:

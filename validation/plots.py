@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from validation.drawing import INK, MUTED, SERIES, legend, svg
+from validation.drawing import INK, LINE, MUTED, SERIES, legend, svg
+from validation.latency_results import LatencyResult, Spread
 from validation.results import (
     ArtifactResult,
     CompositionResult,
-    LatencyResult,
     Point,
     QualityReport,
 )
@@ -107,26 +107,37 @@ def training_curves(report: QualityReport) -> str:
 
 
 def sizes(artifacts: Sequence[ArtifactResult]) -> str:
-    """Bytes of each artifact, the two runtimes beside each other."""
+    """Size on disk of every artifact by part, a bundle once for all its compositions."""
+    whole = list({(a.path, "" if a.bundle else a.composition): a for a in artifacts}.values())
+    stored = [a.parts or {"rest": a.bytes} for a in whole]
+    parts = list(dict.fromkeys(part for one in stored for part in one))
 
     def draw(figure: Figure, axes: Axes) -> None:
-        names = [_name(a, artifacts) for a in artifacts]
-        for row, artifact in enumerate(artifacts):
-            colour = SERIES[0 if artifact.runtime == "executorch" else 2]
-            axes.barh(row, artifact.bytes / 1e6, 0.6, color=colour)
+        ends = [0.0] * len(whole)
+        for index, part in enumerate(parts):
+            widths = [one.get(part, 0) / 1e6 for one in stored]
+            colour = SERIES[index % len(SERIES)] if part != "rest" else LINE
+            axes.barh(range(len(whole)), widths, 0.6, ends, color=colour, label=part)
+            ends = [end + width for end, width in zip(ends, widths, strict=True)]
+        for row, artifact in enumerate(whole):
             axes.annotate(
                 size(artifact.bytes),
-                (artifact.bytes / 1e6, row),
+                (ends[row], row),
                 (5, 0),
                 textcoords="offset points",
                 va="center",
                 color=MUTED,
             )
-        _rows(axes, names)
+        _rows(axes, [_whole_name(a, artifacts) for a in whole])
         axes.margins(x=0.18)
-        axes.set_xlabel("MB, with tokenizer and settings")
+        axes.set_xlabel("MB; rest: program, tokenizer and settings")
+        legend(figure, columns=4)
 
-    return svg(draw, height=0.7 + 0.32 * len(artifacts), empty=not artifacts)
+    return svg(draw, height=1.1 + 0.32 * len(whole), empty=not artifacts)
+
+
+def _whole_name(item: ArtifactResult, among: Sequence[ArtifactResult]) -> str:
+    return _form(item) if item.bundle else _name(item, among)
 
 
 def budget(artifacts: Sequence[ArtifactResult]) -> str:
@@ -166,18 +177,37 @@ def budget(artifacts: Sequence[ArtifactResult]) -> str:
 
 
 def first_token(results: Sequence[LatencyResult]) -> str:
-    """Time to the first token with the range of the repetitions."""
-    firsts = [result.first_token_seconds for result in results]
-    spreads = [(1e3 * s.median, 1e3 * s.low, 1e3 * s.high) for s in firsts]
-    return _spread_bars(results, spreads, "milliseconds; line: fastest to slowest")
+    """Time to the first token: median, its interval, and every round."""
+    spreads = [result.first_token_seconds for result in results]
+    return _spread_bars(results, spreads, 1e3, "milliseconds")
 
 
 def decode_rate(results: Sequence[LatencyResult]) -> str:
-    """Decode rate with the range of the repetitions."""
-    spreads = [(r.decode_rate.median, r.decode_rate.low, r.decode_rate.high) for r in results]
-    return _spread_bars(
-        results, spreads, "tokens a second after the first; line: slowest to fastest"
-    )
+    """Decode rate: median, its interval, and every round."""
+    spreads = [result.decode_rate for result in results]
+    return _spread_bars(results, spreads, 1, "tokens a second after the first")
+
+
+def memory(results: Sequence[LatencyResult]) -> str:
+    """Resident memory of each artifact's process at its highest, by what it came with."""
+    steps = [(r.idle_bytes or 0, r.load_peak_bytes or 0, r.peak_bytes or 0) for r in results]
+    names = ("Python and runtime", "more to load", "more to answer")
+    colours = (LINE, SERIES[0], SERIES[1])
+
+    def draw(figure: Figure, axes: Axes) -> None:
+        rows = range(len(results))
+        ends = [0.0] * len(results)
+        for index, (name, colour) in enumerate(zip(names, colours, strict=True)):
+            reached = [step[index] / 1e6 for step in steps]
+            widths = [max(0.0, now - end) for now, end in zip(reached, ends, strict=True)]
+            axes.barh(rows, widths, 0.6, ends, color=colour, label=name)
+            ends = [max(pair) for pair in zip(reached, ends, strict=True)]
+        _rows(axes, [_name(r, results) for r in results])
+        axes.set_xlabel("MB resident at most")
+        legend(figure, columns=3)
+
+    missing = all(result.peak_bytes is None for result in results)
+    return svg(draw, height=1.1 + 0.32 * len(results), empty=missing)
 
 
 def size(count: float) -> str:
@@ -190,13 +220,16 @@ def size(count: float) -> str:
 
 
 def _spread_bars(
-    results: Sequence[LatencyResult], spreads: Sequence[tuple[float, float, float]], unit: str
+    results: Sequence[LatencyResult], spreads: Sequence[Spread], scale: float, unit: str
 ) -> str:
     def draw(figure: Figure, axes: Axes) -> None:
-        for row, (result, (median, low, high)) in enumerate(zip(results, spreads, strict=True)):
+        for row, (result, spread) in enumerate(zip(results, spreads, strict=True)):
             colour = SERIES[0 if result.runtime == "executorch" else 2]
-            axes.barh(row, median, 0.6, color=colour)
-            axes.plot([low, high], [row, row], color=INK, linewidth=1.4)
+            axes.barh(row, scale * spread.median, 0.6, color=LINE if result.noisy else colour)
+            ends = [scale * end for end in spread.interval]
+            axes.plot(ends, [row, row], color=INK, linewidth=1.6)
+            values = [scale * value for value in spread.values]
+            axes.plot(values, [row + 0.2] * len(values), ".", color=INK, markersize=3)
         _rows(axes, [_name(r, results) for r in results])
         axes.set_xlabel(unit)
 
@@ -206,10 +239,12 @@ def _spread_bars(
 def _name(
     item: ArtifactResult | LatencyResult, among: Sequence[ArtifactResult] | Sequence[LatencyResult]
 ) -> str:
-    runtime = "ExecuTorch" if item.runtime == "executorch" else "ONNX"
-    name = f"{runtime} {item.precision}"
     several = len({other.composition for other in among}) > 1
-    return f"{item.composition}, {name}" if several else name
+    return f"{item.composition}, {_form(item)}" if several else _form(item)
+
+
+def _form(item: ArtifactResult | LatencyResult) -> str:
+    return f"{'ExecuTorch' if item.runtime == 'executorch' else 'ONNX'} {item.form}"
 
 
 def _steps(curve: Sequence[Point]) -> str:

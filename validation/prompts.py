@@ -19,7 +19,8 @@ TEXTS = (
 )
 """Short texts in a few languages, for tokenizers that can write them."""
 
-_SEED = 20240229
+SEED = 20240229
+"""Of the built-in prompts."""
 
 
 def builtin_prompts(
@@ -47,7 +48,7 @@ def builtin_prompts(
             f"{vocab_size} tokens of which {len(special)} are special, prompts up to {longest} "
             "tokens: no room for the built-in prompts; name a prompts file"
         )
-    draw = random.Random(_SEED)
+    draw = random.Random(SEED)
     common = ordinary[: max(1, len(ordinary) // 10)]
     prompts = []
     for index in range(count):

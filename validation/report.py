@@ -26,8 +26,8 @@ from validation.results import (
     MethodResult,
     ParityReport,
     QualityReport,
-    R,
-    read_result,
+    read_if_there,
+    write_text,
 )
 
 REPORT = "report.html"
@@ -56,10 +56,10 @@ def write_report(reports_dir: Path) -> Path:
     Raises:
         InputError: None of the files is there, one is not valid, or the page cannot be written.
     """
-    audit = _read(AuditReport, reports_dir / AUDIT)
-    quality = _read(QualityReport, reports_dir / QUALITY)
-    parity = _read(ParityReport, reports_dir / PARITY)
-    latency = _read(LatencyReport, reports_dir / LATENCY)
+    audit = read_if_there(AuditReport, reports_dir / AUDIT)
+    quality = read_if_there(QualityReport, reports_dir / QUALITY)
+    parity = read_if_there(ParityReport, reports_dir / PARITY)
+    latency = read_if_there(LatencyReport, reports_dir / LATENCY)
     source = quality or parity or latency or audit
     if source is None:
         raise InputError(
@@ -67,7 +67,7 @@ def write_report(reports_dir: Path) -> Path:
         )
     artifacts = parity.artifacts if parity else []
     html = (
-        _environment()
+        page_environment()
         .get_template("report.html.j2")
         .render(
             name=quality.name if quality else _name(reports_dir.resolve()),
@@ -83,17 +83,13 @@ def write_report(reports_dir: Path) -> Path:
             latency=latency,
             first_token_plot=plots.first_token(latency.artifacts) if latency else "",
             decode_plot=plots.decode_rate(latency.artifacts) if latency else "",
+            memory_plot=plots.memory(latency.artifacts) if latency else "",
             machine=source.machine,
             versions=source.versions,
         )
     )
     path = reports_dir / REPORT
-    beside = path.with_suffix(".new")
-    try:
-        beside.write_text(html, encoding="utf-8")
-        beside.replace(path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error.strerror}") from error
+    write_text(path, html)
     return path
 
 
@@ -109,20 +105,14 @@ def headline(artifacts: Sequence[ArtifactResult], audit: AuditReport | None = No
         return Headline(
             "fail",
             f"{len(failed)} of {_count(len(artifacts), 'artifact')} failed",
-            f"Accuracy was lost at: {', '.join(stages)}.",
+            f"Lost at: {', '.join(stages)}.",
         )
     unsure = sum(not gate.decided for artifact in artifacts for gate in artifact.gates)
     if unsure:
-        text = (
-            f"{unsure} of {_count(checks, 'gate')} had too few examples to say; the others passed."
-        )
+        text = f"{unsure} of {_count(checks, 'gate')} could not be decided; the others passed."
         return Headline("unsure", "No gate failed", text)
     text = f"{_count(checks, 'gate')} passed on {_count(len(artifacts), 'artifact')}."
     return Headline("pass", "Accuracy survived", text)
-
-
-def _read(kind: type[R], path: Path) -> R | None:
-    return read_result(kind, path) if path.exists() else None
 
 
 def _compositions(report: QualityReport) -> list[dict[str, Any]]:
@@ -184,7 +174,8 @@ def _best(result: CompositionResult) -> MethodResult | None:
     return next((m for m in result.methods if m.method == result.best), None)
 
 
-def _environment() -> Environment:
+def page_environment() -> Environment:
+    """What every page is rendered by: the package's templates and how figures are shown."""
     environment = Environment(
         loader=PackageLoader("validation", "."),
         autoescape=True,
@@ -197,7 +188,7 @@ def _environment() -> Environment:
         sci=_scientific,
         runtime=lambda name: _RUNTIMES.get(name, name),
         metric=lambda name: plots.METRIC_NAMES.get(name, name),
-        seconds=_seconds,
+        seconds=seconds,
         error=shown,
         cosine=shown_cosine,
         svg=Markup,  # only ever given what plots.py drew
@@ -213,7 +204,8 @@ def _scientific(value: float) -> Markup:
     return Markup(f"{float(mantissa):g}·10<sup>{int(exponent)}</sup>".replace("-", "−"))
 
 
-def _seconds(value: float) -> str:
+def seconds(value: float) -> str:
+    """A time for people: 12 ms, 3.4 s, 2.0 min."""
     if value < 1:
         return f"{value * 1000:.3g} ms"
     return f"{value:.1f} s" if value < 120 else f"{value / 60:.1f} min"

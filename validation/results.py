@@ -12,20 +12,12 @@ from pydantic import Field, ValidationError
 from caliport_core.directories import versions
 from caliport_core.errors import InputError
 from validation.gates import AdapterEffect, Gate, StockResult
+from validation.latency_results import LatencyReport
 from validation.parity import Measures
-from validation.record import Record
+from validation.record import Machine, Record, shown_form
 
 QUALITY, PARITY, LATENCY = "quality.json", "parity.json", "latency.json"
 AUDIT = "audit.json"
-
-
-class Machine(Record):
-    """What a result was measured on. Memory in GB (1e9 bytes)."""
-
-    cpu: str
-    cores: int
-    memory_gb: float
-    os: str
 
 
 class Point(Record):
@@ -101,10 +93,29 @@ class QualityReport(Record):
     training: dict[str, list[Point]]
 
 
+class Asked(Record):
+    """What every model was asked and how it answered: enough to ask the same again.
+
+    Attributes:
+        prompts: SHA-256 of the prompts' token ids, in their order.
+        targets: SHA-256 of the token ids that were fed after each prompt.
+        max_new_tokens: Longest answer.
+        sampling: How the next token is chosen.
+        seeds: Of everything that is drawn, by what it is.
+    """
+
+    prompts: str
+    targets: str
+    max_new_tokens: int
+    sampling: Literal["greedy"] = "greedy"
+    seeds: dict[str, int]
+
+
 class TaskResult(Record):
     """The task metric, 0 to 100, in fp32 and from the artifact, on the same examples.
 
-    ``interval`` is the bootstrap interval of the difference, in points.
+    ``interval`` is the bootstrap interval of the difference, in points; ``fp32_scores`` and
+    ``artifact_scores`` are those of each example.
     """
 
     metric: str
@@ -112,6 +123,8 @@ class TaskResult(Record):
     artifact: float
     difference: float
     interval: tuple[float, float]
+    fp32_scores: tuple[float, ...] = ()
+    artifact_scores: tuple[float, ...] = ()
 
 
 class ParitySample(Record):
@@ -150,14 +163,19 @@ class Findings(Record):
 
 
 class ArtifactResult(Findings):
-    """One artifact's findings and verdict.
+    """One artifact's findings and verdict, or those of one composition of a bundle.
 
     Attributes:
-        path: Within the run's ``artifacts``.
+        path: Within the run's ``artifacts``; of a bundle ``bundles`` and its name.
         files: Bytes of each file; ``bytes`` is their sum.
+        bundle: Whether it is one of several compositions over one base.
+        parts: Bytes of the weights by part, from the manifest, and of the rest.
+        bits_per_weight: Of the base's weights, scales included.
         examples: Number of prompts.
+        asked: What they were.
         lost_at: Stage that failed, None where all gates passed.
         seconds: That the validation took.
+        notes: What was not checked, and why.
     """
 
     composition: str
@@ -167,60 +185,45 @@ class ArtifactResult(Findings):
     path: str
     bytes: int
     files: dict[str, int]
+    bundle: bool = False
+    parts: dict[str, int] = Field(default_factory=dict)
+    bits_per_weight: float | None = None
     examples: int
+    asked: Asked | None = None
     stock: StockResult | None
     passed: bool
     lost_at: str | None
     seconds: float
+    notes: tuple[str, ...] = ()
+
+    @property
+    def form(self) -> str:
+        """How it ships, such as ``int4`` or ``int4 bundle``."""
+        return shown_form(self.precision, self.bundle)
+
+
+class BaselineUse(Record):
+    """Which baseline a run was held to.
+
+    Attributes:
+        file: Where it lies.
+        machine, versions: What it was made on.
+        notes: What makes it another one than this run's, and what was not held to it.
+    """
+
+    file: str
+    machine: Machine
+    versions: dict[str, str]
+    notes: tuple[str, ...]
 
 
 class ParityReport(Record):
-    """``parity.json``: every artifact of a run against its references."""
+    """``parity.json``: every artifact of a run against its references, and maybe a baseline."""
 
     machine: Machine
     versions: dict[str, str]
     artifacts: list[ArtifactResult]
-
-
-class Spread(Record):
-    """Median, lowest and highest of repeated measurements."""
-
-    median: float
-    low: float
-    high: float
-
-
-class LatencyResult(Record):
-    """Times of one artifact on this machine.
-
-    Attributes:
-        load_seconds, first_token_seconds: Wall time.
-        decode_rate: Tokens a second after the first.
-        noisy: Whether the decode rates differ by more than a fifth of their median.
-    """
-
-    composition: str
-    runtime: str
-    precision: str
-    path: str
-    bytes: int
-    files: dict[str, int]
-    threads: int
-    prompt_tokens: int
-    new_tokens: int
-    repetitions: int
-    load_seconds: Spread
-    first_token_seconds: Spread
-    decode_rate: Spread
-    noisy: bool
-
-
-class LatencyReport(Record):
-    """``latency.json``: times are reported and never gated."""
-
-    machine: Machine
-    versions: dict[str, str]
-    artifacts: list[LatencyResult]
+    baseline: BaselineUse | None = None
 
 
 class AdapterPart(Record):
@@ -338,6 +341,11 @@ def environment() -> dict[str, str]:
     return {"python": platform.python_version(), **versions()}
 
 
+def shown_path(directory: Path, composition: str, bundle: bool) -> str:
+    """An artifact's ``path`` in reports."""
+    return f"{'bundles' if bundle else composition}/{directory.name}".removeprefix("/")
+
+
 def file_sizes(directory: Path) -> dict[str, int]:
     """Bytes of every file below a directory, by its path within it."""
     entries = sorted(entry for entry in directory.rglob("*") if entry.is_file())
@@ -352,10 +360,19 @@ def write_result(
     Raises:
         InputError: The path cannot be written.
     """
+    write_text(path, report.model_dump_json(indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file, which appears whole or not at all, and the directories it lies in.
+
+    Raises:
+        InputError: The path cannot be written.
+    """
     beside = path.with_suffix(".new")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(report.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        beside.write_text(text, encoding="utf-8")
         beside.replace(path)
     except OSError as error:
         raise InputError(
@@ -379,11 +396,18 @@ def read_result(kind: type[R], path: Path) -> R:
     try:
         return kind.model_validate_json(text)
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(map(str, first["loc"])) or "the file"
-        raise InputError(
-            f"{path}: {field}: {first['msg']}; expected what caliport writes"
-        ) from None
+        raise InputError(f"{path}: {first_problem(error)}; expected what caliport writes") from None
+
+
+def read_if_there(kind: type[R], path: Path) -> R | None:
+    """As ``read_result``, or None where there is no such file."""
+    return read_result(kind, path) if path.exists() else None
+
+
+def first_problem(error: ValidationError) -> str:
+    """The first field that is wrong, and how."""
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc'])) or 'the file'}: {first['msg']}"
 
 
 def _cpu_name() -> str:

@@ -132,36 +132,57 @@ def artifact_form(directory: Path) -> tuple[str, str]:
     return runtime, precision
 
 
-def open_runner(directory: Path, threads: int) -> Runner:
+def compositions_of(directory: Path) -> tuple[str, ...] | None:
+    """Names of the compositions of a bundle; None for an artifact that is none.
+
+    Raises:
+        InputError: No manifest.
+    """
+    bundle = read_manifest(directory).get("bundle")
+    return None if bundle is None else tuple(bundle["compositions"])
+
+
+def open_runner(directory: Path, threads: int, bundled: str | None = None) -> Runner:
     """The runner that the artifact's runtime asks for; it checks the artifact's hashes first.
 
     Args:
         directory: An artifact directory with its manifest.
         threads: Threads of the runtime's own pool.
+        bundled: Of a bundle, the composition to run; None for its base alone.
 
     Raises:
-        InputError: Not an artifact, one whose files are not those that its manifest records, or
-            one that its runtime cannot load.
+        InputError: Not an artifact, one whose files are not those that its manifest records, one
+            that its runtime cannot load, or one without such a composition.
     """
     runtime, _ = artifact_form(directory)
     if runtime == "executorch":
-        from validation.executorch_runner import ExecuTorchRunner
+        from validation.executorch_runner import BASE_METHOD, ExecuTorchRunner
 
-        return ExecuTorchRunner(directory, threads)
+        return ExecuTorchRunner(directory, threads, bundled or BASE_METHOD)
     from validation.onnx_runner import OnnxRunner
 
-    return OnnxRunner(directory, threads)
+    return OnnxRunner(directory, threads, adapter=_adapter_file(directory, bundled))
 
 
-def stock_generate(directory: Path, text: str, max_new_tokens: int) -> str:
+def stock_generate(
+    directory: Path, text: str, max_new_tokens: int, bundled: str | None = None
+) -> str:
     """What the runtime's own stock runner writes after ``text``, greedily.
 
     ``TextLLMRunner`` for ExecuTorch, ``onnxruntime_genai`` for ONNX. Both check the artifact's
     hashes first.
 
+    Args:
+        directory: An artifact directory with its manifest.
+        text: The whole prompt.
+        max_new_tokens: Most tokens to write.
+        bundled: Of a bundle for ONNX, the composition to run; see ``stock_gap``.
+
     Raises:
-        InputError: As ``open_runner``.
+        InputError: As ``open_runner``, or a composition that the stock runner cannot run.
     """
+    if (gap := stock_gap(directory, bundled)) is not None:
+        raise InputError(f"{directory}: {gap}")
     runtime, _ = artifact_form(directory)
     if runtime == "executorch":
         from validation import executorch_runner
@@ -169,4 +190,29 @@ def stock_generate(directory: Path, text: str, max_new_tokens: int) -> str:
         return executorch_runner.generate(directory, text, max_new_tokens)
     from validation import onnx_runner
 
-    return onnx_runner.generate(directory, text, max_new_tokens)
+    adapter = _adapter_file(directory, bundled)
+    return onnx_runner.generate(directory, text, max_new_tokens, adapter)
+
+
+def stock_gap(directory: Path, bundled: str | None) -> str | None:
+    """Why the stock runner cannot run this, or None where it can.
+
+    ``create_text_llm_runner`` takes the name of a method in C++; the Python binding of executorch
+    1.5.1 leaves it out and runs ``forward``.
+    """
+    if bundled is None or artifact_form(directory)[0] != "executorch":
+        return None
+    return (
+        "TextLLMRunner's Python binding runs the method forward alone, the bundle's base; "
+        f"{bundled} was not checked with it"
+    )
+
+
+def _adapter_file(directory: Path, bundled: str | None) -> Path | None:
+    if bundled is None:
+        return None
+    known = read_manifest(directory).get("bundle", {}).get("compositions", {})
+    if bundled not in known:
+        listed = ", ".join(known) or "none"
+        raise InputError(f"{directory}: has no composition {bundled!r}, expected one of {listed}")
+    return directory / str(known[bundled]["file"])

@@ -9,22 +9,34 @@ from pathlib import Path
 
 import numpy as np
 
+from caliport_core.directories import read_manifest
 from caliport_core.errors import InputError
 from validation import gates, quality
-from validation.evaluation import Answers, Evaluation, runner_answers
+from validation.composition import Source, weights_gate
+from validation.evaluation import Answers, Evaluation, asked_of, runner_answers
 from validation.gates import AdapterEffect, Gate, Limits, StockResult, limits_for
-from validation.parity import Measures, NotFinite, compare, kl_divergence, one_by_one
+from validation.lowering import check_graph, check_lowering, few_of
+from validation.packaging import packaging_gates
+from validation.parity import NotFinite, compare, kl_divergence, spread, trace
 from validation.results import (
     ArtifactResult,
     Findings,
     ParitySample,
     TaskResult,
     file_sizes,
+    shown_path,
 )
-from validation.runner import Runner, artifact_form, open_runner, stock_generate
+from validation.rounding import Expected
+from validation.runner import (
+    Runner,
+    artifact_form,
+    compositions_of,
+    open_runner,
+    stock_gap,
+    stock_generate,
+)
 
 _SAMPLES = 8
-_STEPWISE_PROMPTS = 4
 _STOCK_NAMES = {"executorch": "TextLLMRunner", "onnx": "onnxruntime_genai"}
 
 
@@ -32,43 +44,54 @@ def validate_artifact(
     directory: Path,
     evaluation: Evaluation,
     *,
-    quantized: Answers,
+    quantized: Expected,
     fp32: Answers,
     base: Answers | None,
+    graph: Expected | None = None,
+    source: Source | None = None,
     composition: str,
     method: str,
     limits: Limits | None = None,
     threads: int = 1,
     metric: str = "rougeL",
     stock_examples: int = 4,
+    bundled: str | None = None,
+    notes: Sequence[str] = (),
 ) -> ArtifactResult:
-    """Validate one artifact directory.
+    """Validate one artifact directory, or one composition of a bundle.
 
     Args:
         directory: Where the artifact and its manifest are.
         evaluation: What every model was asked.
-        quantized: Answers of the eager model in the artifact's own precision; for an fp32
-            artifact the same as ``fp32``.
+        quantized: What the eager model in the artifact's own precision says, and what rounding
+            does to that. Of a bundle: the quantized base with the composition beside it
+            (``export.bundle.reference``).
         fp32: Answers of the eager fp32 composition.
         base: Answers of the eager base; None where the artifact is the base itself.
+        graph: What the dequantized eager model says to ``few_of(evaluation)``, to check the graph
+            of an ONNX artifact in float32; None leaves that out.
+        source: What the artifact should be made from, to check what it holds and what travels
+            with it; None leaves that out.
         composition: Its name in the report.
         method: The method that made it, for the report.
         limits: Default: those of the precision in the manifest.
         threads: Of the runtime.
         metric: Task metric, where the evaluation has references.
         stock_examples: Prompts that the stock runner answers too; 0 leaves it out.
+        bundled: Of a bundle, the composition to check; None for its base alone.
+        notes: What is known not to be checked, for the report.
 
     Returns:
         The measures, every gate and the verdict. Logits that are not finite are a failed gate.
 
     Raises:
-        InputError: No artifact, one its runtime cannot load, or one with another vocabulary or
-            too short a context.
+        InputError: No artifact, one its runtime cannot load, one with another vocabulary or too
+            short a context, or a bundle without this composition.
     """
     start = time.perf_counter()
     runtime, precision = artifact_form(directory)
     limits = limits or limits_for(precision)
-    runner = open_runner(directory, threads)
+    runner = open_runner(directory, threads, bundled)
     findings, answers = check_runner(
         runner,
         evaluation,
@@ -78,34 +101,77 @@ def validate_artifact(
         limits=limits,
         metric=metric,
     )
-    verdicts, stock = findings.gates, None
-    if answers is not None:
-        stock = _stock(directory, runtime, evaluation, answers, stock_examples)
+    bundle = compositions_of(directory) is not None
+    verdicts, stock = [*_held(directory, source, bundle), *findings.gates], None
+    if graph is not None:
+        verdicts += _graph(directory, evaluation, graph, limits, threads)
+    gap = stock_gap(directory, bundled)
+    if answers is not None and gap is None:
+        stock = _stock(directory, runner, evaluation, answers, quantized, stock_examples, bundled)
         if stock is not None:
             verdicts = [*verdicts, gates.stock_gate(stock, limits)]
     sizes = file_sizes(directory)
+    parts, bits = _parts(directory, sum(sizes.values()))
     return ArtifactResult(
         **{**dict(findings), "gates": verdicts},
         composition=composition,
         method=method,
         runtime=runtime,
         precision=precision,
-        path=f"{composition}/{directory.name}",
+        path=shown_path(directory, composition, bundle),
         bytes=sum(sizes.values()),
         files=sizes,
+        bundle=bundle,
+        parts=parts,
+        bits_per_weight=bits,
         examples=len(evaluation.prompts),
+        asked=asked_of(evaluation),
         stock=stock,
         passed=all(gate.passed for gate in verdicts),
         lost_at=gates.lost_at(verdicts),
         seconds=time.perf_counter() - start,
+        notes=(*notes, *([] if gap is None else [gap])),
     )
+
+
+def _held(directory: Path, source: Source | None, bundle: bool) -> list[Gate]:
+    """What the files themselves show, before anything is run."""
+    if source is None:
+        return []
+    found = packaging_gates(directory, source.base)
+    return found if bundle else [weights_gate(directory, source), *found]
+
+
+def _graph(
+    directory: Path, evaluation: Evaluation, graph: Expected, limits: Limits, threads: int
+) -> list[Gate]:
+    from validation.onnx_runner import OnnxRunner
+
+    try:
+        runner = OnnxRunner(directory, threads, float_activations=True)
+        return check_graph(runner, few_of(evaluation), graph, limits)
+    except NotFinite as problem:
+        return [gates.unfinished(str(problem))]
+
+
+def _parts(directory: Path, total: int) -> tuple[dict[str, int], float | None]:
+    """Bytes by part and bits a weight, as the manifest counts them, and the bytes of the rest."""
+    manifest = read_manifest(directory)
+    sizes = dict(manifest.get("sizes", {}))
+    sizes.pop("total", None)
+    bits = sizes.pop("bits_per_weight", None)
+    for kind, label in (("adapters", "shared adapters"), ("compositions", "compositions")):
+        members = manifest.get("bundle", {}).get(kind, {})
+        sizes[label] = sum(facts["bytes"] for facts in members.values())
+    sizes["rest"] = max(0, total - sum(sizes.values()))
+    return {part: size for part, size in sizes.items() if size}, bits
 
 
 def check_runner(
     runner: Runner,
     evaluation: Evaluation,
     *,
-    quantized: Answers,
+    quantized: Expected,
     fp32: Answers,
     base: Answers | None,
     limits: Limits,
@@ -117,21 +183,15 @@ def check_runner(
         The findings with their gates, and what the runner answered: None where its logits were
         not finite, which is a failed gate.
     """
-    quantization = compare(fp32.logits, quantized.logits, evaluation.targets)
+    said = quantized.said.answers
+    quantization = compare(fp32.logits, said.logits, evaluation.targets)
     try:
         answers = runner_answers(runner, evaluation)
-        stepwise = _one_by_one(runner, answers, evaluation)
+        _check_vocabulary(answers, fp32)
+        lowering = check_lowering(runner, answers, evaluation, quantized, limits)
     except NotFinite as problem:
         return Findings(quantization=quantization, gates=[gates.unfinished(str(problem))]), None
-    _check_vocabulary(answers, fp32)
-    targets = evaluation.targets
-    parts = {"prefill": _part(quantized, answers, targets, slice(0, 1))}
-    if any(len(target) > 1 for target in targets):
-        parts["decode"] = _part(quantized, answers, targets, slice(1, None))
-    lowering = compare(quantized.logits, answers.logits, targets)
-    verdicts = gates.lowering_gates(
-        {**parts, "one by one": stepwise}, quantization, lowering, limits
-    )
+    verdicts = lowering.gates
     adapter = None
     if base is not None:
         adapter = _adapter_effect(base, fp32, answers)
@@ -140,14 +200,15 @@ def check_runner(
     task, verdict = _task(evaluation, fp32, answers, metric, limits)
     verdicts.append(verdict or gates.quantization_gate(quantization, limits))
     return Findings(
-        **parts,
-        lowering=lowering,
-        one_by_one=stepwise,
+        lowering=lowering.overall,
+        prefill=lowering.parts["prefill"],
+        decode=lowering.parts.get("decode"),
+        one_by_one=lowering.parts["one by one"],
         quantization=quantization,
-        total=compare(fp32.logits, answers.logits, targets),
+        total=compare(fp32.logits, answers.logits, evaluation.targets),
         adapter=adapter,
         task=task,
-        generation=_equal_share(quantized, answers),
+        generation=_equal_share(said, answers),
         samples=_samples(evaluation, fp32, answers),
         gates=verdicts,
     ), answers
@@ -165,26 +226,6 @@ def _check_vocabulary(answers: Answers, fp32: Answers) -> None:
 def _equal_share(reference: Answers, found: Answers) -> float:
     pairs = list(zip(reference.generated or [], found.generated or [], strict=True))
     return sum(ours == theirs for ours, theirs in pairs) / len(pairs)
-
-
-def _part(
-    reference: Answers, found: Answers, targets: Sequence[Sequence[int]], rows: slice
-) -> Measures:
-    return compare(
-        [logits[rows] for logits in reference.logits],
-        [logits[rows] for logits in found.logits],
-        [target[rows] for target in targets],
-    )
-
-
-def _one_by_one(runner: Runner, answers: Answers, evaluation: Evaluation) -> Measures:
-    """A few prompts fed token by token against the artifact's own prefill of them."""
-    order = sorted(range(len(evaluation.prompts)), key=lambda i: len(evaluation.prompts[i]))
-    shorter = order[: len(order) // 2 + 1]  # a step a token: long prompts would take minutes
-    few = shorter[:: max(1, len(shorter) // _STEPWISE_PROMPTS)]
-    stepwise = [one_by_one(runner, evaluation.prompts[i])[None] for i in few]
-    whole = [answers.logits[i][:1] for i in few]
-    return compare(whole, stepwise, [evaluation.targets[i][:1] for i in few])
 
 
 def _adapter_effect(base: Answers, fp32: Answers, answers: Answers) -> AdapterEffect:
@@ -217,6 +258,8 @@ def _task(
         artifact=means[1],
         difference=means[1] - means[0],
         interval=interval,
+        fp32_scores=tuple(ours),
+        artifact_scores=tuple(theirs),
     )
     return result, verdict
 
@@ -227,23 +270,58 @@ def _texts(evaluation: Evaluation, answers: Answers) -> list[str]:
 
 
 def _stock(
-    directory: Path, runtime: str, evaluation: Evaluation, answers: Answers, count: int
+    directory: Path,
+    runner: Runner,
+    evaluation: Evaluation,
+    answers: Answers,
+    expected: Expected,
+    count: int,
+    bundled: str | None,
 ) -> StockResult | None:
-    """The stock runner's texts against ours; None where no prompt or no answer is plain text."""
-    ours = _texts(evaluation, answers)
-    plain = [_is_plain(evaluation, tokens) for tokens in answers.generated or []]
-    texts = enumerate(evaluation.texts)
-    asked = [(text, ours[i]) for i, text in texts if text is not None and plain[i]][:count]
+    """The stock runner's texts against ours; None where no prompt or no answer is plain text.
+
+    The clearest answers of twice as many are asked for. One that differs though some of its tokens
+    were so near a tie that rounding decides is not counted, unless no text is the same.
+    """
+    ours, tokens = _texts(evaluation, answers), answers.generated or []
+    plain = [
+        (i, text)
+        for i, text in enumerate(evaluation.texts)
+        if text is not None and _is_plain(evaluation, tokens[i])
+    ]
+    known = [
+        (_clearness(runner, evaluation.prompts[i], tokens[i]), i, text)
+        for i, text in plain[: 2 * count]
+    ]
+    asked = sorted(known, reverse=True)[:count]
     if not asked:
         return None
-    matches = 0
-    for text, answer in asked:
+    noise = max(float(part.max()) for part in expected.noise.values())
+    matches, doubtful = 0, 0
+    for clearness, i, text in asked:
+        found = "\ufffd"
         with contextlib.suppress(UnicodeDecodeError):  # see _is_plain; ours is plain: no match
-            found = stock_generate(directory, text, evaluation.max_new_tokens)
-            for special in evaluation.tokenizer.all_special_tokens:  # TextLLMRunner writes them
-                found = found.replace(special, "")
-            matches += found.strip() == answer
-    return StockResult(runner=_STOCK_NAMES[runtime], matches=matches, examples=len(asked))
+            found = stock_generate(directory, text, evaluation.max_new_tokens, bundled)
+        for special in evaluation.tokenizer.all_special_tokens:  # TextLLMRunner writes them
+            found = found.replace(special, "")
+        same = found.strip() == ours[i]
+        matches += same
+        doubtful += not same and clearness <= noise
+    return StockResult(
+        runner=_STOCK_NAMES[artifact_form(directory)[0]],
+        matches=matches,
+        examples=len(asked) - (doubtful if matches else 0),
+    )
+
+
+def _clearness(runner: Runner, prompt: list[int], answer: Sequence[int]) -> float:
+    """How far ahead the written token was, at least, relative to the spread of the logits."""
+    try:
+        rows = trace(runner, prompt, answer)
+    except NotFinite:
+        return 0.0
+    second, first = np.sort(rows, axis=-1)[:, -2:].T
+    return float(((first - second) / spread(rows)).min())
 
 
 def _is_plain(evaluation: Evaluation, tokens: Sequence[int]) -> bool:

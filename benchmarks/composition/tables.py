@@ -5,17 +5,16 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from benchmarks.composition.plans import TRAINED, Plan, fields_of, has
+from benchmarks.document import markdown, put
 from caliport.methods import KINDS, parse
 from caliport.scoring import FP32, read_score, variants_of
 from caliport.sweeping import seconds_of
 from caliport.workspace import Workspace
 from caliport_core.directories import read_manifest
-from caliport_core.errors import InputError
 from validation.gates import bootstrap_interval
 from validation.results import this_machine
 
@@ -34,14 +33,7 @@ def write_tables(
     Raises:
         InputError: The file has no such marks.
     """
-    text = path.read_text(encoding="utf-8")
-    start, end = f"<!-- {name}: tables -->", f"<!-- {name}: end -->"
-    if start not in text or end not in text:
-        raise InputError(f"{path}: no place for the tables; expected the lines {start} and {end}")
-    head, _, rest = text.partition(start)
-    tail = rest.partition(end)[2]
-    body = "\n\n".join(_tables(plan, spaces, rates))
-    path.write_text(f"{head}{start}\n\n{body}\n\n{end}{tail}", encoding="utf-8")
+    put(name, "\n\n".join(_tables(plan, spaces, rates)), path)
 
 
 def _tables(plan: Plan, spaces: Sequence[Workspace], rates: Mapping[str, float]) -> Iterable[str]:
@@ -93,7 +85,7 @@ def _by_group(
             row.append(_spread(by_seed, form))
         if any(row[1:]):
             rows.append(row)
-    return _markdown(["method", *groups], rows)
+    return markdown(["method", *groups], rows)
 
 
 def _gap_table(plan: Plan, spaces: Sequence[Workspace], metric: str) -> str:
@@ -121,7 +113,7 @@ def _gap_table(plan: Plan, spaces: Sequence[Workspace], metric: str) -> str:
                 f"{statistics.mean(seconds):.0f}",
             ]
         )
-    return _markdown(["method", "loss", metric, "values", "seconds"], rows)
+    return markdown(["method", "loss", metric, "values", "seconds"], rows)
 
 
 def _share(space: Workspace, composition: str, method: str, key: str) -> float | None:
@@ -152,7 +144,7 @@ def _quantization(plan: Plan, spaces: Sequence[Workspace], metric: str) -> Itera
                 f"{statistics.mean(s[metric] for s in scores):.2f}",
             ]
         )
-    yield _markdown(["method", "weights", "runs", "loss", metric], rows)
+    yield markdown(["method", "weights", "runs", "loss", metric], rows)
     compared = [
         ("lc++", "int4", "lc++", FP32),
         ("lc++-int4", "int4", "lc++", FP32),
@@ -174,7 +166,7 @@ def _quantization(plan: Plan, spaces: Sequence[Workspace], metric: str) -> Itera
         for m, v, n, w in compared
         if _cells(plan, spaces, m, n)
     ]
-    yield _markdown(["this", "against", "loss", metric], rows)
+    yield markdown(["this", "against", "loss", metric], rows)
 
 
 def _unseen(plan: Plan, spaces: Sequence[Workspace], metric: str) -> Iterable[str]:
@@ -198,7 +190,7 @@ def _unseen(plan: Plan, spaces: Sequence[Workspace], metric: str) -> Iterable[st
         row.append(_paired(cells, ("flix", FP32), ("mixture", FP32), metric, "{:+.2f}"))
         rows.append(row)
     heads = ["composition", "pair", f"LoRA {metric}", "LoRA loss", f"FLix {metric}", "FLix loss"]
-    yield _markdown([*heads, f"{metric} difference"], rows)
+    yield markdown([*heads, f"{metric} difference"], rows)
 
 
 def _paired(
@@ -235,7 +227,7 @@ def _sweep_table(plan: Plan, first: Workspace, rates: Mapping[str, float]) -> st
         ]
         rows.append([parse(method).label, *cells])
     most = max(len(row) for row in rows)
-    return _markdown(["method", *[""] * (most - 1)], rows)
+    return markdown(["method", *[""] * (most - 1)], rows)
 
 
 def _order(plan: Plan) -> list[str]:
@@ -275,9 +267,3 @@ def _spread(values: Sequence[float], form: str) -> str:
         return ""
     mean = form.format(statistics.mean(values))
     return f"{mean} ± {form.format(statistics.stdev(values))}" if len(values) > 1 else mean
-
-
-def _markdown(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    lines = [f"| {' | '.join(map(str, row))} |" for row in (heads, *rows)]
-    rule = f"|{'|'.join(['---', *['---:'] * (len(heads) - 1)])}|"
-    return "\n".join([lines[0], rule, *lines[1:]])

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
+from benchmarks.document import markdown, put
 from benchmarks.export.exporters import EXPORTERS
 from benchmarks.export.records import Export, Results, Speed
-from caliport_core.errors import InputError
 
-_START, _END = "<!-- export: tables -->", "<!-- export: end -->"
 _OURS = {"executorch": "caliport-executorch", "onnx": "caliport-onnx"}
 _NAMES = {"executorch": "ExecuTorch", "onnx": "ONNX"}
 _HEADS = ("export", "peak memory", "size", "prefill", "decode", "logits")
@@ -28,12 +27,7 @@ def write_tables(results: Results, path: Path) -> None:
     Raises:
         InputError: The file has no such marks.
     """
-    text = path.read_text(encoding="utf-8")
-    if _START not in text or _END not in text:
-        raise InputError(f"{path}: no place for the tables; expected lines {_START} and {_END}")
-    head, _, rest = text.partition(_START)
-    tail = rest.partition(_END)[2]
-    path.write_text(f"{head}{_START}\n\n{render(results)}\n\n{_END}{tail}", encoding="utf-8")
+    put("export", render(results), path)
 
 
 def render(results: Results) -> str:
@@ -80,17 +74,16 @@ def _table(results: Results, runtime: str) -> str:
     """One row an artifact and way to run it; empty without exports of the runtime."""
     exports = {n: e for n, e in results.exports.items() if EXPORTERS[n].runtime == runtime}
     ours = exports.get(_OURS[runtime])
-    our_speeds = _speeds(results, _OURS[runtime])
-    our_speed = our_speeds[0] if our_speeds else None
+    our_speeds = {speed.variant: speed for speed in _speeds(results, _OURS[runtime])}
     rows = []
     for name, export in exports.items():
         made = _made(export, ours)
         found: list[Speed | None] = [*_speeds(results, name)] or [None]
         for speed in found:
             variant = f", {speed.variant}" if speed and speed.variant else ""
-            rows.append([f"{EXPORTERS[name].title}{variant}", *made, *_ran(speed, our_speed)])
+            rows.append([f"{EXPORTERS[name].title}{variant}", *made, *_ran(speed, our_speeds)])
             made = [""] * len(made)
-    return _markdown([_NAMES[runtime], *_HEADS], rows) if rows else ""
+    return markdown([_NAMES[runtime], *_HEADS], rows) if rows else ""
 
 
 def _speeds(results: Results, name: str) -> list[Speed]:
@@ -107,10 +100,11 @@ def _made(export: Export, ours: Export | None) -> list[str]:
     return [_ratio(get(export), get(ours) if ours else None, form) for get, form in units]
 
 
-def _ran(speed: Speed | None, ours: Speed | None) -> list[str]:
-    """How fast it ran and how true."""
+def _ran(speed: Speed | None, run_as: Mapping[str, Speed]) -> list[str]:
+    """How fast it ran, beside ours run the same way, and how true."""
     if speed is None:
         return ["", "", ""]
+    ours = run_as.get(speed.variant)
     prefill, decode = map(statistics.median, (speed.prefill, speed.decode))
     our_prefill = statistics.median(ours.prefill) if ours else None
     our_decode = statistics.median(ours.decode) if ours else None
@@ -129,9 +123,3 @@ def program_bytes(export: Export) -> int:
 def _ratio(value: float, ours: float | None, form: str) -> str:
     absolute = form.format(value)
     return f"{value / ours:.2f} ({absolute})" if ours else absolute
-
-
-def _markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [f"| {' | '.join(row)} |" for row in (heads, *rows)]
-    rule = f"|{'|'.join(['---', *['---:'] * (len(heads) - 1)])}|"
-    return "\n".join([lines[0], rule, *lines[1:]])

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 WRITTEN = "as written"
-_PAUSE = 0.2  # seconds, in which the threads of the last one stop spinning
+PAUSE = 0.2  # seconds, in which the threads of the last one stop spinning
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Course:
 def speeds(
     names: Sequence[str], checkpoint: Path, out: Path, course: Course
 ) -> tuple[list[Speed], dict[str, InputError]]:
-    """Run the artifacts of these exporters; peers' ONNX also with the threads named.
+    """Run the artifacts of these exporters; ONNX also with the same session options for all.
 
     Args:
         names: In ``EXPORTERS``; the artifact of each is ``out / name``.
@@ -61,7 +61,7 @@ def speeds(
     for name in names:
         onnx = EXPORTERS[name].runtime == "onnx"
         places[name, WRITTEN if onnx else ""] = out / name
-        if onnx and EXPORTERS[name].installs:
+        if onnx:
             variant = f"`intra_op_num_threads: {course.threads}`"
             places[name, variant] = with_threads(out / name, course.threads)
     reference = reference_logits(checkpoint, prompt_of(course.prompt))
@@ -83,14 +83,66 @@ def speeds(
             variant=variant,
             prefill=[course.prompt / turn.prefill for turn in worker.turns],
             decode=[(course.new_tokens - 1) / turn.decode for turn in worker.turns],
-            cosine=_cosine(worker.logits, reference),
+            cosine=cosine(worker.logits, reference),
         )
         for (name, variant), worker in workers.items()
     ]
     return found, unfit
 
 
-class Worker:
+class Process:
+    """A process of ours that answers lines with JSON.
+
+    Args:
+        module: What it runs.
+        arguments: Of the module.
+        artifact: What it holds, for its log and for messages.
+        threads: What OpenMP is told to use.
+    """
+
+    def __init__(self, module: str, arguments: Sequence[str], artifact: Path, threads: int) -> None:
+        self._artifact = artifact
+        self._log = artifact.with_name(f"{artifact.name}.run.log")
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", module, *arguments],
+                env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+            )
+
+    def ask(self, line: str) -> Any:
+        """Write a line and read the answer."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # the missing answer says more
+            self._process.stdin.write(f"{line}\n")
+            self._process.stdin.flush()
+        return self.answer()
+
+    def answer(self) -> Any:
+        """Read an answer; a process that has ended instead is stopped.
+
+        Raises:
+            InputError: It has ended.
+        """
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            self.stop()
+            said = self._log.read_text(encoding="utf-8", errors="replace").split("\n")
+            last = next((line for line in reversed(said) if line.strip()), "nothing was said")
+            raise InputError(f"{self._artifact}: {last} (all of it is in {self._log})")
+        return json.loads(line)
+
+    def stop(self) -> None:
+        """End the process."""
+        self._process.kill()
+        self._process.communicate()
+
+
+class Worker(Process):
     """A process that holds an artifact.
 
     Attributes:
@@ -100,52 +152,14 @@ class Worker:
 
     def __init__(self, runtime: str, directory: Path, course: Course) -> None:
         numbers = map(str, (course.threads, course.prompt, course.new_tokens))
-        self._directory = directory
-        self._log = directory.with_name(f"{directory.name}.run.log")
-        with self._log.open("wb") as log:
-            self._process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-m",
-                    "benchmarks.export.speed",
-                    runtime,
-                    str(directory),
-                    *numbers,
-                ],
-                env={**os.environ, "OMP_NUM_THREADS": str(course.threads)},
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-            )
-        try:
-            self.logits = np.array(self._answer(), np.float32)
-        except InputError:
-            self.stop()
-            raise
+        arguments = [runtime, str(directory), *numbers]
+        super().__init__("benchmarks.export.speed", arguments, directory, course.threads)
+        self.logits = np.array(self.answer(), np.float32)
         self.turns: list[Turn] = []
 
     def turn(self) -> None:
         """Let it have a turn."""
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # the missing answer says more
-            self._process.stdin.write("go\n")
-            self._process.stdin.flush()
-        self.turns.append(Turn(*self._answer()))
-
-    def stop(self) -> None:
-        """End the process."""
-        self._process.kill()
-        self._process.communicate()
-
-    def _answer(self) -> Any:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            said = self._log.read_text(encoding="utf-8", errors="replace").split("\n")
-            last = next((line for line in reversed(said) if line.strip()), "nothing was said")
-            raise InputError(f"{self._directory}: {last} (all of it is in {self._log})")
-        return json.loads(line)
+        self.turns.append(Turn(*self.ask("go")))
 
 
 def take_turns(workers: Mapping[tuple[str, str], Worker], rounds: int) -> None:
@@ -153,7 +167,7 @@ def take_turns(workers: Mapping[tuple[str, str], Worker], rounds: int) -> None:
     draw = random.Random(0)
     for _ in range(rounds):
         for name in draw.sample(list(workers), len(workers)):
-            time.sleep(_PAUSE)
+            time.sleep(PAUSE)
             workers[name].turn()
 
 
@@ -172,7 +186,7 @@ def reference_logits(checkpoint: Path, prompt: list[int]) -> NDArray[np.float32]
 
 
 def with_threads(artifact: Path, threads: int) -> Path:
-    """A directory of the same files whose configuration names the number of threads.
+    """A directory of the same files whose session options are the number of threads alone.
 
     The files are hard links: ONNX Runtime follows no symbolic link out of the directory.
     """
@@ -181,11 +195,12 @@ def with_threads(artifact: Path, threads: int) -> Path:
     shutil.copytree(artifact, copy, copy_function=os.link)
     path = copy / "genai_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
-    config["model"]["decoder"].setdefault("session_options", {})["intra_op_num_threads"] = threads
+    config["model"]["decoder"]["session_options"] = {"intra_op_num_threads": threads}
     path.unlink()
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return copy
 
 
-def _cosine(one: NDArray[np.float32], other: NDArray[np.float32]) -> float:
+def cosine(one: NDArray[np.float32], other: NDArray[np.float32]) -> float:
+    """Of the angle between two vectors."""
     return float(one @ other / np.linalg.norm(one) / np.linalg.norm(other))

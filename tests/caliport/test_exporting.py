@@ -29,6 +29,21 @@ def test_bundle_from_flags(base_dir: Path, adapter_dirs: list[Path], tmp_path: P
     ]
     assert abs(logits[0] - logits[1]).max() > 0.01 < abs(logits[1] - logits[2]).max()
     assert generate(tmp_path / "out", "Anna and", 4)
+    flags = ("validate", "out", "--base", base_dir, "--no-latency")
+    done = caliport(
+        *flags, "--bundle", f"first={one}", "--bundle", f"second={two}",
+        "--share", f"task0={one}", "--out", "checked", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads((tmp_path / "checked/parity.json").read_text())["artifacts"]
+    assert [row["composition"] for row in rows] == ["base alone", "first", "second"]
+    assert rows[0]["notes"] == []
+    assert "first was not checked with it" in rows[1]["notes"][0]
+    assert rows[1]["parts"]["shared adapters"] > 0
+    assert sum(rows[1]["parts"].values()) == rows[1]["bytes"]
+    done = caliport(*flags, "--bundle", f"first={one}", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "--share task0=DIR is missing; first stands on that adapter" in done.stderr
 
 
 def test_onnx_bundle_from_flags_and_one_more(
@@ -36,8 +51,15 @@ def test_onnx_bundle_from_flags_and_one_more(
 ) -> None:
     one, two = adapter_dirs
     flags = ("--base", base_dir, "--runtime", "onnx", "--precision", "int4")
-    done = caliport("export", *flags, "--bundle", f"first={one}", "--out", "out", cwd=tmp_path)
+    layer = "model.layers.1.mlp.down_proj"
+    done = caliport(
+        "export", *flags, "--bundle", f"first={one}", "--int8-layer", layer, "--out", "out",
+        cwd=tmp_path,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    assert "out: needs about" in done.stdout
+    manifest = json.loads((tmp_path / "out/manifest.json").read_text())
+    assert manifest["quantization"]["int8_layers"] == [layer]
     done = caliport("export", "--into", "out", "--bundle", f"second={two}", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     logits = [
@@ -48,6 +70,21 @@ def test_onnx_bundle_from_flags_and_one_more(
     done = caliport("export", "--into", "out", "--base", base_dir, cwd=tmp_path)
     assert done.returncode == 2
     assert "--into goes with --bundle NAME=DIR alone" in done.stderr
+    flags = ("validate", "out", "--base", base_dir, "--no-latency")
+    done = caliport(*flags, "--bundle", f"second={two}", "--out", "checked", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads((tmp_path / "checked/parity.json").read_text())["artifacts"]
+    assert [row["composition"] for row in rows] == ["base alone", "second"]
+    assert rows[0]["notes"] == ["not checked, for want of --bundle NAME=DIR: first"]
+    done = caliport(*flags, "--bundle", f"first={two}", cwd=tmp_path)
+    assert done.returncode == 1, "a composition passed for another"
+    for wrong, reason in (
+        (("--adapter", one), "is a bundle of first, second; expected --bundle NAME=DIR"),
+        (("--bundle", f"third={one}"), "out has no such composition, only first, second"),
+    ):
+        done = caliport(*flags, *wrong, cwd=tmp_path)
+        assert done.returncode == 2
+        assert reason in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,11 @@ def test_shipped_recipes_are_valid(path: Path) -> None:
         ("lora.rnak=4", "lora.rnak: unknown field; did you mean rank?"),
         ("calibration.lc+=1", "calibration.lc+: unknown field; did you mean lc++?"),
         ("base.train.stepz=5", "base.train.stepz: unknown field; did you mean steps?"),
+        (
+            "validation.regression.sise=1",
+            "validation.regression.sise: unknown field; did you mean size?",
+        ),
+        ("validation.regression.size=-1", "validation.regression.size: found -1, input should be"),
         ("lora.rank=many", "lora.rank: found 'many', input should be a valid integer"),
         ("lora.rank=0", "lora.rank: found 0, input should be greater than 0"),
         ("export.precisions=[int3]", "export.precisions.0: found 'int3', input should be 'fp32'"),
@@ -40,6 +45,7 @@ def test_shipped_recipes_are_valid(path: Path) -> None:
         ("lora.train=null", "adapters.summarize has no path and lora.train is missing"),
         ("calibration.methods=[linear]", None),
         ("export.method=lc", None),
+        ("export.ship=[]", "export.ship: found []"),
     ],
 )
 def test_overrides_and_mistakes(change: str, says: str | None) -> None:
@@ -86,3 +92,11 @@ def test_every_sweep_needs_held_out_examples(field: str) -> None:
     with pytest.raises(InputError, match=r"need calibration\.tuning"):
         read_recipe(ROOT / "recipes" / "demo.yaml", changes)
     read_recipe(ROOT / "recipes" / "demo.yaml", [*changes, "calibration.tuning=10"])
+
+
+def test_a_bundle_for_executorch_needs_names_of_methods() -> None:
+    path = ROOT / "recipes" / "demo.yaml"
+    changes = ["compositions={a-b: [summarize, translate_es]}", "export.ship=[bundle]"]
+    with pytest.raises(InputError, match=r"compositions\.a-b: found 'a-b', expected letters"):
+        read_recipe(path, changes)
+    assert read_recipe(path, [*changes, "export.runtimes=[onnx]"]).export.ship == ("bundle",)

@@ -76,6 +76,7 @@ def test_run_directory_is_the_contract(place: Path) -> None:
         "latency.json",
         "junit.xml",
         "report.html",
+        "summary.md",
     }
     assert not list(run.rglob(".*partial*"))
     assert not list(run.rglob(".*resume*"))
@@ -139,7 +140,7 @@ def test_stages_from_flags(place: Path) -> None:
     flags = ["--base", base, "--adapter", place / "mine"]
     done = caliport("validate", "art", *flags, "--out", "checked", cwd=place)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert {"parity.json", "junit.xml", "report.html"} == {
+    assert {"parity.json", "latency.json", "junit.xml", "report.html", "summary.md"} == {
         p.name for p in (place / "checked").iterdir()
     }
     done = caliport(
@@ -158,7 +159,7 @@ def test_base_alone_from_flags(place: Path) -> None:
 
 def test_failed_gate_is_exit_1_and_a_junit_failure(place: Path, tmp_path: Path) -> None:
     shutil.copytree(place, tmp_path / "copy")
-    change = ["--set", "validation.limits.int8.kl=0", "--set", "validation.limits.int8.kl_share=0"]
+    change = ["--set", "validation.limits.int8.kl=0", "--set", "validation.limits.int8.kl_times=0"]
     done = caliport("validate", "tiny.yaml", *change, cwd=tmp_path / "copy")
     assert done.returncode == 1, done.stdout + done.stderr
     reports = tmp_path / "copy/runs/tiny/reports"
@@ -168,6 +169,31 @@ def test_failed_gate_is_exit_1_and_a_junit_failure(place: Path, tmp_path: Path) 
     ]
     assert {a["precision"] for a in failed} == {"int8"}
     assert {a["lost_at"] for a in failed} == {"lowering"}
+
+
+def test_a_recipe_ships_bundles(place: Path, tmp_path: Path) -> None:
+    """One for all compositions, on shared adapters; what is not asked for any more is not there."""
+    shutil.copytree(place, tmp_path / "copy")
+    shutil.rmtree(tmp_path / "copy/runs/tiny/artifacts")
+    change = ["--set", "export.ship=[bundle]", "--set", "export.precisions=[int4]"]
+    done = caliport(
+        "run", "tiny.yaml", *change, "--set", "export.method=lc++", cwd=tmp_path / "copy"
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = tmp_path / "copy/runs/tiny"
+    assert not (run / "artifacts").exists()
+    bundle = read_manifest(run / "bundles/executorch-int4")["bundle"]
+    assert set(bundle["adapters"]) == {"summarize", "translate_es"}
+    composition = bundle["compositions"]["summarize_es"]
+    assert composition["stands_on"] == ["summarize", "translate_es"]
+    assert 0 < composition["bytes"] < bundle["adapters"]["summarize"]["bytes"]
+    for name in ("parity", "latency"):
+        rows = json.loads((run / f"reports/{name}.json").read_text())["artifacts"]
+        found = {(row["composition"], row["runtime"], row["bundle"]) for row in rows}
+        runtimes = ("executorch", "onnx")
+        parts = ("summarize_es", "base alone")
+        assert found == {(part, runtime, True) for part in parts for runtime in runtimes}
+    assert "onnx int4 bundle" in done.stdout
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from huggingface_hub import ModelCard
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig
 
 from caliport_core.directories import read_manifest
+from export import to_executorch_bundle, to_onnx_bundle
 from export.card import describe, write_card
 from export.generation import save_generation_config
 
@@ -112,3 +113,39 @@ def test_a_composed_adapter_says_how_it_was_made(adapter_dirs: list[Path], tmp_p
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.base_model == "some/base"
     assert "made by `lc++` from summarize, translate_es" in card.content
+
+
+@pytest.fixture(scope="module", params=RUNTIMES)
+def bundle(
+    request: pytest.FixtureRequest,
+    base_dir: Path,
+    adapter_dirs: list[Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    out = tmp_path_factory.mktemp("bundles") / request.param
+    parts = {"first": adapter_dirs[0], "second": adapter_dirs[1]}
+    if request.param == "onnx":
+        return to_onnx_bundle(base_dir, parts, out, precision="int8", context=96)
+    shared = {"task": adapter_dirs[0]}
+    return to_executorch_bundle(base_dir, parts, out, adapters=shared, precision="int8", context=96)
+
+
+def test_the_card_of_a_bundle_runs_a_composition(bundle: Path) -> None:
+    """And a bundle has what every artifact has."""
+    manifest = read_manifest(bundle)
+    assert manifest["quantization"]["int8_layers"] == []
+    assert manifest["sizes"]["bits_per_weight"] > 8
+    assert GenerationConfig.from_pretrained(bundle).eos_token_id is not None
+    card = (bundle / "README.md").read_text()
+    for name, facts in manifest["bundle"]["compositions"].items():
+        words = f"| composition `{name}` | LORA of rank 4 on `down_proj`"
+        assert words in card
+        assert f"{facts['bytes']:,} bytes of its own" in card
+    code = re.search(r"```python\n(.*?)```", card, re.DOTALL)
+    assert code is not None
+    assert "first" in code[1]
+    done = subprocess.run(
+        [sys.executable, "-c", code[1]], cwd=bundle, env=ENVIRONMENT, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()

@@ -19,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 from caliport_core.checkpoints import encode_prompt, load_base, load_tokenizer, render_prompt
 from caliport_core.errors import InputError
 from export import executorch, to_executorch
+from export.artifact import Quantization
 from export.fast_lowering import fast_lowering
 from export.lean import every, group, lean
 from export.lowering import finish
@@ -230,12 +231,16 @@ def _checkpoint(directory: Path, layers: int, **settings: object) -> Path:
     return directory
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_repeated_layers_give_the_program_of_all_layers(tmp_path: Path, tied: bool) -> None:
+@pytest.mark.parametrize(
+    ("tied", "cache_bits"), [(True, None), (False, None), (True, 8)], ids=["tied", "own", "cache"]
+)
+def test_repeated_layers_give_the_program_of_all_layers(
+    tmp_path: Path, tied: bool, cache_bits: int | None
+) -> None:
     """Lowered as two layers and repeated, four layers give the very logits of four lowered ones."""
     base = _checkpoint(tmp_path / "base", 4, tie_word_embeddings=tied)
     found = []
-    with lean(base, None, "int4", tmp_path) as decoder:
+    with lean(base, None, Quantization("int4", cache_bits=cache_bits), tmp_path) as decoder:
         assert group(decoder).kept == [0, 1]
         assert every(decoder).kept == [0, 1, 2, 3]
         constants = executorch.constant_methods(decoder.whole, 16, [2], 1)

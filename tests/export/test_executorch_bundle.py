@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,11 +16,11 @@ from transformers import PreTrainedModel
 from calibrate.low_rank import LowRankUpdate
 from calibrate.merge import exact, linear
 from caliport_core.checkpoints import load_base
-from export.bundle import Composed, split
-from export.executorch_bundle import lower_bundle
-from export.fold import fold
+from export.bundle import Composed, beside, split
+from export.executorch_bundle import halves, lower_bundle
 from export.lean import lean
-from export.quantize import Form, dequantize, quantize
+from export.quantize import Form, quantize
+from export.quantized_once import join
 from validation.executorch_runner import ExecuTorchRunner
 
 CONTEXT = 64
@@ -55,7 +55,7 @@ def shapes(base_dir: Path) -> dict[str, tuple[int, int]]:
 
 def _bundle(
     base: Path, out: Path, shapes: dict, precision: str, form: Form | None
-) -> tuple[dict[str, LowRankUpdate], dict]:
+) -> tuple[dict[str, LowRankUpdate], dict[str, LowRankUpdate], dict]:
     adapters = {name: _random(shapes, 4, seed) for seed, name in enumerate(("sum", "de", "fr"))}
     compositions = {
         f"sum_{to}": exact(
@@ -66,43 +66,50 @@ def _bundle(
     parts = {name: split(update, adapters) for name, update in compositions.items()}
     with lean(base, None, precision, out) as decoder:
         facts = lower_bundle(decoder, adapters, parts, out, CONTEXT, [2], 1, form)
-    return compositions, facts
+    return adapters, compositions, facts
 
 
-def _eager(base: Path, update: LowRankUpdate | None, precision: str) -> PreTrainedModel:
-    model = copy.deepcopy(load_base(base))
-    model = dequantize(quantize(model, precision)) if precision != "fp32" else model
-    return model if update is None else fold(model, update, "the test")
+def _eager(
+    base: Path,
+    update: LowRankUpdate | None,
+    adapters: Mapping[str, LowRankUpdate],
+    precision: str,
+    form: Form | None,
+) -> PreTrainedModel:
+    model = quantize(load_base(base), precision)
+    return model if update is None else beside(model, split(update, adapters), adapters, form)
 
 
 @pytest.mark.parametrize(
     ("precision", "form", "tolerance"),
     [
         ("fp32", None, 1e-5),
-        # Activations are rounded to 8 bits, in the base and in the terms: see test_executorch.
-        pytest.param("int4", "int8", 0.15, marks=pytest.mark.slow),
+        # Activations are rounded to 8 bits, in the base and in the shared terms: one that falls the
+        # other way moves logits by a step. Measured: 0.014, and as much for the base alone.
+        pytest.param("int4", "int8", 0.03, marks=pytest.mark.slow),
     ],
 )
 def test_methods_give_their_compositions(
     base_dir: Path, tmp_path: Path, shapes: dict, precision: str, form: Form, tolerance: float
 ) -> None:
-    compositions, facts = _bundle(base_dir, tmp_path, shapes, precision, form)
+    adapters, compositions, facts = _bundle(base_dir, tmp_path, shapes, precision, form)
     assert facts["methods"] == ["forward", "sum_de", "sum_fr"]
     tokens = list(range(5, 40))
     found: dict[str, np.ndarray] = {}
     for method in facts["methods"]:
-        model = _eager(base_dir, compositions.get(method), precision)
+        model = _eager(base_dir, compositions.get(method), adapters, precision, form)
         with torch.no_grad():
             expected = model(torch.tensor([tokens])).logits[0].numpy()
         runner = ExecuTorchRunner(tmp_path, method=method)
-        runner.prefill(tokens[:-1])
-        found[method] = runner.step(tokens[-1])
-        error = np.abs(found[method] - expected[-1]).max() / np.abs(expected[-1]).max()
-        assert error < tolerance, (method, error)
+        rows = [runner.prefill(tokens[:-9]), *(runner.step(token) for token in tokens[-9:])]
+        found[method] = rows[-1]
+        errors = np.abs(rows - expected[-10:]).max(1) / np.abs(expected[-10:]).max(1)
+        assert np.median(errors) < tolerance, (method, errors)
     assert np.abs(found["sum_de"] - found["sum_fr"]).max() > 0.05
     sizes = facts["sizes"]
     layers = 2
-    own = sum(4 * 2 * (o + i) for o, i in shapes.values()) / layers
+    width = 4 if form is None else 2
+    own = sum(width * 2 * (o + i) for o, i in shapes.values()) / layers
     assert sizes["compositions"] == {"sum_de": own, "sum_fr": own}, "stored once for all layers"
 
 
@@ -130,3 +137,59 @@ def test_an_update_that_is_no_merge_is_kept_whole() -> None:
     adapters = {"one": _random(shapes, 2, 0)}
     other = _random(shapes, 3, 1)
     assert split(other, adapters) == Composed((), 1.0, other)
+
+
+@pytest.mark.parametrize(("a_size", "b_size"), [(1.0, 1.0), (1e6, 1e-4), (1e-9, 1e2), (1e-3, 1e-3)])
+def test_halves_keep_the_product(a_size: float, b_size: float) -> None:
+    update = _random({"a": (6, 8)}, 3, 0)
+    a, b = update.a["a"] * a_size, update.b["a"] * b_size
+    half_a, half_b = halves(a, b)
+    assert half_a.dtype == half_b.dtype == torch.float16
+    delta = b @ a
+    assert (half_b.float() @ half_a.float() - delta).norm() < 1e-3 * delta.norm()
+
+
+def test_halves_of_a_correction_before_training_are_zero() -> None:
+    update = _random({"a": (6, 8)}, 3, 0)
+    half_a, half_b = halves(update.a["a"], torch.zeros(6, 3))
+    assert torch.isfinite(half_a).all()
+    assert not half_b.any()
+
+
+def test_an_input_is_quantized_once_for_each_type_of_weights() -> None:
+    from executorch.backends.xnnpack.serialization import xnnpack_graph_schema as schema
+
+    types = schema.XNNDatatype
+    int4, int8 = types.xnn_datatype_qbint4, types.xnn_datatype_qcint8
+    nodes, values = [], [_value(schema, 0, types.xnn_datatype_fp32)]
+    for index, kind in enumerate((int4, int8, int4)):
+        quantized, weight, result = (10 * (index + 1) + i for i in range(3))
+        values += [
+            _value(schema, quantized, types.xnn_datatype_qdint8),
+            _value(schema, weight, kind),
+            _value(schema, result, types.xnn_datatype_fp32),
+        ]
+        nodes += [
+            schema.XNNConvert(input_id=0, output_id=quantized, flags=0),
+            schema.XNNFullyConnected(quantized, weight, 0xFFFFFFFF, result, 0),
+        ]
+    graph = schema.XNNGraph(
+        version="0",
+        xnodes=[schema.XNode(node, 0) for node in nodes],
+        xvalues=values,
+        num_externs=0,
+        input_ids=[0],
+        output_ids=[12, 22, 32],
+        constant_data=[],
+    )
+    join(graph)
+    kept = [node.xnode_union for node in graph.xnodes]
+    products = [node for node in kept if isinstance(node, schema.XNNFullyConnected)]
+    assert [product.input1_id for product in products] == [10, 20, 10]
+    assert len(kept) == 5, "two quantizations for three products"
+    assert 30 not in [value.xvalue_union.id_out for value in graph.xvalues]
+    assert len(graph.xvalues) == 9
+
+
+def _value(schema: Any, index: int, kind: Any) -> Any:
+    return schema.XValue(schema.XNNTensorValue(kind, 1, [1], 0, 0, 0, index))

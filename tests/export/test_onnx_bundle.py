@@ -17,6 +17,7 @@ from calibrate.low_rank import LowRankUpdate
 from caliport_core.directories import check_files, read_manifest
 from caliport_core.errors import InputError
 from export.artifact import eager
+from export.bundle import beside, split
 from export.onnx_bundle import add_to_onnx_bundle, to_onnx_bundle
 from export.quantize import dequantize
 from validation.onnx_runner import OnnxRunner, generate_ids
@@ -58,15 +59,13 @@ def bundle_of(
 
 
 def expected_logits(base: Path, adapter: Path | None, precision: str) -> np.ndarray:
-    """Of the quantized base's own values plus ΔW, after every token: [n, vocab]."""
+    """Of the quantized base's own values with ΔW beside them, after every token: [n, vocab]."""
     model = eager(base, None, precision)
     if precision != "fp32":
         model = dequantize(model)
+    if adapter is not None:
+        model = beside(model, split(LowRankUpdate.from_peft(adapter), {}), {})
     with torch.no_grad():
-        if adapter is not None:
-            update = LowRankUpdate.from_peft(adapter)
-            for name in update.modules:
-                model.get_submodule(name).weight += update.delta(name)
         return model(torch.tensor([TOKENS]), use_cache=False).logits[0].numpy()
 
 
@@ -117,6 +116,7 @@ def test_stock_generator_switches_compositions(
     assert found["all"] == genai_tokens(model, loaded, "all")
     assert len({tuple(tokens) for tokens in found.values()}) == 3
     assert found[None] == generate_ids(bundle, TOKENS, 12)
+    assert found["few"] == generate_ids(bundle, TOKENS, 12, bundle / "few.onnx_adapter")
     for name, adapter in [*adapters.items(), (None, None)]:
         logits = expected_logits(base_dir, adapter, "fp32")
         assert found[name][0] == logits[-1].argmax()

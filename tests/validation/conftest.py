@@ -14,6 +14,8 @@ from calibrate.low_rank import LowRankUpdate
 from caliport_core.checkpoints import load_base, load_tokenizer
 from export.fold import fold
 from validation.evaluation import Answers, Evaluation, eager_answers, make_evaluation
+from validation.probes import make_probes
+from validation.rounding import Expected, expected_of
 
 INPUTS = [
     "Anna and Tom meet in the park.",
@@ -42,7 +44,8 @@ class Scene:
     evaluation: Evaluation
     base_answers: Answers
     fp32: Answers
-    quantized: Answers
+    exact: Expected
+    quantized: Expected
 
 
 @pytest.fixture(scope="session")
@@ -56,14 +59,18 @@ def scene(base_dir: Path, adapter_dirs: list[Path]) -> Scene:
         for parameter in rounded.parameters():
             parameter.copy_(parameter.bfloat16().float())
     evaluation = make_evaluation(composed, tokenizer, INPUTS, max_new_tokens=5, positions=6)
+    probes = make_probes(384, 128)
+    fp32 = eager_answers(composed, "fp32", evaluation)
+    quantized = eager_answers(rounded, "rounded", evaluation)
     return Scene(
         base,
         composed,
         rounded,
         evaluation,
         eager_answers(base, "base", evaluation, write=False),
-        eager_answers(composed, "fp32", evaluation),
-        eager_answers(rounded, "rounded", evaluation),
+        fp32,
+        expected_of(composed, fp32, evaluation, probes),
+        expected_of(rounded, quantized, evaluation, probes),
     )
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from validation.gates import AdapterEffect, Gate, StockResult, lost_at
+from validation.latency_results import Conditions, LatencyReport, LatencyResult
+from validation.latency_statistics import spread
 from validation.parity import Measures
 from validation.results import (
     ArtifactResult,
     CompositionResult,
-    LatencyReport,
-    LatencyResult,
     Machine,
     MethodResult,
     ParityReport,
@@ -16,7 +16,6 @@ from validation.results import (
     Point,
     QualityReport,
     QualitySample,
-    Spread,
     TaskResult,
 )
 
@@ -122,7 +121,7 @@ def parity(failing: bool = False) -> ParityReport:
 
 
 def latency() -> LatencyReport:
-    spread = Spread(median=2.0, low=1.5, high=2.5)
+    times = spread([1.5, 2.0, 2.5])
     result = LatencyResult(
         composition="describe in German",
         runtime="onnx",
@@ -131,12 +130,31 @@ def latency() -> LatencyReport:
         bytes=10,
         files={"model.onnx": 10},
         threads=2,
+        pinned=True,
         prompt_tokens=16,
         new_tokens=8,
         repetitions=3,
-        load_seconds=spread,
-        first_token_seconds=spread,
-        decode_rate=spread,
-        noisy=True,
+        load_seconds=times,
+        first_token_seconds=times,
+        decode_rate=times,
+        token_p90_seconds=0.7,
+        idle_bytes=50_000_000,
+        load_peak_bytes=60_000_000,
+        peak_bytes=70_000_000,
+        token_bytes=100_000_000,
+        bandwidth_share=0.02,
+        noise=f"decode rate: {ATTACK}",
     )
-    return LatencyReport(machine=MACHINE, versions=VERSIONS, artifacts=[result])
+    conditions = Conditions(
+        calibration=times, load_average=1.5, steal=0.02, others=0.7, noise=f"uneasy {ATTACK}"
+    )
+    return LatencyReport(
+        machine=MACHINE,
+        versions=VERSIONS,
+        seed=0,
+        cores=(0, 1),
+        bandwidth_gbs=10.0,
+        cache_bytes=32_000_000,
+        conditions=conditions,
+        artifacts=[result],
+    )

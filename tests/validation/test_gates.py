@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -85,7 +86,7 @@ def test_fp32_passes_the_tightest_limits(scene: Scene) -> None:
     findings, _ = check_runner(
         EagerRunner(scene.composed, "sound"),
         scene.evaluation,
-        quantized=scene.fp32,
+        quantized=scene.exact,
         fp32=scene.fp32,
         base=scene.base_answers,
         limits=limits_for("fp32"),
@@ -122,6 +123,34 @@ def test_a_fault_in_the_steps_alone_leaves_the_prefill_gate(scene: Scene) -> Non
     assert "prefill" not in names
 
 
+def test_a_small_change_everywhere_and_a_large_one_in_one_place(
+    scene: Scene, base_dir: Path
+) -> None:
+    """Both are far within what KL and favourite tokens allow."""
+    other = copy.deepcopy(scene.rounded)
+    for module in other.modules():
+        if hasattr(module, "variance_epsilon"):
+            module.variance_epsilon = 1.1e-6
+    assert "prefill, position by position" in failed(check(scene, EagerRunner(other, "epsilon")))
+    row = copy.deepcopy(scene.rounded)
+    with torch.no_grad():
+        row.model.embed_tokens.weight[300] = row.model.embed_tokens.weight[301]
+        row.lm_head.weight = torch.nn.Parameter(scene.rounded.lm_head.weight.clone())
+    assert "farthest position" in failed(check(scene, EagerRunner(row, "one row")))
+
+
+def test_what_a_reset_leaves_behind_is_noticed(scene: Scene) -> None:
+    class Forgetless(EagerRunner):
+        def reset(self) -> None:
+            if self._cache is not None and self._cache.get_seq_length() > 100:
+                self._cache.crop(1 - self._cache.get_seq_length())
+            else:
+                super().reset()
+
+    findings = check(scene, Forgetless(scene.rounded, "forgetless"))
+    assert failed(findings) == ["forgetting"]
+
+
 def test_nan_logits_fail_with_their_place(scene: Scene) -> None:
     findings = check(scene, Broken(scene.rounded, "broken"))
     (gate,) = findings.gates
@@ -133,7 +162,8 @@ def test_nan_logits_fail_with_their_place(scene: Scene) -> None:
 
 
 def test_quantization_that_costs_too_much_is_named(scene: Scene) -> None:
-    cost = compare(scene.fp32.logits, scene.quantized.logits, scene.evaluation.targets).kl
+    rounded = scene.quantized.said.answers.logits
+    cost = compare(scene.fp32.logits, rounded, scene.evaluation.targets).kl
     limits = limits_for("int8", quantization_kl=cost / 2)
     findings = check(scene, EagerRunner(scene.rounded, "coarse"), limits)
     assert failed(findings) == ["next-token distribution"]

@@ -8,7 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from validation.parity import NotFinite, compare, finite, kl_divergence
+from validation.parity import (
+    EXACT,
+    NotFinite,
+    compare,
+    distances,
+    finite,
+    kl_divergence,
+    unexplained,
+)
 
 LOGITS = arrays(np.float32, (3, 7), elements=st.floats(-30, 30, width=32))
 
@@ -91,3 +99,30 @@ def test_shapes_must_agree() -> None:
 def test_numbers_that_are_none_are_a_failure_with_its_place() -> None:
     with pytest.raises(NotFinite, match=r"step 3: 2 of 4 logits are NaN or infinite"):
         finite(np.array([0, np.nan, 1, np.inf]), "step 3")
+
+
+NOISE = np.r_[np.full(60, EXACT), np.linspace(1e-3, 1e-2, 40)]
+
+
+@given(st.floats(0.1, 2.9))
+def test_what_rounding_explains_is_explained(times: float) -> None:
+    assert unexplained(np.maximum(NOISE * times, EXACT), NOISE, 3) == 0
+    assert unexplained(NOISE[::-1], NOISE, 3) == 0
+
+
+@pytest.mark.parametrize(
+    ("found", "share"),
+    [
+        (np.maximum(NOISE, 1e-4), 0.6),  # little, where rounding moves nothing
+        (np.full(100, 1.0), 1.0),
+        (np.r_[NOISE[:50], np.full(50, 1.0)], 0.5),
+    ],
+)
+def test_what_rounding_does_not_explain_is_counted(found: np.ndarray, share: float) -> None:
+    assert unexplained(found, NOISE, 3) == pytest.approx(share)
+
+
+def test_distances_are_relative_to_the_spread_of_the_logits() -> None:
+    reference = np.array([[-1.0, 0, 1], [-10.0, 0, 10], [5.0, 5, 5]])
+    found = reference + np.array([[0.1, 0, 0], [0, 1.0, 0], [0, 0, 0]])
+    np.testing.assert_allclose(distances([reference], [found]), [0.1, 0.1, EXACT])

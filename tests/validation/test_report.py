@@ -163,7 +163,7 @@ def test_any_set_of_files_makes_a_sound_self_contained_page(
     assert not re.search(r"url\((?!#)", text)
     assert max(page.ids.values()) == 1
     assert all(link.startswith("#") and link[1:] in page.ids for link in page.links)
-    assert page.tags["svg"] == 3 * quality + 2 * parity + 2 * latency + 3 * audited
+    assert page.tags["svg"] == 3 * quality + 2 * parity + 3 * latency + 3 * audited
     sections = ((AUDIT, audited), (QUALITY, quality), (PARITY, parity), (LATENCY, latency))
     for name, there in sections:
         assert (f"No <code>{name}</code>" in text) is not there
@@ -184,6 +184,23 @@ def test_a_failure_is_on_top_with_its_stage(tmp_path: Path) -> None:
     assert "(and 1 more)" in verdict
     assert text.count('<tr class="failed"') == 1
     assert text.count('<tr class="why">') == 1
+
+
+def test_sizes_by_part_and_what_was_left_out(tmp_path: Path) -> None:
+    """A bundle's compositions have a row each and one bar together."""
+    report = examples.parity()
+    parts = {"linear": 2_000_000, "scales": 500_000, "compositions": 100_000, "rest": 300_000}
+    found = {"bundle": True, "path": "bundles/onnx-int4", "parts": parts, "bits_per_weight": 4.63}
+    both = [
+        report.artifacts[1].model_copy(update={**found, "composition": name, "notes": notes})
+        for name, notes in (("base alone", ("first <b> was not checked",)), ("second", ()))
+    ]
+    write_result(report.model_copy(update={"artifacts": both}), tmp_path / PARITY)
+    text = write_report(tmp_path).read_text(encoding="utf-8")
+    assert "first &lt;b&gt; was not checked" in text
+    assert "linear 2 MB, scales 500 kB, compositions 100 kB, rest 300 kB; 4.63 bits" in text
+    assert text.count(">ONNX int4 bundle</text>") == 1
+    assert text.count("second, ONNX int4 bundle</text>") == 1
 
 
 def test_audit_alone_makes_a_page(tmp_path: Path) -> None:
@@ -219,7 +236,7 @@ def test_headline_says_what_is_known() -> None:
     assert headline(artifacts).text == "4 gates passed on 2 artifacts."
     artifacts[0].gates.append(examples.gate("task", "quantization", decided=False))
     assert headline(artifacts).state == "unsure"
-    assert "1 of 5 gates had too few examples to say" in headline(artifacts).text
+    assert "1 of 5 gates could not be decided" in headline(artifacts).text
     assert headline(examples.parity(failing=True).artifacts).state == "fail"
 
 

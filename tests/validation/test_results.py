@@ -13,8 +13,8 @@ from validation.junit import write_junit
 from validation.results import (
     LatencyReport,
     ParityReport,
+    Point,
     QualityReport,
-    Spread,
     environment,
     file_sizes,
     read_result,
@@ -79,7 +79,7 @@ def test_an_unwritable_place_is_one_line(tmp_path: Path) -> None:
 
 def test_numbers_that_json_cannot_hold_are_refused() -> None:
     with pytest.raises(ValidationError, match="finite number"):
-        Spread(median=float("nan"), low=0, high=1)
+        Point(step=1, loss=float("nan"))
 
 
 def test_machine_and_versions_are_this_ones(tmp_path: Path) -> None:

@@ -1,0 +1,96 @@
+"""Random adapters and compositions in the form that Learnable Calibration publishes.
+
+Nine single-task LoRAs of rank 32 with α = 16 on q, k, v, o, gate, up and down, and fourteen
+compositions of two of them: the LC++ correction of rank 4, one for all layers, on top of their
+linear merge, and the same correction with no merge underneath (arXiv 2507.16083, Eq. 5 and 7 and
+the ablation without LoRAs). Only the numbers are made up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from calibrate.correction import Composition, LCPlusPlus, frozen
+from calibrate.low_rank import LowRankUpdate
+from calibrate.merge import linear, none
+from caliport.data.pocket import LANGUAGES, TONES
+from caliport_core.checkpoints import load_config
+from caliport_core.directories import content_hash, new_directory
+from export.skeleton import empty
+
+RANK, ALPHA = 32, 16
+MAINS = ("summarize", "reply")
+AUXILIARIES = (*LANGUAGES, *TONES)
+ADAPTERS = (*MAINS, *AUXILIARIES)
+COMPOSITIONS = {f"{main}_{form}": (main, form) for main in MAINS for form in AUXILIARIES}
+FAMILIES = ("merged", "alone")
+_STD = 0.05  # of B; with α/r = 1/2 a typical ΔW is a tenth of weights drawn with 0.02
+
+
+def write_adapters(checkpoint: Path, out: Path, compositions: Sequence[str], seed: int = 0) -> None:
+    """Write ``out/adapters/NAME`` and ``out/FAMILY/NAME``, PEFT LoRA directories.
+
+    Holds three adapters at most. ``out`` appears whole or not at all.
+
+    Args:
+        checkpoint: The base.
+        out: The directory to appear.
+        compositions: Names in ``COMPOSITIONS``; the adapters are those that they need.
+        seed: Of all numbers.
+    """
+    settings = {"compositions": list(compositions), "seed": seed, "rank": RANK, "alpha": ALPHA}
+    with new_directory(out, "adapters", {"base": content_hash(checkpoint)}, settings) as (part, _):
+        shapes = linear_shapes(empty(load_config(checkpoint)[0]))
+        for index, name in enumerate(needed(compositions)):
+            made = _random(shapes, seed * 1000 + index)
+            made.to_peft(part / "adapters" / name, str(checkpoint))
+        for index, name in enumerate(compositions):
+            updates = {
+                task: LowRankUpdate.from_peft(part / "adapters" / task)
+                for task in COMPOSITIONS[name]
+            }
+            for family, merge in zip(FAMILIES, (linear, none), strict=True):
+                composition = Composition(updates, merge(list(updates.values())))
+                corrected = _corrected(composition, seed * 1000 + 500 + index)
+                corrected.to_peft(part / family / name, str(checkpoint))
+
+
+def needed(compositions: Sequence[str]) -> list[str]:
+    """The adapters that some compositions are made of."""
+    used = {task for name in compositions for task in COMPOSITIONS[name]}
+    return [name for name in ADAPTERS if name in used]
+
+
+def linear_shapes(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
+    """(out, in) of every linear layer but the head."""
+    head = model.get_output_embeddings()
+    return {
+        name: (module.out_features, module.in_features)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head
+    }
+
+
+def _random(shapes: Mapping[str, tuple[int, int]], seed: int) -> LowRankUpdate:
+    """A LoRA with A as PEFT begins it and B normal, its α/r inside B."""
+    draw = torch.Generator().manual_seed(seed)
+    a, b = {}, {}
+    for name, (rows, width) in shapes.items():
+        a[name] = torch.empty(RANK, width).uniform_(-(width**-0.5), width**-0.5, generator=draw)
+        b[name] = torch.empty(rows, RANK).normal_(0.0, _STD * ALPHA / RANK, generator=draw)
+    return LowRankUpdate(a, b)
+
+
+def _corrected(composition: Composition, seed: int) -> LowRankUpdate:
+    """The composition with an LC++ correction whose P2, zero at the start, is random."""
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(seed)
+        correction = LCPlusPlus({"it": composition})
+        for value in correction.p2.values():
+            value.normal_(0.0, _STD)
+    return frozen(correction, "it", composition)

@@ -1,0 +1,264 @@
+"""The other way to bundle: one method that takes A and B of a composition as inputs.
+
+``forward(tokens, input_pos, A, B, …)`` in the order of the manifest's ``lowering.inputs``; A is
+[1, R, in] and B [1, out, R], float32. Adapters and corrections lie in files beside the program, and
+the host makes A and B of them when it switches. All compositions of one program have its R.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.export.graph_signature import InputKind
+
+from calibrate.low_rank import LowRankUpdate
+from caliport_core.checkpoints import eos_ids
+from caliport_core.directories import content_hash, new_directory, read_manifest
+from export.artifact import Quantization, fill_with
+from export.bundle import Composed, split
+from export.executorch import PROGRAM, constant_methods
+from export.executorch_bundle import halves
+from export.fast_lowering import fast_lowering, swapped
+from export.lean import Lean, group
+from export.lowering import count_delegated, finish, lower_skeleton, with_weights
+from export.quantize import integers
+from export.quiet import quiet
+from export.repeat import repeat
+from export.sharing import shared_tables
+from export.skeleton import Layers, furnish, skeleton
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from export.lowering import Lowered
+
+_PLACES, _INPUTS = "places", "inputs"
+
+
+def to_inputs(
+    base: Path,
+    compositions: Mapping[str, Path],
+    out: Path,
+    *,
+    adapters: Mapping[str, Path],
+    precision: str = "int4",
+    context: int | None = None,
+) -> Path:
+    """Export a base whose linear layers take the terms of a composition as inputs.
+
+    Args:
+        base: A Hugging Face directory of a decoder.
+        compositions: A PEFT LoRA directory for each name, all of the same ranks.
+        out: The artifact directory to appear; ``adapters/NAME.safetensors`` in it hold 8-bit
+            rows, ``compositions/NAME.safetensors`` float16.
+        adapters: PEFT LoRA directories that compositions may stand on.
+        precision: Of the base.
+        context: Tokens of the key-value cache.
+    """
+    inputs = {"base": content_hash(base)}
+    inputs |= {name: content_hash(path) for name, path in {**adapters, **compositions}.items()}
+    settings = {"way": "inputs", "precision": precision, "context": context}
+
+    with new_directory(out, "export", inputs, settings) as (directory, extra):
+
+        def lower(decoder: Lean, length: int, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+            shared = {name: LowRankUpdate.from_peft(path) for name, path in adapters.items()}
+            for folder in ("adapters", "compositions"):
+                (directory / folder).mkdir()
+            for name, update in shared.items():
+                _save_rows(update, directory / "adapters" / f"{name}.safetensors")
+            ranks: dict[str, int] = {}
+            for name, path in compositions.items():
+                update = LowRankUpdate.from_peft(path)
+                ranks = {module: update.rank(module) for module in update.modules}
+                composed = split(update, shared)
+                _save_own(composed, directory / "compositions" / f"{name}.safetensors")
+            ends = eos_ids(decoder.whole)
+            constants = constant_methods(decoder.whole, length, ends, tokenizer.bos_token_id)
+            return _lower(decoder, ranks, directory, length, constants)
+
+        fill_with(
+            lower, directory, extra, base, "executorch", None, Quantization(precision), context
+        )
+    return out
+
+
+def _lower(
+    decoder: Lean,
+    ranks: Mapping[str, int],
+    directory: Path,
+    context: int,
+    constants: dict[str, Any],
+) -> dict[str, Any]:
+    with quiet(), fast_lowering():
+        layers = group(decoder)
+        model = furnish(skeleton(decoder.whole.config, layers), layers, decoder.forms)
+        linears = {
+            name: module
+            for name, module in model.named_modules()
+            if layers.whole_name(name) in ranks
+        }
+        lowered = lower_skeleton(
+            model,
+            layers,
+            context,
+            lambda name: layers.whole_name(name) in decoder.weights,
+            swapped(torch.export, "export", _with_inputs(linears, layers, ranks)),
+        )
+        program, used = repeat(_by_layer(lowered, linears), layers, decoder.weights)
+        held = lowered.constants
+        edge = with_weights({"forward": program}, constants, decoder.weights, used, held)
+        counts = count_delegated(edge)
+        with shared_tables(decoder):
+            made = finish(edge)
+    with (directory / PROGRAM).open("wb") as stream:
+        made.write_to_file(stream)
+    specs = program.graph_signature.input_specs
+    return {
+        "backend": "xnnpack",
+        "methods": ["forward"],
+        "constant_methods": constants,
+        _INPUTS: [
+            str(spec.target).removeprefix("model.")
+            for spec in specs
+            if spec.kind == InputKind.USER_INPUT and spec.target
+        ],
+        **counts,
+    }
+
+
+class _Linear(nn.Linear):
+    """Takes its terms for no part of itself: executorch 1.5.1 joins all that ``nn.Linear`` does."""
+
+
+def _with_inputs(
+    linears: Mapping[str, nn.Module], layers: Layers, ranks: Mapping[str, int]
+) -> Callable[..., Any]:
+    """``torch.export.export`` of a decoder whose linear layers also get terms from inputs."""
+    plain = torch.export.export
+
+    def export(decoder: nn.Module, args: Any, *, dynamic_shapes: Any, strict: bool) -> Any:
+        given: list[Tensor] = []
+        forward = decoder.forward
+
+        def with_factors(tokens: Tensor, input_pos: Tensor, factors: list[Tensor]) -> Tensor:
+            given[:] = factors
+            found: Tensor = forward(tokens, input_pos)
+            return found
+
+        def add(index: int, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            # XNNPACK packs a product's right factor at every call: that is the small one here.
+            inner = torch.bmm(given[2 * index], inputs[0].transpose(1, 2))
+            return output + torch.bmm(given[2 * index + 1], inner).transpose(1, 2)
+
+        factors: list[Tensor] = []
+        for index, (name, linear) in enumerate(linears.items()):
+            rows, width = linear.get_parameter("weight").shape
+            rank = ranks[layers.whole_name(name)]
+            factors += [torch.zeros(1, rank, width), torch.zeros(1, rows, rank)]
+            linear.__class__ = _Linear
+            linear.register_forward_hook(partial(add, index))
+        decoder.forward = with_factors
+        shapes = {**dynamic_shapes, "factors": [None] * len(factors)}
+        return plain(decoder, (*args, factors), dynamic_shapes=shapes, strict=strict)
+
+    return export
+
+
+def _by_layer(lowered: Lowered, linears: Mapping[str, nn.Module]) -> Lowered:
+    """Name the inputs after their layers, so that each layer that is repeated gets its own."""
+    program = lowered.program
+    specs = [s for s in program.graph_signature.input_specs if s.kind == InputKind.USER_INPUT][2:]
+    names = [f"model.{name}.{side}" for name in linears for side in "AB"]
+    for spec, name in zip(specs, names, strict=True):
+        spec.target = name
+    signature = program.module_call_graph[0].signature
+    assert signature is not None
+    signature.inputs = signature.inputs[:2]  # the graph has no others by their old names
+    return lowered
+
+
+class Factors:
+    """The terms of compositions as inputs, made from an artifact's files and kept.
+
+    Args:
+        directory: Of ``to_inputs``.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self.inputs: list[str] = read_manifest(directory)["lowering"][_INPUTS]
+        self._kept: dict[str, list[Tensor]] = {}
+
+    def of(self, name: str) -> list[Tensor]:
+        """What stands in the program's inputs after tokens and position."""
+        if name not in self._kept:
+            self._kept[name] = self._made(name)
+        return self._kept[name]
+
+    def _made(self, name: str) -> list[Tensor]:
+        own, facts = _read(self._directory / "compositions" / f"{name}.safetensors")
+        places: dict[str, str] = json.loads(facts[_PLACES])
+        weight, used = float(facts["weight"]), json.loads(facts["adapters"])
+        shared = [_read(self._directory / "adapters" / f"{task}.safetensors")[0] for task in used]
+        found = []
+        for place in self.inputs:
+            terms = [own[places[place]].float()]
+            if shared:
+                rows = [a[f"{place}.data"] * a[f"{place}.scale"] for a in shared]
+                terms.insert(0, weight * torch.stack(rows).sum(0))
+            found.append(torch.cat(terms, 0 if place.endswith("A") else 1)[None])
+        return found
+
+
+def _save_rows(update: LowRankUpdate, path: Path) -> None:
+    """An adapter as 8-bit rows, the integers that ``export.executorch_bundle`` ships."""
+    tensors = {}
+    for module in update.modules:
+        for side, matrix in (("A", update.a[module]), ("B", update.b[module])):
+            count, width = matrix.shape
+            parts = list(integers(partial(_rows, matrix), count, width, "int8"))
+            tensors[f"{module}.{side}.data"] = torch.cat([data for data, _ in parts])
+            tensors[f"{module}.{side}.scale"] = torch.cat([scale for _, scale in parts])
+    save_file(tensors, path)
+
+
+def _rows(matrix: Tensor, start: int, stop: int) -> Tensor:
+    return matrix[start:stop]
+
+
+def _save_own(composed: Composed, path: Path) -> None:
+    """A composition's own terms, equal ones once, and which adapters it stands on."""
+    assert composed.own is not None
+    tensors: dict[str, Tensor] = {}
+    places: dict[str, str] = {}
+    for module in composed.own.modules:
+        pair = halves(composed.own.a[module], composed.own.b[module])
+        for side, value in zip("AB", pair, strict=True):
+            key = hashlib.sha256(value.numpy().tobytes()).hexdigest()[:16]
+            tensors[key] = value
+            places[f"{module}.{side}"] = key
+    facts = {
+        _PLACES: json.dumps(places),
+        "weight": repr(composed.weight),
+        "adapters": json.dumps(composed.adapters),
+    }
+    save_file(tensors, path, metadata=facts)
+
+
+def _values(adapter: Mapping[str, Tensor], name: str) -> Tensor:
+    return adapter[f"{name}.data"] * adapter[f"{name}.scale"]
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    with safe_open(path, framework="pt") as opened:
+        return {key: opened.get_tensor(key) for key in opened.keys()}, opened.metadata() or {}  # noqa: SIM118

@@ -1,0 +1,101 @@
+"""The tables of ``results.json`` as Markdown."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable
+
+from benchmarks.bundles.exporting import ARTIFACTS, FOLDED
+from benchmarks.bundles.records import Results, Way
+from benchmarks.document import markdown
+
+_TITLES = {
+    "folded": "folded",
+    "merged-methods": "LC++, methods",
+    "merged-inputs": "LC++, inputs",
+    "alone-methods": "corrections alone, methods",
+    "alone-inputs": "corrections alone, inputs",
+}
+_RATIOS = ("load", "memory", "prefill", "decode")  # shown against the folded artifact
+_PARTS = {"adapters": "adapters", "own": "corrections", "programs": "programs", "total": "all"}
+
+
+def render(results: Results) -> str:
+    """All tables with the words that they need."""
+    return "\n\n".join(_parts(results))
+
+
+def added(results: Results, artifact: str) -> float:
+    """What the compositions add beyond base and adapters, over the folded program."""
+    parts = results.parts[artifact]
+    return (parts["own"] + parts["programs"]) / parts["base"]
+
+
+def whole(results: Results, artifact: str) -> float:
+    """The whole bundle over the folded program."""
+    return results.parts[artifact]["total"] / results.parts[artifact]["base"]
+
+
+def _parts(results: Results) -> Iterable[str]:
+    machine = results.machine
+    runtimes = ", ".join(f"{name} {version}" for name, version in results.versions.items())
+    yield (
+        f"{results.parameters:,} parameters, context {results.context}, {results.compositions} "
+        f"compositions. {machine.cpu}, {machine.cores} cores, {machine.memory_gb:.0f} GB, "
+        f"{results.threads} threads; {runtimes}."
+    )
+    yield _sizes(results)
+    yield _speeds(results)
+    yield "Logits after the prompt, by methods against by inputs: " + "; ".join(
+        f"{_TITLES[f'{family}-methods'].split(',')[0]} differ by {found.difference:.1e} of the "
+        f"largest, cosine {found.cosine:.6f}"
+        for family, found in results.parity.items()
+    )
+
+
+def _sizes(results: Results) -> str:
+    """Bytes by part, and what the export took."""
+    rows = []
+    for name in ARTIFACTS:
+        parts, made = results.parts[name], results.exports[name]
+        sizes = [f"{parts[part] / 1e6:.1f} MB" if parts[part] else "" for part in _PARTS]
+        shares = (
+            ["", "1.000"]
+            if name == FOLDED
+            else [
+                f"{added(results, name):.4f}",
+                f"{whole(results, name):.3f}",
+            ]
+        )
+        took = [f"{made.seconds:.0f} s", f"{made.peak_bytes / 1e9:.1f} GB"]
+        rows.append([_TITLES[name], *sizes, *shares, *took])
+    heads = ["", *_PARTS.values(), "added", "all / folded", "export", "peak memory"]
+    return markdown(heads, rows)
+
+
+def _speeds(results: Results) -> str:
+    base = results.ways[FOLDED]
+    units: tuple[tuple[str, Callable[[Way], float | None], str], ...] = (
+        ("load", lambda w: w.load, "{:.1f} s"),
+        ("memory", lambda w: w.memory / 1e6, "{:.0f} MB"),
+        ("each further", lambda w: _median([m / 1e6 for m in w.more]), "{:.0f} MB"),
+        ("prefill", lambda w: _median(w.prefill), "{:.0f} tok/s"),
+        ("decode", lambda w: _median(w.decode), "{:.1f} tok/s"),
+        ("first switch", lambda w: _median([1e3 * s for s in w.cold]), "{:.0f} ms"),
+        ("switch back", lambda w: _median([1e3 * s for s in w.warm]), "{:.0f} ms"),
+    )
+    rows = []
+    for name in ARTIFACTS:
+        cells = [_TITLES[name]]
+        for head, get, form in units:
+            value, folded = get(results.ways[name]), get(base)
+            text = "" if value is None else form.format(value)
+            if value and folded and head in _RATIOS:
+                text = f"{value / folded:.2f} ({text})"
+            cells.append(text)
+        rows.append(cells)
+    return markdown(["", *(head for head, _, _ in units)], rows)
+
+
+def _median(values: list[float]) -> float | None:
+    return statistics.median(values) if values else None

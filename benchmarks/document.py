@@ -1,0 +1,35 @@
+"""Tables of benchmarks stand between marks of a document."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from caliport_core.errors import InputError
+
+
+def put(name: str, text: str, path: Path) -> None:
+    """Replace what stands between the marks of a benchmark; all else in the file stays.
+
+    Args:
+        name: Of the benchmark, as it is in the marks.
+        text: What to put there.
+        path: The document.
+
+    Raises:
+        InputError: The file has no such marks.
+    """
+    start, end = f"<!-- {name}: tables -->", f"<!-- {name}: end -->"
+    before = path.read_text(encoding="utf-8")
+    if start not in before or end not in before:
+        raise InputError(f"{path}: no place for the tables; expected the lines {start} and {end}")
+    head, _, rest = before.partition(start)
+    tail = rest.partition(end)[2]
+    path.write_text(f"{head}{start}\n\n{text}\n\n{end}{tail}", encoding="utf-8")
+
+
+def markdown(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A table whose columns but the first hold numbers."""
+    lines = [f"| {' | '.join(map(str, row))} |" for row in (heads, *rows)]
+    rule = f"|{'|'.join(['---', *['---:'] * (len(heads) - 1)])}|"
+    return "\n".join([lines[0], rule, *lines[1:]])

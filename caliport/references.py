@@ -1,0 +1,104 @@
+"""What eager models say, which artifacts are held against."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from export.artifact import Quantization
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from validation.composition import Source
+    from validation.evaluation import Answers, Evaluation
+    from validation.rounding import Expected
+
+
+class References:
+    """Eager answers that several artifacts are held against, made once and kept.
+
+    Args:
+        evaluation: What is asked.
+        base: A Hugging Face directory or hub name.
+        adapter: The composition's PEFT LoRA directory; None for the base.
+        shared: PEFT LoRA directories that a bundle for ExecuTorch shares.
+    """
+
+    def __init__(
+        self,
+        evaluation: Evaluation,
+        base: str | Path,
+        adapter: Path | None,
+        shared: Mapping[str, Path] | None = None,
+    ) -> None:
+        self.evaluation = evaluation
+        self.adapter = adapter
+        self._base = base
+        self._shared = shared
+        self._kept: dict[tuple[Path | None, Quantization, str, bool], Answers] = {}
+        self._expected: dict[tuple[Quantization, str, int, bool], Expected] = {}
+
+    def answers(
+        self, how: Quantization, runtime: str, *, alone: bool = False, beside: bool = False
+    ) -> Answers:
+        """Of the composition, quantized, as a runtime rounds it; or of the base ``alone``.
+
+        ``beside``: as in a bundle, with the composition beside the quantized base.
+        """
+        from validation.evaluation import eager_answers
+
+        adapter = None if alone else self.adapter
+        wanted = (adapter, how, "executorch" if how.precision == "fp32" else runtime, beside)
+        if wanted not in self._kept:
+            model = self._model(adapter, how, runtime, beside)
+            name = f"eager {how.precision}{' base' if alone else ''}"
+            self._kept[wanted] = eager_answers(model, name, self.evaluation, write=not alone)
+        return self._kept[wanted]
+
+    def expected(
+        self, how: Quantization, runtime: str, context: int, *, beside: bool = False
+    ) -> Expected:
+        """What an artifact of the composition should say, and what rounding does to that."""
+        from validation.probes import make_probes
+        from validation.rounding import expected_of
+
+        wanted = (how, "executorch" if how.precision == "fp32" else runtime, context, beside)
+        if wanted not in self._expected:
+            answers = self.answers(how, runtime, beside=beside)
+            model = self._model(self.adapter, how, runtime, beside)
+            probes = make_probes(model.config.get_text_config().vocab_size, context)
+            self._expected[wanted] = expected_of(model, answers, self.evaluation, probes)
+        return self._expected[wanted]
+
+    def graph(self, how: Quantization, context: int) -> Expected:
+        """What an artifact's graph should say where nothing is rounded while it runs."""
+        from export.artifact import eager
+        from export.quantize import dequantize
+        from validation.evaluation import eager_answers
+        from validation.lowering import few_of
+        from validation.probes import make_probes
+        from validation.rounding import expected_of
+
+        model = dequantize(eager(self._base, self.adapter, how))
+        few = few_of(self.evaluation)
+        answers = eager_answers(model, f"eager {how.precision}, float", few, write=False)
+        probes = make_probes(model.config.get_text_config().vocab_size, context)
+        return expected_of(model, answers, few, probes)
+
+    def _model(
+        self, adapter: Path | None, how: Quantization, runtime: str, beside: bool
+    ) -> PreTrainedModel:
+        from export import artifact, bundle
+
+        if beside:
+            return bundle.reference(self._base, adapter, how, runtime, self._shared)
+        return artifact.reference(self._base, adapter, how, runtime)
+
+    @property
+    def source(self) -> Source:
+        """What an artifact of the composition should be made from."""
+        from validation.composition import Source
+
+        return Source(self._base, self.adapter)

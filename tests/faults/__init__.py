@@ -1,0 +1,1 @@
+"""Artifacts with one seeded fault each, and what the gates say of them."""

@@ -1,0 +1,386 @@
+"""Two runs side by side: what differs, and whether it is more than noise."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+from validation.baseline import name_of, over_fp32, reports_of
+from validation.gates import Gate, bootstrap_interval
+from validation.latency_results import LatencyReport, LatencyResult, Spread
+from validation.plots import METRIC_NAMES, size
+from validation.report import Headline, headline, page_environment, seconds
+from validation.results import (
+    LATENCY,
+    PARITY,
+    QUALITY,
+    ArtifactResult,
+    Machine,
+    ParityReport,
+    QualityReport,
+    read_if_there,
+    read_result,
+    write_text,
+)
+
+V = TypeVar("V")
+PAGE = "compare.html"
+TONES = {
+    "same": "",
+    "better": "better",
+    "worse": "worse",
+    "noise": "within noise",
+    "noisy": "too noisy to compare",
+    "other": "timed with other threads or lengths",
+}
+"""What is said of a difference, and how it is shown."""
+_CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One figure in both runs, for people.
+
+    Attributes:
+        label: What it is, with its unit.
+        before, after: As shown; a dash where a run does not have it.
+        change: The difference, empty where there is none to speak of.
+        tone: Of ``TONES``; same where nothing is to be said.
+    """
+
+    label: str
+    before: str
+    after: str
+    change: str = ""
+    tone: str = "same"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An artifact, or a method of a composition, in both runs.
+
+    Attributes:
+        name: Its name in both.
+        verdicts: pass, unsure, fail or missing in each run; empty for a method.
+        gates: Those whose verdict is not the same: name, verdict before and after, and the reason.
+        figures: All of them, changed or not.
+    """
+
+    name: str
+    verdicts: tuple[str, str]
+    gates: tuple[tuple[str, str, str, str], ...]
+    figures: tuple[Figure, ...]
+
+    @property
+    def changed(self) -> tuple[Figure, ...]:
+        """The figures that are not the same."""
+        return tuple(figure for figure in self.figures if figure.tone != "same")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two runs.
+
+    Attributes:
+        names: Of the runs.
+        headlines: The verdict of each.
+        differences: Machine and versions where they differ: what, before, after.
+        artifacts: By name, in the order of the second run, then those that only the first has.
+        methods: Of each composition in ``quality.json``, likewise.
+        warnings: What makes figures not comparable.
+    """
+
+    names: tuple[str, str]
+    headlines: tuple[Headline, Headline]
+    differences: tuple[tuple[str, str, str], ...]
+    artifacts: tuple[Pair, ...]
+    methods: tuple[Pair, ...]
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Run:
+    parity: ParityReport
+    latency: LatencyReport | None
+    quality: QualityReport | None
+
+    @property
+    def times(self) -> list[LatencyResult]:
+        return self.latency.artifacts if self.latency else []
+
+
+def compare_runs(first: Path, second: Path) -> Comparison:
+    """Compare two runs, or their reports directories.
+
+    Raises:
+        InputError: One has no ``parity.json``, or a report that is not valid.
+    """
+    before, after = _read(first), _read(second)
+    machines = before.parity.machine, after.parity.machine
+    differences = tuple(_differences(before.parity, after.parity))
+    warnings = []
+    if any(_place(machine) != _place(machines[0]) for machine in machines):
+        warnings.append(
+            "The machines are not the same: times and memory say nothing about the code."
+        )
+    asked = [
+        {artifact.asked.prompts for artifact in run.parity.artifacts if artifact.asked}
+        for run in (before, after)
+    ]
+    if asked[0] != asked[1]:
+        warnings.append("The prompts are not the same: KL and agreement are of other texts.")
+    return Comparison(
+        names=_names(first, second),
+        headlines=(headline(before.parity.artifacts), headline(after.parity.artifacts)),
+        differences=differences,
+        artifacts=tuple(_artifacts(before, after)),
+        methods=tuple(_methods(before.quality, after.quality)),
+        warnings=tuple(warnings),
+    )
+
+
+def write_page(comparison: Comparison, path: Path) -> None:
+    """Write a comparison as one self-contained HTML page.
+
+    Raises:
+        InputError: The path cannot be written.
+    """
+    template = page_environment().get_template("compare.html.j2")
+    write_text(path, template.render(c=comparison, tones=TONES))
+
+
+def _read(run: Path) -> _Run:
+    reports = reports_of(run)
+    return _Run(
+        read_result(ParityReport, reports / PARITY),
+        read_if_there(LatencyReport, reports / LATENCY),
+        read_if_there(QualityReport, reports / QUALITY),
+    )
+
+
+def _names(first: Path, second: Path) -> tuple[str, str]:
+    names = first.resolve().name, second.resolve().name
+    return names if names[0] != names[1] else (str(first), str(second))
+
+
+def _place(machine: Machine) -> tuple[str, int, str]:
+    return machine.cpu, machine.cores, machine.os
+
+
+def _differences(before: ParityReport, after: ParityReport) -> Iterator[tuple[str, str, str]]:
+    was, now = before.machine.model_dump(), after.machine.model_dump()
+    for field, label in (
+        ("cpu", "processor"),
+        ("cores", "cores"),
+        ("memory_gb", "memory, GB"),
+        ("os", "system"),
+    ):
+        if was[field] != now[field]:
+            yield label, str(was[field]), str(now[field])
+    for package in sorted(before.versions.keys() | after.versions.keys()):
+        old, new = before.versions.get(package, "–"), after.versions.get(package, "–")
+        if old != new:
+            yield package, old, new
+
+
+def _artifacts(before: _Run, after: _Run) -> Iterator[Pair]:
+    was = {name_of(artifact): artifact for artifact in before.parity.artifacts}
+    now = {name_of(artifact): artifact for artifact in after.parity.artifacts}
+    for name in dict.fromkeys((*now, *was)):
+        old, new = was.get(name), now.get(name)
+        figures = [*_accuracy(old, new), *_times(name, before, after)]
+        yield Pair(name, (_verdict(old), _verdict(new)), tuple(_gates(old, new)), tuple(figures))
+
+
+def _verdict(artifact: ArtifactResult | None) -> str:
+    if artifact is None:
+        return "missing"
+    if not artifact.passed:
+        return "fail"
+    return "pass" if all(gate.decided for gate in artifact.gates) else "unsure"
+
+
+def _gates(
+    old: ArtifactResult | None, new: ArtifactResult | None
+) -> Iterator[tuple[str, str, str, str]]:
+    """Gates whose verdict differs, but for those that pass in one run and are not in the other."""
+    if old is None or new is None:
+        return
+    was, now = ({gate.name: gate for gate in artifact.gates} for artifact in (old, new))
+    for name in dict.fromkeys((*now, *was)):
+        found = now.get(name) or was[name]
+        words = _said(was.get(name)), _said(now.get(name))
+        if words[0] != words[1] and {*words} != {"pass", "not checked"}:
+            yield name, *words, found.reason
+
+
+def _said(gate: Gate | None) -> str:
+    if gate is None:
+        return "not checked"
+    if not gate.passed:
+        return "fail"
+    return "pass" if gate.decided else "undecided"
+
+
+def _accuracy(old: ArtifactResult | None, new: ArtifactResult | None) -> Iterator[Figure]:
+    yield _task(old, new)
+    yield _exact("KL from fp32, nats", old, new, lambda a: a.total.kl if a.total else None, _sci)
+    yield _exact(
+        "top-1 agreement with fp32",
+        old,
+        new,
+        lambda a: a.total.top1 if a.total else None,
+        lambda value: f"{value:.2%}",
+        more_is_better=True,
+    )
+    yield _exact("size", old, new, lambda a: a.bytes, size, relative=True)
+    parts = dict.fromkeys([*(old.parts if old else ()), *(new.parts if new else ())])
+    for part in parts:
+        sizes = [None if a is None else a.parts.get(part, 0) for a in (old, new)]
+        figure = _change(f"size of {part}", sizes, size, relative=True)
+        if figure.tone != "same":
+            yield figure
+
+
+def _exact(
+    label: str,
+    old: ArtifactResult | None,
+    new: ArtifactResult | None,
+    pick: Callable[[ArtifactResult], float | None],
+    show: Callable[[float], str],
+    *,
+    more_is_better: bool = False,
+    relative: bool = False,
+) -> Figure:
+    """A figure without noise: the same artifact gives the same on the same prompts."""
+    values = [None if a is None else pick(a) for a in (old, new)]
+    return _change(label, values, show, more_is_better=more_is_better, relative=relative)
+
+
+def _change(
+    label: str,
+    values: Sequence[float | None],
+    show: Callable[[float], str],
+    *,
+    more_is_better: bool = False,
+    relative: bool = False,
+) -> Figure:
+    """Two values, the same where they are shown alike."""
+    was, now = values
+    shown = _both(values, show)
+    if was is None or now is None or shown[0] == shown[1]:
+        return Figure(label, *shown)
+    change = f"{now / was - 1:+.1%}" if relative and was else f"{now - was:+.3g}"
+    tone = "better" if (now > was) is more_is_better else "worse"
+    return Figure(label, *shown, change=change, tone=tone)
+
+
+def _both(values: Sequence[V | None], show: Callable[[V], str]) -> tuple[str, str]:
+    """Two values as they are shown; a dash for one that is not there."""
+    first, second = ("–" if value is None else show(value) for value in values)
+    return first, second
+
+
+def _task(old: ArtifactResult | None, new: ArtifactResult | None) -> Figure:
+    was, now = (a.task if a else None for a in (old, new))
+    named = now or was
+    metric = METRIC_NAMES.get(named.metric, named.metric) if named else "task metric"
+    shown = _both((was, now), lambda task: f"{task.artifact:.2f}")
+    if old is None or new is None or was is None or now is None or was.metric != now.metric:
+        return Figure(metric, *shown)
+    scores = [np.asarray(task.artifact_scores) for task in (was, now)]
+    difference = now.artifact - was.artifact
+    if difference == 0 or not all(map(len, scores)):
+        return Figure(metric, *shown, change=f"{difference:+.2f}" if difference else "")
+    same = old.asked is not None and new.asked is not None and old.asked == new.asked
+    if same and len(scores[0]) == len(scores[1]):
+        low, high = bootstrap_interval(scores[1] - scores[0], _CONFIDENCE)
+    else:
+        ends = [bootstrap_interval(values, _CONFIDENCE) for values in scores]
+        half = math.hypot(*((high - low) / 2 for low, high in ends))
+        low, high = difference - half, difference + half
+    tone = "better" if low > 0 else "worse" if high < 0 else "noise"
+    change = f"{difference:+.2f} ({low:+.2f} to {high:+.2f})"
+    return Figure(metric, *shown, change=change, tone=tone)
+
+
+def _times(name: str, before: _Run, after: _Run) -> Iterator[Figure]:
+    runs = (before, after)
+    both = [next((t for t in run.times if name_of(t) == name), None) for run in runs]
+    if both == [None, None]:
+        return
+    loads = [time.load_seconds if time else None for time in both]
+    firsts = [time.first_token_seconds if time else None for time in both]
+    rates = [time.decode_rate if time else None for time in both]
+    ratios = [over_fp32(t, run.times) if t else None for t, run in zip(both, runs, strict=True)]
+    yield _timed("load", both, loads, seconds)
+    yield _timed("first token", both, firsts, seconds)
+    yield _timed("decode, tokens/s", both, rates, "{:.0f}".format, more_is_better=True)
+    if any(ratios):
+        yield _timed("decode over fp32's", both, ratios, "{:.2f}".format, more_is_better=True)
+    peaks = [time.peak_bytes if time else None for time in both]
+    yield _change("peak memory", peaks, size, relative=True)
+
+
+def _timed(
+    label: str,
+    both: Sequence[LatencyResult | None],
+    spreads: Sequence[Spread | None],
+    show: Callable[[float], str],
+    *,
+    more_is_better: bool = False,
+) -> Figure:
+    """A measured time or rate: within noise where the intervals of both medians explain it."""
+    shown = _both(
+        spreads, lambda s: f"{show(s.median)} ({show(s.interval[0])} to {show(s.interval[1])})"
+    )
+    (old, new), (was, now) = both, spreads
+    if old is None or new is None or was is None or now is None or was == now:
+        return Figure(label, *shown)
+    change = now.median / was.median - 1
+    if _course(old) != _course(new):
+        return Figure(label, *shown, change=f"{change:+.1%}", tone="other")
+    if old.noisy or new.noisy:
+        return Figure(label, *shown, change=f"{change:+.1%}", tone="noisy")
+    widths = [(s.interval[1] - s.interval[0]) / 2 / s.median for s in (was, now)]
+    noise = math.hypot(*widths)
+    tone = "better" if (change > 0) is more_is_better else "worse"
+    if abs(change) <= noise:
+        tone = "noise"
+    return Figure(label, *shown, change=f"{change:+.1%} (noise {noise:.1%})", tone=tone)
+
+
+def _course(time: LatencyResult) -> tuple[int, int, int]:
+    return time.threads, time.prompt_tokens, time.new_tokens
+
+
+def _methods(before: QualityReport | None, after: QualityReport | None) -> Iterator[Pair]:
+    """Methods by composition, where either run has scored any."""
+    was, now = (
+        {
+            f"{name}: {method.label}": method
+            for name, result in (report.compositions.items() if report else ())
+            for method in result.methods
+        }
+        for report in (before, after)
+    )
+    for name in dict.fromkeys((*now, *was)):
+        old, new = was.get(name), now.get(name)
+        figures = []
+        for label, field, form, more_is_better in (
+            ("loss, nats", "loss", "{:.4f}", False),
+            ("ROUGE-L", "rougeL", "{:.2f}", True),
+            ("chrF", "chrf", "{:.2f}", True),
+        ):
+            values = [None if m is None else getattr(m, field) for m in (old, new)]
+            figures.append(_change(label, values, form.format, more_is_better=more_is_better))
+        yield Pair(name, ("", ""), (), tuple(figures))
+
+
+def _sci(value: float) -> str:
+    return f"{value:.3g}"

@@ -1,0 +1,124 @@
+"""The verdict of a run as Markdown, for a pull request or a job's page."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+
+from validation.baseline import name_of, speed_of, time_of
+from validation.gates import Gate
+from validation.latency_results import LatencyResult
+from validation.plots import size
+from validation.report import headline
+from validation.results import ArtifactResult, ParityReport
+
+SUMMARY = "summary.md"
+LONGEST = 60_000
+"""Bytes; a comment holds 65,536 characters and a job's page 1 MiB."""
+_LONGEST_REASON = 400
+_ROOM = 200  # bytes for the line that says what was left out
+_MARKS = {"pass": "✓", "unsure": "?", "fail": "✕", "none": "–"}
+
+
+def summary(report: ParityReport, times: Sequence[LatencyResult] = ()) -> str:
+    """Verdict, a table of the artifacts with those that failed first, then every reason.
+
+    Args:
+        report: With its gates, those against a baseline too.
+        times: Latency of the same artifacts, as far as they were timed.
+
+    Returns:
+        Markdown of at most ``LONGEST`` bytes. Lines that find no room are counted in the last.
+    """
+    lines = list(_lines(report, times))
+    kept, used = [], 0
+    for line in lines:
+        used += len(line.encode()) + 1
+        if used > LONGEST - _ROOM:
+            break
+        kept.append(line)
+    if len(kept) < len(lines):
+        kept += ["", f"… and {len(lines) - len(kept)} more lines; the report has them all."]
+    return "\n".join(kept) + "\n"
+
+
+def _lines(report: ParityReport, times: Sequence[LatencyResult]) -> Iterator[str]:
+    found = headline(report.artifacts)
+    yield f"## {_MARKS[found.state]} {found.title}"
+    yield ""
+    yield found.text
+    yield ""
+    order = sorted(report.artifacts, key=lambda artifact: artifact.passed)
+    if order:
+        yield "| artifact | verdict | size | task, points | KL from fp32 | top-1 | speed |"
+        yield "|---|---|---:|---:|---:|---:|---:|"
+    for artifact in order:
+        yield _row(artifact, times)
+    for title, wrong in (("Failed", _failed), ("Undecided", _unsure)):
+        those = [artifact for artifact in order if wrong(artifact)]
+        if those:
+            yield from ("", f"### {title}", "")
+        for artifact in those:
+            where = f", lost at **{plain(artifact.lost_at or '')}**" if title == "Failed" else ""
+            yield f"- **{plain(name_of(artifact))}**{where}"
+            for gate in wrong(artifact):
+                yield f"  - {plain(gate.name)}: {plain(_cut(gate.reason))}"
+    if report.baseline is not None:
+        machine = report.baseline.machine
+        yield ""
+        yield (
+            f"Held to {plain(report.baseline.file)}, made on {plain(machine.cpu)} with "
+            f"{machine.cores} cores."
+        )
+        for note in report.baseline.notes:
+            yield f"- {plain(_cut(note))}"
+    machine, versions = report.machine, report.versions
+    yield ""
+    yield f"{plain(machine.cpu)}, {machine.cores} cores, {plain(machine.os)}; " + ", ".join(
+        f"{plain(package)} {plain(version)}" for package, version in versions.items()
+    )
+    if times:
+        yield ""
+        yield (
+            "Speed is the decode rate over that of the run's fp32 artifact in the same runtime; a "
+            "dash is that one itself, or times too noisy to say."
+        )
+
+
+def _row(artifact: ArtifactResult, times: Sequence[LatencyResult]) -> str:
+    time = time_of(artifact, times)
+    speed = speed_of(time, times).relative if time else None
+    verdict = "✓ pass"
+    if not artifact.passed:
+        verdict = f"✕ lost at {plain(artifact.lost_at or '')}"
+    elif _unsure(artifact):
+        verdict = "? undecided"
+    cells = (
+        plain(name_of(artifact)),
+        verdict,
+        size(artifact.bytes),
+        f"{artifact.task.difference:+.2f}" if artifact.task else "–",
+        f"{artifact.total.kl:.2g}" if artifact.total else "–",
+        f"{artifact.total.top1:.1%}" if artifact.total else "–",
+        f"{speed.value:.2f} ×" if speed else "–",
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def _failed(artifact: ArtifactResult) -> list[Gate]:
+    return [gate for gate in artifact.gates if not gate.passed]
+
+
+def _unsure(artifact: ArtifactResult) -> list[Gate]:
+    return [gate for gate in artifact.gates if gate.passed and not gate.decided]
+
+
+def plain(text: str) -> str:
+    """Text on one line in which nothing is Markdown, HTML or the mention of a user."""
+    line = " ".join(text.split())
+    line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*_\[\]|#~])", r"\\\1", line).replace("@", "&#64;")
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _LONGEST_REASON else text[: _LONGEST_REASON - 1] + "…"
