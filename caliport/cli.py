@@ -270,6 +270,13 @@ def validate(
     ] = None,
     prompt: Annotated[str, typer.Option(help="Prompt around each input.")] = "{input}",
     threads: Annotated[int | None, typer.Option(help="Threads of the runtime.", min=1)] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="Of an artifact of another tool: fp32, int8 or int4.")
+    ] = None,
+    against: Annotated[
+        Path | None,
+        typer.Option(help="Another artifact of the same, to hold it to in place of fp32."),
+    ] = None,
     latency: Annotated[
         bool, typer.Option("--latency/--no-latency", help="Also measure times and memory.")
     ] = True,
@@ -283,37 +290,17 @@ def validate(
         (base,) = _needed(base=base)
         parts = bundle or [], share or []
         more: dict[str, Any] = {"latency": latency, "baseline": baseline}
+        more |= {"precision": precision, "against": against}
         passed = validate_one(recipe, base, adapter, *parts, prompts, prompt, threads, out, **more)
     else:
         from caliport.shipping import validate_all
 
         _no_flags(base=base, adapter=adapter, bundle=bundle, share=share)
-        _no_flags(prompts=prompts, out=out)
+        _no_flags(prompts=prompts, out=out, precision=precision, against=against)
         space = _space(recipe, with_baseline(overrides, baseline), runs)
         passed = validate_all(space, latency=latency)
         _show(space.reports, recipe)
     raise typer.Exit(0 if passed else 1)
-
-
-@app.command()
-def bench(
-    artifacts: Annotated[
-        list[Path], typer.Argument(metavar="ARTIFACT...", help="Artifact directories.")
-    ],
-    prompt_tokens: Annotated[int, typer.Option(help="Tokens of the prompt.", min=1)] = 64,
-    new_tokens: Annotated[int, typer.Option(help="Tokens to write after it.", min=2)] = 32,
-    repetitions: Annotated[int, typer.Option(help="Rounds; 6 or more for 95 %.", min=1)] = 6,
-    threads: Annotated[
-        int | None, typer.Option(help="Of the runtime; default a core each.", min=1)
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", help="Also write latency.json and the report here.")
-    ] = None,
-) -> None:
-    """Measure artifacts side by side: load, first token, decode rate, memory; never a pass."""
-    from caliport.benching import bench as measure
-
-    measure(artifacts, prompt_tokens, new_tokens, repetitions, threads, out)
 
 
 @app.command()

@@ -34,6 +34,7 @@ def register(app: typer.Typer) -> None:
     """Add the commands to the command line."""
     app.add_typer(baselines, name="baseline")
     app.command()(compare)
+    app.command()(bench)
 
 
 def with_baseline(overrides: Sequence[str] | None, baseline: Path | None) -> list[str]:
@@ -179,3 +180,23 @@ def _cells(artifact: BaselineArtifact) -> tuple[str, ...]:
         f"{over.value:.2f}" if over else "",
         f"{share.value:.0%}" if share else "",
     )
+
+
+def bench(
+    artifacts: Annotated[
+        list[Path], typer.Argument(metavar="ARTIFACT...", help="Artifact directories.")
+    ],
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens of the prompt.", min=1)] = 64,
+    new_tokens: Annotated[int, typer.Option(help="Tokens to write after it.", min=2)] = 32,
+    repetitions: Annotated[int, typer.Option(help="Rounds; 6 or more for 95 %.", min=1)] = 6,
+    threads: Annotated[
+        int | None, typer.Option(help="Of the runtime; default a core each.", min=1)
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Also write latency.json and the report here.")
+    ] = None,
+) -> None:
+    """Measure artifacts side by side: load, first token, decode rate, memory; never a pass."""
+    from caliport.benching import bench as measure
+
+    measure(artifacts, prompt_tokens, new_tokens, repetitions, threads, out)

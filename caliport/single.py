@@ -9,6 +9,7 @@ from typing import Any
 from caliport.calibrating import How, Job, compose_to
 from caliport.data.examples import read_jsonl
 from caliport.exporting import named
+from caliport.foreign import check_foreign
 from caliport.methods import CORRECTED, MERGED, WEIGHTED, parse
 from caliport.references import References
 from caliport.shipping import ALONE, check_artifact
@@ -110,6 +111,8 @@ def validate_one(
     *,
     latency: bool = True,
     baseline: Path | None = None,
+    precision: str | None = None,
+    against: Path | None = None,
 ) -> bool:
     """Validate one artifact or each part of a bundle, show gates, and write reports where asked.
 
@@ -125,6 +128,9 @@ def validate_one(
         out: Where to write reports.
         latency: Measure times and memory too.
         baseline: A stored baseline to hold it to as well.
+        precision: What an artifact of another tool is said to be; decides its limits.
+        against: Another artifact, in the place of the fp32 composition; then what both lost is
+            not told apart, as with an artifact of another tool.
 
     Raises:
         InputError: No artifact, or flags that do not fit what it is.
@@ -133,7 +139,7 @@ def validate_one(
     from caliport.github import publish
     from caliport.tables import show_gates, show_held
     from caliport_core.checkpoints import load_tokenizer
-    from caliport_core.directories import MANIFEST, check_files
+    from caliport_core.directories import MANIFEST
     from export.artifact import eager
     from validation.baseline import read_baseline
     from validation.evaluation import make_evaluation
@@ -150,7 +156,7 @@ def validate_one(
         write_result,
     )
 
-    check_files(artifact)  # before the references are made, which takes long
+    said = _said(artifact, precision, against)
     if baseline is not None:
         read_baseline(baseline, this_machine())
     adapters = named("--share", shared)
@@ -167,17 +173,21 @@ def validate_one(
                 [prompt.replace("{input}", e.input) for e in examples] if examples else None,
                 [e.output for e in examples] if examples else None,
             )
-            result = check_artifact(
-                artifact,
-                References(evaluation, base, path, adapters),
-                composition=label,
-                method="adapter" if path is not None else "base",
-                metric="rougeL",
-                threads=threads,
-                limits={},
-                bundled=bundled,
-                notes=notes if label == ALONE else (),
-            )
+            references = References(evaluation, base, path, adapters)
+            if said is not None:
+                result = check_foreign(artifact, references, said, threads, against)
+            else:
+                result = check_artifact(
+                    artifact,
+                    references,
+                    composition=label,
+                    method="adapter" if path is not None else "base",
+                    metric="rougeL",
+                    threads=threads,
+                    limits={},
+                    bundled=bundled,
+                    notes=notes if label == ALONE else (),
+                )
         results.append(result)
         longest = max([longest, *evaluation.prompts], key=len)
     subjects = [Subject(artifact, label, bundled) for label, (bundled, _) in parts.items()]
@@ -198,6 +208,25 @@ def validate_one(
     return all(result.passed for result in report.artifacts)
 
 
+def _said(artifact: Path, precision: str | None, against: Path | None) -> str | None:
+    """The precision of another tool's artifact, or of one that is held to another.
+
+    None for an artifact of ours against eager models; its files are checked here, before the
+    references are made, which takes long.
+    """
+    from caliport_core.directories import check_files
+    from validation.runner import artifact_form, is_foreign
+
+    if is_foreign(artifact):
+        if precision is None:
+            raise InputError(f"{artifact}: has no manifest; expected --precision to say what it is")
+        return precision
+    check_files(artifact)
+    if precision is not None:
+        raise InputError(f"--precision {precision}: {artifact} has a manifest that says it")
+    return None if against is None else artifact_form(artifact)[1]
+
+
 def _parts(
     artifact: Path,
     adapter: Path | None,
@@ -209,8 +238,9 @@ def _parts(
     Each is the name of a composition in a bundle (None: the base, or no bundle) and its adapter.
     """
     from caliport_core.directories import read_manifest
+    from validation.runner import is_foreign
 
-    bundle = read_manifest(artifact).get("bundle")
+    bundle = None if is_foreign(artifact) else read_manifest(artifact).get("bundle")
     if bundle is None:
         if compositions or shared:
             raise InputError(f"{artifact}: is no bundle; expected --adapter DIR")

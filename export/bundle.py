@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from calibrate.low_rank import LowRankUpdate
+from caliport_core.errors import InputError
 from export import artifact
 from export.artifact import Quantization
 from export.quantize import Form, quantized
@@ -98,7 +99,8 @@ def read_updates(base: str | Path, adapters: Mapping[str, Path]) -> dict[str, Lo
         adapters: PEFT LoRA directories by any names.
 
     Raises:
-        InputError: A base or adapter that cannot be read, or an adapter of another base.
+        InputError: A base or adapter that cannot be read, an adapter of another base, or one of
+            layers that have no terms beside them (``Conv1D``, GPT-2's).
     """
     from caliport_core.checkpoints import load_config
     from export.skeleton import empty
@@ -107,6 +109,12 @@ def read_updates(base: str | Path, adapters: Mapping[str, Path]) -> dict[str, Lo
     updates = {name: LowRankUpdate.from_peft(path) for name, path in adapters.items()}
     for name, update in updates.items():
         update.check_fits(whole, adapters[name])
+        for module in update.modules:
+            if not isinstance(layer := whole.get_submodule(module), nn.Linear):
+                raise InputError(
+                    f"{adapters[name]}: updates {module}, a {type(layer).__name__}; a bundle has "
+                    "terms beside linear layers alone, so fold this adapter instead"
+                )
     return updates
 
 

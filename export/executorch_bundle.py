@@ -121,6 +121,7 @@ def _methods(
         layers,
         context,
         lambda name: ".low_rank." in name or layers.whole_name(name) in decoder.weights,
+        cache_bits=decoder.cache_bits,
     )
     return lowered, {
         name: repeat(lowered, layers, decoder.weights, _where(name, wanted[name])) for name in names

@@ -225,7 +225,7 @@ def needs(
     if not Path(base).is_dir() or not _has_names(whole, read):
         reading += 4 * values
     if runtime == "onnx":
-        largest = max(part.shipped(runtime) for part in parts)
+        largest = float(max(part.shipped(runtime) for part in parts))
     else:
         largest = CONSTANTS[how.precision] * sum(part.emitted() for part in parts)
     memory = max(reading, LOWERING[runtime] + TOKENIZER * tokenizer + largest) + beside.held

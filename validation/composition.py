@@ -9,9 +9,10 @@ way.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -67,7 +68,8 @@ def weights_gate(directory: Path, source: Source) -> Gate:
     with TemporaryDirectory(prefix="caliport-weights-") as scratch, ExitStack() as made:
         decoder = made.enter_context(lean(source.base, source.adapter, how, Path(scratch)))
         count = len(_matrices(decoder))
-        odd = _differing(directory, decoder)
+        ranks = {} if update is None else {name: update.rank(name) for name in update.modules}
+        odd = _differing(directory, decoder, ranks)
         if not odd:
             return _gate(0, count, "adapter", "all are W0 + ΔW as asked for, bit for bit")
         stale = _stale(directory, source)
@@ -75,10 +77,11 @@ def weights_gate(directory: Path, source: Source) -> Gate:
             return _gate(len(odd), count, "adapter", stale)
         plain = made.enter_context(lean(source.base, None, "fp32", Path(scratch)))
         causes = [
-            _cause(name, found, decoder, plain, update)
-            for name, found in list(odd.items())[:_LOOKED_AT]
+            _cause(name, find(), decoder, plain, update)
+            for name, find in list(odd.items())[:_LOOKED_AT]
         ]
-    stage, reason = Counter(causes).most_common(1)[0][0]
+    stage, _ = Counter(stage for stage, _ in causes).most_common(1)[0]
+    reason = dict(reversed(causes))[stage]
     shown = ", ".join(list(odd)[:2]) + (f" and {len(odd) - 2} more" if len(odd) > 2 else "")
     return _gate(len(odd), count, stage, f"{shown}: {reason}")
 
@@ -119,11 +122,13 @@ def _stale(directory: Path, source: Source) -> str | None:
     return None
 
 
-def _differing(directory: Path, decoder: Lean) -> dict[str, Held | None]:
-    """What the artifact holds in place of the matrices that were asked for; None for nothing."""
+def _differing(
+    directory: Path, decoder: Lean, ranks: Mapping[str, int]
+) -> dict[str, Callable[[], Held | None]]:
+    """Matrices other than those asked for, with what finds what is there instead, if anything."""
     runtime, _ = artifact_form(directory)
     if runtime == "executorch":
-        return _differing_in_program(Program(directory / "model.pte"), decoder)
+        return _differing_in_program(Program(directory / "model.pte"), decoder, ranks)
     names = _matrices(decoder)
     sizes = {name: decoder.whole.get_parameter(f"{name}.weight").shape[0] for name in names}
     odd: dict[str, Held | None] = dict.fromkeys(names)
@@ -132,12 +137,14 @@ def _differing(directory: Path, decoder: Lean) -> dict[str, Held | None]:
             del odd[name]
         elif name in odd:
             odd[name] = found
-    return odd
+    return {name: partial(odd.get, name) for name in odd}
 
 
-def _differing_in_program(program: Program, decoder: Lean) -> dict[str, Held | None]:
-    """By hash; for what no hash finds, the nearest of what is there in the same size."""
-    weights, odd = decoder.weights, {}
+def _differing_in_program(
+    program: Program, decoder: Lean, ranks: Mapping[str, int]
+) -> dict[str, Callable[[], Held | None]]:
+    """By hash; programs do not name their weights."""
+    weights, odd = decoder.weights, dict[str, Callable[[], Held | None]]()
     tables = list(program.constants())
     for name in _matrices(decoder):
         plain, data, scale = (f"{name}.weight{part}" for part in ("", ".data", ".scale"))
@@ -146,8 +153,8 @@ def _differing_in_program(program: Program, decoder: Lean) -> dict[str, Held | N
             weights[key].sha256 in program or _is_table(tables, weights[key].tensor())
             for key in keys
         ):
-            wanted = asked_for(weights, name)
-            odd[name] = _nearest(program, weights[keys[0]].tensor(), wanted)
+            stored, wanted = weights[keys[0]].tensor(), asked_for(weights, name)
+            odd[name] = partial(_likeliest, program, stored, wanted, ranks.get(name, 0))
     return odd
 
 
@@ -161,30 +168,38 @@ def _is_table(tables: Iterable[np.ndarray], wanted: Tensor) -> bool:
     )
 
 
-def _nearest(program: Program, stored: Tensor, wanted: Held) -> Held | None:
+def _likeliest(program: Program, stored: Tensor, wanted: Held, rank: int) -> Held | None:
+    """What stands in the place of a matrix: of equal size, and nearest but for an adapter."""
     values = wanted.values()
+    near = sorted(
+        _alike(program, stored, wanted), key=lambda held: float((held.values() - values).norm())
+    )[:_LOOKED_AT]
+    if not rank:
+        return near[0] if near else None
+    return min(near, key=lambda held: _beyond(held.values() - values, rank), default=None)
+
+
+def _beyond(difference: Tensor, rank: int) -> float:
+    """The energy of a matrix that two updates of a rank cannot make, and one row."""
+    return float(torch.linalg.svdvals(difference)[2 * rank + 1 :].square().sum())
+
+
+def _alike(program: Program, stored: Tensor, wanted: Held) -> Iterator[Held]:
+    rows, count = wanted.data.shape[0], stored.numel()
     if wanted.scale is None:
-        plain = [
-            Held(torch.from_numpy(m.view(np.float32).copy()).view(values.shape), None)
-            for m in program.matrices()
-            if len(m) == values.numel() * 4
-        ]
-        return min(plain, key=lambda h: float((h.values() - values).norm()), default=None)
-    rows, candidates = len(values), []
+        for data in program.matrices():
+            if len(data) == 4 * count:
+                values = torch.from_numpy(data.view(np.float32).copy())
+                yield Held(values.view(rows, -1), None)
+        return
+    packed = stored.dtype == torch.uint8
     for data, scale in program.pairs():
-        if len(data) != stored.numel():
-            continue
-        whole = torch.from_numpy(data.copy())
-        whole = (
-            unpacked(whole.view(rows, -1))
-            if stored.dtype == torch.uint8
-            else whole.view(torch.int8)
-        )
-        kind = torch.bfloat16 if stored.dtype == torch.uint8 else torch.float32
-        scales = torch.from_numpy(scale.copy()).view(kind).float()
-        if scales.numel() % rows == 0:
-            candidates.append(Held(whole.view(rows, -1), scales.view(rows, -1)))
-    return min(candidates, key=lambda h: float((h.values() - values).norm()), default=None)
+        scales = torch.from_numpy(scale.copy())
+        scales = scales.view(torch.bfloat16 if packed else torch.float32).float()
+        if len(data) == count and not scales.numel() % rows:
+            whole = torch.from_numpy(data.copy()).view(rows, -1)
+            integers = unpacked(whole) if packed else whole.view(torch.int8)
+            yield Held(integers, scales.view(rows, -1))
 
 
 def _cause(
@@ -206,7 +221,8 @@ def _cause(
     delta = update.delta(name) if update is not None and name in update.modules else None
     if delta is not None and _is_transposed(plain.whole.get_submodule(name)):
         delta = delta.T
-    return _cause_of_values(found, wanted, base, delta, 0 if update is None else update.rank(name))
+    rank = update.rank(name) if update is not None and delta is not None else 0
+    return _cause_of_values(found, wanted, base, delta, rank)
 
 
 def _cause_of_values(
@@ -224,7 +240,7 @@ def _cause_of_values(
             return "quantization", "each group is off by one number, as without its zero point"
     if delta is None:
         return "lowering", "no adapter touches it, and it is not the base's"
-    if float(torch.linalg.svdvals(difference)[2 * rank + 1 :].square().sum()) > allowed:
+    if _beyond(difference, rank) > allowed:
         return "lowering", "the difference is of full rank"
     held = float(((found.values() - base) * delta).sum() / delta.square().sum())
     return "adapter", f"the difference is of low rank, as an adapter is; it holds {held:.2f} of ΔW"

@@ -241,6 +241,21 @@ def forgetting_gate(difference: float) -> Gate:
     )
 
 
+def stepwise_gate(stepwise: Measures, limits: Limits) -> Gate:
+    """Where nothing tells how an artifact rounds: its prefill must equal its own single steps.
+
+    Rounding differs between the two, so it may cost a tenth of what quantization may.
+    """
+    return _at_most(
+        "one by one",
+        "KL in nats",
+        limits.quantization_kl / 10,
+        stepwise.kl,
+        stage="lowering",
+        why="a prompt fed token by token must give what its prefill gives",
+    )
+
+
 def adapter_gate(adapter: AdapterEffect, lowered: bool, limits: Limits) -> Gate:
     """Is the adapter really in the artifact: nearer to the composition than to the base?
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median, quantiles
+from typing import Any
 
 import psutil
 
@@ -21,7 +22,7 @@ from validation.latency_child import Child, cores_for
 from validation.latency_results import Conditions, LatencyReport, LatencyResult
 from validation.latency_statistics import artifact_noise, machine_noise, spread
 from validation.results import environment, file_sizes, shown_path, this_machine
-from validation.runner import artifact_form, compositions_of
+from validation.runner import artifact_form, compositions_of, is_foreign
 
 REPETITIONS = 6  # the fewest whose range holds the median at 95 %
 LOADS = 3  # rounds that begin in a fresh process
@@ -236,7 +237,7 @@ def _check(subjects: Sequence[Subject], course: Course) -> None:
         artifact_form(subject.directory)
         if subject in subjects[:number]:
             raise InputError(f"{subject.directory}: found twice, expected each artifact once")
-        context = read_manifest(subject.directory).get("context")
+        context = _manifest(subject.directory).get("context")
         if isinstance(context, int) and length + new > context:
             raise InputError(
                 f"latency: {length} + {new} tokens exceed the context of {context} of "
@@ -257,7 +258,7 @@ def _result(
     bundle = compositions_of(subject.directory) is not None
     prompt, new = len(course.prompt), course.new_tokens
     first_token, decode_rate = spread(found.firsts), spread(found.rates)
-    read = token_bytes(read_manifest(subject.directory), prompt + new / 2)
+    read = token_bytes(_manifest(subject.directory), prompt + new / 2)
     return LatencyResult(
         composition=subject.composition,
         runtime=runtime,
@@ -282,6 +283,11 @@ def _result(
         bandwidth_share=bandwidth_share(read, decode_rate.median, gigabytes, last_level_cache()),
         noise=machine_noise or artifact_noise(first_token, decode_rate),
     )
+
+
+def _manifest(directory: Path) -> dict[str, Any]:
+    """Of an artifact; empty for one of another tool."""
+    return {} if is_foreign(directory) else read_manifest(directory)
 
 
 def _p90(times: list[float]) -> float:

@@ -47,7 +47,7 @@ def check_lowering(
     parts = {"prefill": _part(quantized, answers, targets, slice(0, 1))}
     if any(len(target) > 1 for target in targets):
         parts["decode"] = _part(quantized, answers, targets, slice(1, None))
-    parts["one by one"] = _one_by_one(runner, answers, evaluation)
+    parts["one by one"] = one_by_one_apart(runner, answers, evaluation)
     overall = compare(quantized.logits, answers.logits, targets)
     found = _found(expected, Said(answers, runner_echo(runner, expected.probes)))
     fresh, later = again(runner, expected.probes)
@@ -103,7 +103,7 @@ def _part(
     )
 
 
-def _one_by_one(runner: Runner, answers: Answers, evaluation: Evaluation) -> Measures:
+def one_by_one_apart(runner: Runner, answers: Answers, evaluation: Evaluation) -> Measures:
     """A few prompts fed token by token against the artifact's own prefill of them."""
     order = sorted(range(len(evaluation.prompts)), key=lambda i: len(evaluation.prompts[i]))
     shorter = order[: len(order) // 2 + 1]  # a step a token: long prompts would take minutes

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from caliport_core.directories import read_manifest
+from caliport_core.directories import MANIFEST, read_manifest
 from caliport_core.errors import InputError
 
 if TYPE_CHECKING:
@@ -113,12 +113,24 @@ def greedy(
     return tokens
 
 
+def is_foreign(directory: Path) -> bool:
+    """Whether a directory holds a program that no manifest of ours vouches for."""
+    there = (directory / "genai_config.json").is_file() or any(directory.glob("*.pte"))
+    return there and not (directory / MANIFEST).is_file()
+
+
 def artifact_form(directory: Path) -> tuple[str, str]:
     """Runtime and precision of an artifact, from its manifest.
 
+    Without a manifest, a directory with a ``genai_config.json`` or a ``.pte`` is another tool's, of
+    the precision ``unknown``.
+
     Raises:
-        InputError: No manifest, or one that does not name a known runtime and a precision.
+        InputError: Nothing that can be run, or a manifest without a known runtime and precision.
     """
+    if is_foreign(directory):
+        onnx = (directory / "genai_config.json").is_file()
+        return "onnx" if onnx else "executorch", "unknown"
     manifest = read_manifest(directory)
     runtime, precision = manifest.get("runtime"), manifest.get("precision")
     if runtime not in RUNTIMES:
@@ -138,6 +150,8 @@ def compositions_of(directory: Path) -> tuple[str, ...] | None:
     Raises:
         InputError: No manifest.
     """
+    if is_foreign(directory):
+        return None
     bundle = read_manifest(directory).get("bundle")
     return None if bundle is None else tuple(bundle["compositions"])
 

@@ -107,7 +107,8 @@ def validate_artifact(
         verdicts += _graph(directory, evaluation, graph, limits, threads)
     gap = stock_gap(directory, bundled)
     if answers is not None and gap is None:
-        stock = _stock(directory, runner, evaluation, answers, quantized, stock_examples, bundled)
+        noise = max(float(part.max()) for part in quantized.noise.values())
+        stock = stock_of(directory, runner, evaluation, answers, noise, stock_examples, bundled)
         if stock is not None:
             verdicts = [*verdicts, gates.stock_gate(stock, limits)]
     sizes = file_sizes(directory)
@@ -187,17 +188,17 @@ def check_runner(
     quantization = compare(fp32.logits, said.logits, evaluation.targets)
     try:
         answers = runner_answers(runner, evaluation)
-        _check_vocabulary(answers, fp32)
+        check_vocabulary(answers, fp32)
         lowering = check_lowering(runner, answers, evaluation, quantized, limits)
     except NotFinite as problem:
         return Findings(quantization=quantization, gates=[gates.unfinished(str(problem))]), None
     verdicts = lowering.gates
     adapter = None
     if base is not None:
-        adapter = _adapter_effect(base, fp32, answers)
+        adapter = adapter_effect(base, fp32, answers)
         lowered = all(gate.passed for gate in verdicts)
         verdicts.append(gates.adapter_gate(adapter, lowered, limits))
-    task, verdict = _task(evaluation, fp32, answers, metric, limits)
+    task, verdict = task_of(evaluation, fp32, answers, metric, limits)
     verdicts.append(verdict or gates.quantization_gate(quantization, limits))
     return Findings(
         lowering=lowering.overall,
@@ -209,12 +210,13 @@ def check_runner(
         adapter=adapter,
         task=task,
         generation=_equal_share(said, answers),
-        samples=_samples(evaluation, fp32, answers),
+        samples=samples_of(evaluation, fp32, answers),
         gates=verdicts,
     ), answers
 
 
-def _check_vocabulary(answers: Answers, fp32: Answers) -> None:
+def check_vocabulary(answers: Answers, fp32: Answers) -> None:
+    """Raise ``InputError`` where an artifact's logits are not as many as the reference's."""
     found, expected = answers.logits[0].shape[-1], fp32.logits[0].shape[-1]
     if found != expected:
         raise InputError(
@@ -228,7 +230,8 @@ def _equal_share(reference: Answers, found: Answers) -> float:
     return sum(ours == theirs for ours, theirs in pairs) / len(pairs)
 
 
-def _adapter_effect(base: Answers, fp32: Answers, answers: Answers) -> AdapterEffect:
+def adapter_effect(base: Answers, fp32: Answers, answers: Answers) -> AdapterEffect:
+    """How far an artifact is from the base and from the composition."""
     return AdapterEffect(
         kl_base=_mean_kl(base, answers),
         kl_composition=_mean_kl(fp32, answers),
@@ -241,9 +244,10 @@ def _mean_kl(reference: Answers, found: Answers) -> float:
     return float(np.concatenate([kl_divergence(p, q) for p, q in pairs]).mean())
 
 
-def _task(
+def task_of(
     evaluation: Evaluation, fp32: Answers, answers: Answers, metric: str, limits: Limits
 ) -> tuple[TaskResult | None, Gate | None]:
+    """The task metric and its gate; None each where no references say what is right."""
     if evaluation.references is None:
         return None, None
     ours, theirs = (
@@ -269,18 +273,19 @@ def _texts(evaluation: Evaluation, answers: Answers) -> list[str]:
     return quality.decode(evaluation.tokenizer, answers.generated)
 
 
-def _stock(
+def stock_of(
     directory: Path,
     runner: Runner,
     evaluation: Evaluation,
     answers: Answers,
-    expected: Expected,
+    noise: float,
     count: int,
     bundled: str | None,
 ) -> StockResult | None:
     """The stock runner's texts against ours; None where no prompt or no answer is plain text.
 
-    The clearest answers of twice as many are asked for. One that differs though some of its tokens
+    ``noise``: how far rounding moves logits, relative to their spread. The clearest answers of
+    twice as many are asked for. One that differs though some of its tokens
     were so near a tie that rounding decides is not counted, unless no text is the same.
     """
     ours, tokens = _texts(evaluation, answers), answers.generated or []
@@ -296,7 +301,6 @@ def _stock(
     asked = sorted(known, reverse=True)[:count]
     if not asked:
         return None
-    noise = max(float(part.max()) for part in expected.noise.values())
     matches, doubtful = 0, 0
     for clearness, i, text in asked:
         found = "\ufffd"
@@ -335,7 +339,7 @@ def _is_plain(evaluation: Evaluation, tokens: Sequence[int]) -> bool:
     )
 
 
-def _samples(evaluation: Evaluation, fp32: Answers, answers: Answers) -> tuple[ParitySample, ...]:
+def samples_of(evaluation: Evaluation, fp32: Answers, answers: Answers) -> tuple[ParitySample, ...]:
     """A few examples to read, those where artifact and fp32 differ first."""
     reference, found = _texts(evaluation, fp32), _texts(evaluation, answers)
     order = sorted(range(len(found)), key=lambda i: reference[i] == found[i])[:_SAMPLES]

@@ -11,11 +11,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import PreTrainedModel
+from transformers import GPT2Config, PreTrainedModel
 
 from calibrate.low_rank import LowRankUpdate
 from calibrate.merge import exact, linear
 from caliport_core.checkpoints import load_base
+from caliport_core.errors import InputError
+from export import to_executorch_bundle
 from export.bundle import Composed, beside, split
 from export.executorch_bundle import halves, lower_bundle
 from export.lean import lean
@@ -193,3 +195,15 @@ def test_an_input_is_quantized_once_for_each_type_of_weights() -> None:
 
 def _value(schema: Any, index: int, kind: Any) -> Any:
     return schema.XValue(schema.XNNTensorValue(kind, 1, [1], 0, 0, 0, index))
+
+
+def test_layers_without_terms_are_refused(tmp_path: Path) -> None:
+    """GPT-2's Conv1D can be folded into, but a bundle would leave its update out."""
+    base = tmp_path / "base"
+    GPT2Config(
+        n_layer=1, n_embd=32, n_head=2, vocab_size=64, architectures=["GPT2LMHeadModel"]
+    ).save_pretrained(base)
+    _random({"transformer.h.0.attn.c_attn": (96, 32)}, 2, 0).to_peft(tmp_path / "adapter")
+    with pytest.raises(InputError, match=r"c_attn, a Conv1D; a bundle has terms beside linear"):
+        to_executorch_bundle(base, {"one": tmp_path / "adapter"}, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
