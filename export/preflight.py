@@ -146,20 +146,20 @@ def preflight(
     *,
     refuse: bool = True,
     context: int | None = None,
-    shared: Sequence[Path] = (),
+    shared: Sequence[Path] | None = None,
 ) -> Needs | None:
     """Print what an export will need and stop if this machine does not have it.
 
     Args:
         base: A Hugging Face directory or hub name. Where its headers cannot be read from this
             machine's disk, nothing is said and nothing refused: loading it says what is wrong.
-        adapters: PEFT LoRA directories: one is folded in, several make a bundle.
+        adapters: PEFT LoRA directories: the one that is folded in, or a bundle's compositions.
         runtime: ``executorch`` or ``onnx``.
         how: How the base is quantized.
         out: Where the artifact will appear.
         refuse: Stop if memory or disk do not suffice.
         context: Tokens of the cache; default the base's own maximum.
-        shared: Adapters of a bundle for ExecuTorch that its compositions stand on.
+        shared: Of a bundle: the adapters that its compositions stand on, if any. None: no bundle.
 
     Returns:
         What it needs, or None where it cannot be known.
@@ -196,7 +196,7 @@ def needs(
     runtime: str,
     how: Quantization,
     context: int | None = None,
-    shared: Sequence[Path] = (),
+    shared: Sequence[Path] | None = None,
 ) -> Needs | None:
     """The estimate that stands at the top of this file; arguments are ``preflight``'s."""
     from export.quantize import plan
@@ -267,12 +267,14 @@ class _Beside:
 
     @classmethod
     def of(
-        cls, adapters: Sequence[Path], shared: Sequence[Path], runtime: str, precision: str
+        cls, adapters: Sequence[Path], shared: Sequence[Path] | None, runtime: str, precision: str
     ) -> _Beside:
-        shapes = [{n: s for n, _, s in _headers(path)} for path in (*adapters, *shared)]
+        shapes = [{n: s for n, _, s in _headers(path)} for path in (*adapters, *(shared or ()))]
         sizes = [sum(math.prod(s) for s in found.values()) for found in shapes]
         held = 4 * sum(sizes)
-        if len(adapters) == 1 and not shared:
+        if shared is None:
+            if not shapes:
+                return cls(1, 0, 0, 0)
             ins = {n: s for n, s in shapes[0].items() if "lora_A" in n}
             outs = (shapes[0].get(n.replace("lora_A", "lora_B"), [0]) for n in ins)
             largest = max(

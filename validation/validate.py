@@ -332,8 +332,11 @@ def _is_plain(evaluation: Evaluation, tokens: Sequence[int]) -> bool:
     """Whether every token is whole characters by itself, so that no stock runner stumbles.
 
     onnxruntime_genai 0.18 ends a text at bytes that are no UTF-8, and the Python binding of
-    executorch 1.5.1 raises UnicodeDecodeError for a token that is a part of a character.
+    executorch 1.5.1 raises UnicodeDecodeError for a token that is a part of a character. So it does
+    for a row of the embedding that the tokenizer has no token for.
     """
+    if any(token >= len(evaluation.tokenizer) for token in tokens):
+        return False
     return not any(
         "\ufffd" in piece for piece in quality.decode(evaluation.tokenizer, [[t] for t in tokens])
     )

@@ -186,7 +186,7 @@ def test_disk_of_a_bundle(runtime: str, tied: Path, tmp_path: Path, peaks: list[
     paths = [random_adapter(tied, tmp_path / f"{i}", i, rank=16) for i in range(2)]
     export = to_onnx_bundle if runtime == "onnx" else to_executorch_bundle
     out = export(tied, {f"c{i}": path for i, path in enumerate(paths)}, tmp_path / "art")
-    found = needs(tied, paths, runtime, INT4)
+    found = needs(tied, paths, runtime, INT4, shared=())
     _check(found, out, peaks)
 
 
