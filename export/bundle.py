@@ -4,6 +4,7 @@ eager model that each composition should equal.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,18 +60,21 @@ def split(update: LowRankUpdate, adapters: Mapping[str, LowRankUpdate]) -> Compo
         return whole
     first = update.modules[0]
     rank = next(iter(fits.values())).rank(first)
-    columns = torch.stack([a.a[first].flatten() for a in fits.values()], dim=1)
-    found = torch.linalg.lstsq(columns, update.a[first][:rank].flatten().unsqueeze(1)).solution
+    columns = torch.stack([a.a[first].flatten() for a in fits.values()], dim=1).double()
+    merged = update.a[first][:rank].flatten().double()
+    found = torch.linalg.lstsq(columns, merged.unsqueeze(1)).solution
     weights = dict(zip(fits, found.flatten().tolist(), strict=True))
     used = tuple(name for name, weight in weights.items() if abs(weight) > 1e-3)
     if not used:
         return whole
     weight = weights[used[0]]
+    if math.isclose(weight, 1 / len(used), rel_tol=_SAME):  # exactly, so that programs are alike
+        weight = 1 / len(used)
     a, b, own_a, own_b = {}, {}, {}, {}
     for name in update.modules:
         rank = fits[used[0]].rank(name)
-        a[name], own_a[name] = update.a[name][:rank], update.a[name][rank:]
-        b[name], own_b[name] = update.b[name][:, :rank], update.b[name][:, rank:]
+        a[name], own_a[name] = update.a[name][:rank], update.a[name][rank:].clone()
+        b[name], own_b[name] = update.b[name][:, :rank], update.b[name][:, rank:].clone()
         for part, parts in ((a[name], "a"), (b[name], "b")):
             total = weight * sum(getattr(fits[n], parts)[name] for n in used)
             if not _is_same(part, total):

@@ -282,11 +282,11 @@ def stock_of(
     count: int,
     bundled: str | None,
 ) -> StockResult | None:
-    """The stock runner's texts against ours; None where no prompt or no answer is plain text.
+    """The stock runner's texts against ours; None where none can be compared.
 
-    ``noise``: how far rounding moves logits, relative to their spread. The clearest answers of
-    twice as many are asked for. One that differs though some of its tokens
-    were so near a tie that rounding decides is not counted, unless no text is the same.
+    Prompts and answers must be plain text. The clearest answers of four times as many are asked
+    for. One that differs where a token was nearer a tie than ``noise``, how far rounding moves
+    logits relative to their spread, is not counted.
     """
     ours, tokens = _texts(evaluation, answers), answers.generated or []
     plain = [
@@ -296,11 +296,9 @@ def stock_of(
     ]
     known = [
         (_clearness(runner, evaluation.prompts[i], tokens[i]), i, text)
-        for i, text in plain[: 2 * count]
+        for i, text in plain[: 4 * count]
     ]
     asked = sorted(known, reverse=True)[:count]
-    if not asked:
-        return None
     matches, doubtful = 0, 0
     for clearness, i, text in asked:
         found = "\ufffd"
@@ -311,11 +309,10 @@ def stock_of(
         same = found.strip() == ours[i]
         matches += same
         doubtful += not same and clearness <= noise
-    return StockResult(
-        runner=_STOCK_NAMES[artifact_form(directory)[0]],
-        matches=matches,
-        examples=len(asked) - (doubtful if matches else 0),
-    )
+    if doubtful == len(asked):
+        return None
+    runner_name = _STOCK_NAMES[artifact_form(directory)[0]]
+    return StockResult(runner=runner_name, matches=matches, examples=len(asked) - doubtful)
 
 
 def _clearness(runner: Runner, prompt: list[int], answer: Sequence[int]) -> float:
@@ -329,13 +326,14 @@ def _clearness(runner: Runner, prompt: list[int], answer: Sequence[int]) -> floa
 
 
 def _is_plain(evaluation: Evaluation, tokens: Sequence[int]) -> bool:
-    """Whether every token is whole characters by itself, so that no stock runner stumbles.
+    """Whether there is text, every token of it whole characters, so that no stock runner stumbles.
 
     onnxruntime_genai 0.18 ends a text at bytes that are no UTF-8, and the Python binding of
     executorch 1.5.1 raises UnicodeDecodeError for a token that is a part of a character. So it does
-    for a row of the embedding that the tokenizer has no token for.
+    for a row of the embedding that the tokenizer has no token for. TextLLMRunner writes on where
+    the first token is an end.
     """
-    if any(token >= len(evaluation.tokenizer) for token in tokens):
+    if not tokens or tokens[0] in evaluation.ends or max(tokens) >= len(evaluation.tokenizer):
         return False
     return not any(
         "\ufffd" in piece for piece in quality.decode(evaluation.tokenizer, [[t] for t in tokens])

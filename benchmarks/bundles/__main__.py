@@ -20,12 +20,12 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.markdown import Markdown
 
-from benchmarks.bundles.adapters import COMPOSITIONS, write_adapters
+from benchmarks.bundles.adapters import COMPOSITIONS, FAMILIES, write_adapters
 from benchmarks.bundles.exporting import ARTIFACTS, FOLDED, SHOWN, export, parts_of
 from benchmarks.bundles.records import Results
 from benchmarks.bundles.speed import PROGRAM
 from benchmarks.bundles.tables import render
-from benchmarks.bundles.turns import run as run_artifacts
+from benchmarks.bundles.turns import run as run_family
 from benchmarks.document import put
 from benchmarks.export.checkpoint import SHAPES, write_checkpoint
 from benchmarks.export.records import RESULTS, write_record
@@ -48,7 +48,7 @@ def run(
     scale: Annotated[str, typer.Option(help=f"One of {', '.join(SHAPES)}.")] = "1b",
     checkpoint: Annotated[Path | None, typer.Option(help="Default runs/llama-SCALE.")] = None,
     compositions: Annotated[int, typer.Option(help="In every bundle.")] = len(COMPOSITIONS),
-    used: Annotated[int, typer.Option(help="How many of them run.")] = 4,
+    used: Annotated[int, typer.Option(help="How many of them run.")] = 3,
     again: Annotated[bool, typer.Option(help="Export anew what is finished.")] = False,
     threads: Annotated[int, typer.Option(help="Of every export and artifact.")] = 2,
     context: Annotated[int, typer.Option(help="Tokens of the cache.")] = 2048,
@@ -81,9 +81,8 @@ def run(
         size = sum(made.files.values()) / 1e6
         took = f"{made.seconds:.0f} s, {made.peak_bytes / 1e9:.1f} GB, {size:.0f} MB"
         console.print(f"{artifact}: {took}")
-    ways, parity = run_artifacts(
-        ARTIFACTS, out, names[:used], Course(threads, prompt, new_tokens, rounds)
-    )
+    course = Course(threads, prompt, new_tokens, rounds)
+    found = {family: run_family(family, out, names[:used], course) for family in FAMILIES}
     here = versions()
     folded = exports[FOLDED].files[PROGRAM]
     record = Results(
@@ -97,8 +96,8 @@ def run(
         versions={name: here[name] for name in SHOWN},
         exports=exports,
         parts={artifact: parts_of(artifact, out, folded) for artifact in ARTIFACTS},
-        ways=ways,
-        parity=parity,
+        ways={family: ways for family, (ways, _) in found.items()},
+        parity={family: parity for family, (_, parity) in found.items()},
     )
     write_record(record, out / RESULTS)
     _show(record, results if write else None)

@@ -17,6 +17,8 @@ from validation.results import file_sizes
 
 FOLDED = "folded"
 WAYS = ("methods", "inputs")
+RUNS = (FOLDED, "methods", "cached", "inputs")
+"""What runs of each family; ``cached`` are the methods, with packed weights shared."""
 ARTIFACTS = (FOLDED, *(f"{family}-{way}" for family in FAMILIES for way in WAYS))
 SHOWN = ("executorch", "torch", "torchao", "transformers")
 
@@ -29,6 +31,11 @@ def way_of(artifact: str) -> str:
 def family_of(artifact: str) -> str:
     """One of ``FAMILIES``; the folded artifact is of the first."""
     return artifact.partition("-")[0] if artifact != FOLDED else FAMILIES[0]
+
+
+def artifact_of(family: str, run: str) -> str:
+    """The artifact that is run."""
+    return FOLDED if run == FOLDED else f"{family}-{run.replace('cached', 'methods')}"
 
 
 def command(

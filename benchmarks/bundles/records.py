@@ -11,7 +11,7 @@ class Way(Record):
     """One artifact as it ran.
 
     Attributes:
-        load: Seconds from opening the program to the first token of its first composition.
+        load: Seconds from opening the program to the first token of its first composition, each.
         memory: Most resident bytes with the first composition, after its first turn.
         more: The same beyond that for each further composition used, in the order of use.
         prefill, decode: Tokens a second in each turn.
@@ -19,7 +19,7 @@ class Way(Record):
         warm: The same of one used before, each.
     """
 
-    load: float
+    load: list[float]
     memory: int
     more: list[int]
     prefill: list[float]
@@ -49,8 +49,8 @@ class Results(Record):
         compositions: How many each bundle holds.
         versions: Of packages.
         exports: By artifact.
-        parts: Bytes by artifact and part: ``base``, ``adapters``, ``own``.
-        ways: By artifact.
+        parts: Bytes by artifact and part: ``base``, ``adapters``, ``own``, ``programs``, ``total``.
+        ways: By family and ``exporting.RUNS``.
         parity: By family.
     """
 
@@ -64,5 +64,5 @@ class Results(Record):
     versions: dict[str, str]
     exports: dict[str, Export]
     parts: dict[str, dict[str, int]]
-    ways: dict[str, Way]
+    ways: dict[str, dict[str, Way]]
     parity: dict[str, Parity]

@@ -9,12 +9,12 @@ from benchmarks.bundles.exporting import ARTIFACTS, FOLDED
 from benchmarks.bundles.records import Results, Way
 from benchmarks.document import markdown
 
-_TITLES = {
+_FAMILIES = {"merged": "LC++", "alone": "corrections alone"}
+_RUNS = {
     "folded": "folded",
-    "merged-methods": "LC++, methods",
-    "merged-inputs": "LC++, inputs",
-    "alone-methods": "corrections alone, methods",
-    "alone-inputs": "corrections alone, inputs",
+    "methods": "methods",
+    "cached": "methods, packed weights shared",
+    "inputs": "inputs",
 }
 _RATIOS = ("load", "memory", "prefill", "decode")  # shown against the folded artifact
 _PARTS = {"adapters": "adapters", "own": "corrections", "programs": "programs", "total": "all"}
@@ -45,10 +45,11 @@ def _parts(results: Results) -> Iterable[str]:
         f"{results.threads} threads; {runtimes}."
     )
     yield _sizes(results)
-    yield _speeds(results)
-    yield "Logits after the prompt, by methods against by inputs: " + "; ".join(
-        f"{_TITLES[f'{family}-methods'].split(',')[0]} differ by {found.difference:.1e} of the "
-        f"largest, cosine {found.cosine:.6f}"
+    for family in results.ways:
+        yield _speeds(results, family)
+    yield "Logits after the prompt by methods against those by inputs: " + "; ".join(
+        f"{_FAMILIES[family]}, apart by {found.difference:.3f} of the largest at most, cosine "
+        f"{found.cosine:.5f}"
         for family, found in results.parity.items()
     )
 
@@ -68,15 +69,18 @@ def _sizes(results: Results) -> str:
             ]
         )
         took = [f"{made.seconds:.0f} s", f"{made.peak_bytes / 1e9:.1f} GB"]
-        rows.append([_TITLES[name], *sizes, *shares, *took])
+        family, _, way = name.rpartition("-")
+        title = f"{_FAMILIES[family]}, {way}" if family else name
+        rows.append([title, *sizes, *shares, *took])
     heads = ["", *_PARTS.values(), "added", "all / folded", "export", "peak memory"]
     return markdown(heads, rows)
 
 
-def _speeds(results: Results) -> str:
-    base = results.ways[FOLDED]
+def _speeds(results: Results, family: str) -> str:
+    """How one family runs."""
+    ways = results.ways[family]
     units: tuple[tuple[str, Callable[[Way], float | None], str], ...] = (
-        ("load", lambda w: w.load, "{:.1f} s"),
+        ("load", lambda w: _median(w.load), "{:.1f} s"),
         ("memory", lambda w: w.memory / 1e6, "{:.0f} MB"),
         ("each further", lambda w: _median([m / 1e6 for m in w.more]), "{:.0f} MB"),
         ("prefill", lambda w: _median(w.prefill), "{:.0f} tok/s"),
@@ -85,16 +89,16 @@ def _speeds(results: Results) -> str:
         ("switch back", lambda w: _median([1e3 * s for s in w.warm]), "{:.0f} ms"),
     )
     rows = []
-    for name in ARTIFACTS:
-        cells = [_TITLES[name]]
+    for run, way in ways.items():
+        cells = [_RUNS[run]]
         for head, get, form in units:
-            value, folded = get(results.ways[name]), get(base)
+            value, folded = get(way), get(ways[FOLDED])
             text = "" if value is None else form.format(value)
             if value and folded and head in _RATIOS:
                 text = f"{value / folded:.2f} ({text})"
             cells.append(text)
         rows.append(cells)
-    return markdown(["", *(head for head, _, _ in units)], rows)
+    return markdown([_FAMILIES[family], *(head for head, _, _ in units)], rows)
 
 
 def _median(values: list[float]) -> float | None:

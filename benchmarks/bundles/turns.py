@@ -10,8 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.bundles.adapters import FAMILIES
-from benchmarks.bundles.exporting import FOLDED, way_of
+from benchmarks.bundles.exporting import FOLDED, RUNS, artifact_of
 from benchmarks.bundles.records import Parity, Way
 from benchmarks.bundles.speed import Turn
 from benchmarks.export.turns import PAUSE, Course, Process, cosine
@@ -21,15 +20,16 @@ class Runner(Process):
     """A process that holds an artifact.
 
     Attributes:
-        loaded: Seconds it took.
+        loaded: Seconds it took to load and to use the first composition.
         cold: The first turns of its compositions, in order.
         warm: All later turns.
     """
 
-    def __init__(self, artifact: str, out: Path, course: Course, first: str) -> None:
+    def __init__(self, family: str, run: str, out: Path, course: Course, first: str) -> None:
         numbers = [str(n) for n in (course.threads, course.prompt, course.new_tokens)]
-        arguments = [way_of(artifact), str(out / artifact), first, *numbers]
-        super().__init__("benchmarks.bundles.speed", arguments, out / artifact, course.threads)
+        directory = out / artifact_of(family, run)
+        arguments = [run, str(directory), first, *numbers]
+        super().__init__("benchmarks.bundles.speed", arguments, directory, course.threads)
         self.loaded, _ = self.answer()
         self.cold: dict[str, Turn] = {}
         self.warm: list[Turn] = []
@@ -50,7 +50,7 @@ class Runner(Process):
         """What was measured."""
         memory = [turn.memory for turn in self.cold.values()]
         return Way(
-            load=self.loaded,
+            load=[self.loaded],
             memory=memory[0],
             more=[after - before for before, after in pairwise(memory)],
             prefill=[course.prompt / turn.prefill for turn in self.warm],
@@ -61,21 +61,24 @@ class Runner(Process):
 
 
 def run(
-    artifacts: Sequence[str], out: Path, compositions: Sequence[str], course: Course
-) -> tuple[dict[str, Way], dict[str, Parity]]:
-    """Load all artifacts; let each use every composition once, then the first two in turns.
+    family: str, out: Path, compositions: Sequence[str], course: Course
+) -> tuple[dict[str, Way], Parity]:
+    """Load what runs of a family, use every composition once, then the first two in turns.
 
     Args:
-        artifacts: In ``exporting.ARTIFACTS``, as ``out / NAME``.
+        family: Of ``adapters.FAMILIES``.
         out: The directory of the run.
         compositions: Those that are used; a folded artifact has the first alone.
         course: What is done in a turn, and how often.
+
+    Returns:
+        What was measured by ``exporting.RUNS``, and how far methods and inputs are apart.
     """
     draw = random.Random(0)
     runners: dict[str, Runner] = {}
     try:
-        for name in artifacts:
-            runners[name] = Runner(name, out, course, compositions[0])
+        for name in RUNS:
+            runners[name] = Runner(family, name, out, course, compositions[0])
         for composition in compositions:
             for name, runner in runners.items():
                 if composition == compositions[0] or name != FOLDED:
@@ -86,14 +89,24 @@ def run(
                 time.sleep(PAUSE)
                 for composition in compositions[: 1 if name == FOLDED else 2]:
                     runners[name].turn(composition)
-        parity = {
-            family: _parity(runners[f"{family}-methods"], runners[f"{family}-inputs"], compositions)
-            for family in FAMILIES
-        }
-        return {name: runner.way(course) for name, runner in runners.items()}, parity
+        parity = _parity(runners["methods"], runners["inputs"], compositions)
+        ways = {name: runner.way(course) for name, runner in runners.items()}
     finally:
         for runner in runners.values():
             runner.stop()
+    load = loads(family, out, compositions[0], course)
+    return {name: way.model_copy(update={"load": load[name]}) for name, way in ways.items()}, parity
+
+
+def loads(family: str, out: Path, first: str, course: Course) -> dict[str, list[float]]:
+    """Seconds that loading takes, three times by ``exporting.RUNS``, with nothing else loaded."""
+    found: dict[str, list[float]] = {name: [] for name in RUNS}
+    for _ in range(3):
+        for name, seconds in found.items():
+            runner = Runner(family, name, out, course, first)
+            seconds.append(runner.loaded)
+            runner.stop()
+    return found
 
 
 def _parity(methods: Runner, inputs: Runner, compositions: Sequence[str]) -> Parity:

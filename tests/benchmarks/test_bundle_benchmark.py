@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from benchmarks.bundles.__main__ import run
 from benchmarks.bundles.adapters import ADAPTERS, COMPOSITIONS, linear_shapes, needed
-from benchmarks.bundles.exporting import ARTIFACTS
+from benchmarks.bundles.exporting import ARTIFACTS, RUNS
 from benchmarks.bundles.inputs import Factors
 from benchmarks.bundles.records import Results
 from benchmarks.bundles.tables import added, render, whole
@@ -132,19 +133,39 @@ def test_inputs_are_the_compositions(place: Path) -> None:
 
 
 def test_everything_has_run(results: Results) -> None:
-    for name, way in results.ways.items():
-        turns = 1 if name == "folded" else 2
-        assert len(way.prefill) == len(way.decode) == len(way.warm) == turns
-        assert len(way.cold) == len(way.more) == turns - 1
-        assert min([way.load, *way.prefill, *way.decode, *way.cold, *way.warm]) > 0
-        assert way.memory > 0
+    for ways in results.ways.values():
+        assert tuple(ways) == RUNS
+        for name, way in ways.items():
+            turns = 1 if name == "folded" else 2
+            assert len(way.prefill) == len(way.decode) == len(way.warm) == turns
+            assert len(way.cold) == len(way.more) == turns - 1
+            assert min([*way.load, *way.prefill, *way.decode, *way.cold, *way.warm]) > 0
+            assert way.memory > 0
+            assert len(way.load) == 3
+
+
+def test_packed_weights_are_shared(place: Path) -> None:
+    """In a process of its own: what XNNPACK is told holds for all programs loaded later."""
+    code = (
+        "import sys; from pathlib import Path; from benchmarks.bundles.speed import Held\n"
+        "held = Held(sys.argv[2], Path(sys.argv[1]), 1, 'forward')\n"
+        "print(*(held.forward(m, [5, 6, 7], 0).double().sum().item() for m in sys.argv[3:]))"
+    )
+    said = {}
+    for way in ("methods", "cached"):
+        command = [sys.executable, "-c", code, str(place / "out" / "merged-methods"), way, *NAMES]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        said[way] = [float(number) for number in done.stdout.split()[-len(NAMES) :]]
+    assert said["methods"] == said["cached"]
+    assert len(set(said["methods"])) == len(NAMES)
 
 
 def test_tables_name_every_artifact(results: Results, place: Path) -> None:
     text = (place / "results.md").read_text()
     assert render(results) in text
-    lines = text.splitlines()
-    for title in ("folded", "LC++, methods", "LC++, inputs", "corrections alone, methods"):
-        assert sum(line.startswith(f"| {title} |") for line in lines) == 2, title
+    rows = [line.split(" | ")[0].removeprefix("| ") for line in text.splitlines()]
+    for family in ("LC++", "corrections alone"):
+        assert rows.count(family) == 1
+        assert rows.count(f"{family}, methods") == rows.count(f"{family}, inputs") == 1
+    assert rows.count("methods, packed weights shared") == 2
     assert f"{whole(results, 'alone-methods'):.3f}" in text
-    assert json.loads((place / "out" / "results.json").read_text())["compositions"] == len(NAMES)
