@@ -328,15 +328,18 @@ def _clearness(runner: Runner, prompt: list[int], answer: Sequence[int]) -> floa
 def _is_plain(evaluation: Evaluation, tokens: Sequence[int]) -> bool:
     """Whether there is text, every token of it whole characters, so that no stock runner stumbles.
 
-    onnxruntime_genai 0.18 ends a text at bytes that are no UTF-8, and the Python binding of
-    executorch 1.5.1 raises UnicodeDecodeError for a token that is a part of a character. So it does
-    for a row of the embedding that the tokenizer has no token for. TextLLMRunner writes on where
-    the first token is an end.
+    onnxruntime_genai 0.18 ends a text at bytes that are no UTF-8, which is also what it writes for
+    special tokens, and the Python binding of executorch 1.5.1 raises UnicodeDecodeError for a token
+    that is a part of a character, or a row of the embedding without a token. TextLLMRunner writes
+    on where the first token is an end.
     """
-    if not tokens or tokens[0] in evaluation.ends or max(tokens) >= len(evaluation.tokenizer):
-        return False
-    return not any(
-        "\ufffd" in piece for piece in quality.decode(evaluation.tokenizer, [[t] for t in tokens])
+    tokenizer = evaluation.tokenizer
+    body = tokens[:-1] if tokens and tokens[-1] in evaluation.ends else tokens
+    ordinary = set(range(len(tokenizer))).difference(tokenizer.all_special_ids)
+    return (
+        bool(body)
+        and ordinary.issuperset(body)
+        and not any("\ufffd" in piece for piece in quality.decode(tokenizer, [[t] for t in body]))
     )
 
 

@@ -42,7 +42,8 @@ def _parts(results: Results) -> Iterable[str]:
     yield (
         f"{results.parameters:,} parameters, context {results.context}, {results.compositions} "
         f"compositions. {machine.cpu}, {machine.cores} cores, {machine.memory_gb:.0f} GB, "
-        f"{results.threads} threads; {runtimes}."
+        f"{results.threads} threads; {runtimes}. Prefill is of {results.prompt_tokens} tokens, "
+        f"decode of the {results.new_tokens} after them; medians."
     )
     yield _sizes(results)
     for family in results.ways:
