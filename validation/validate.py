@@ -107,7 +107,7 @@ def validate_artifact(
         verdicts += _graph(directory, evaluation, graph, limits, threads)
     gap = stock_gap(directory, bundled)
     if answers is not None and gap is None:
-        noise = max(float(part.max()) for part in quantized.noise.values())
+        noise = limits.farthest * max(float(part.max()) for part in quantized.noise.values())
         stock = stock_of(directory, runner, evaluation, answers, noise, stock_examples, bundled)
         if stock is not None:
             verdicts = [*verdicts, gates.stock_gate(stock, limits)]
@@ -328,10 +328,10 @@ def _clearness(runner: Runner, prompt: list[int], answer: Sequence[int]) -> floa
 def _is_plain(evaluation: Evaluation, tokens: Sequence[int]) -> bool:
     """Whether there is text, every token of it whole characters, so that no stock runner stumbles.
 
-    onnxruntime_genai 0.18 ends a text at bytes that are no UTF-8, which is also what it writes for
-    special tokens, and the Python binding of executorch 1.5.1 raises UnicodeDecodeError for a token
-    that is a part of a character, or a row of the embedding without a token. TextLLMRunner writes
-    on where the first token is an end.
+    onnxruntime_genai 0.18 ends a text at a zero and at bytes that are no UTF-8, which is also what
+    it writes for special tokens. The Python binding of executorch 1.5.1 raises UnicodeDecodeError
+    for a token that is a part of a character, or a row of the embedding without a token.
+    TextLLMRunner writes on where the first token is an end.
     """
     tokenizer = evaluation.tokenizer
     body = tokens[:-1] if tokens and tokens[-1] in evaluation.ends else tokens
@@ -339,7 +339,9 @@ def _is_plain(evaluation: Evaluation, tokens: Sequence[int]) -> bool:
     return (
         bool(body)
         and ordinary.issuperset(body)
-        and not any("\ufffd" in piece for piece in quality.decode(tokenizer, [[t] for t in body]))
+        and not {"\ufffd", "\0"}.intersection(
+            "".join(quality.decode(tokenizer, [[t] for t in body]))
+        )
     )
 
 
