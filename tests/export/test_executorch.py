@@ -277,7 +277,7 @@ def test_bad_programs_and_prompts_end_in_one_line(
 ) -> None:
     good = artifact_of("fp32").directory
     program = (good / "model.pte").read_bytes()
-    with pytest.raises(InputError, match=r"model\.pte: no such file"):
+    with pytest.raises(InputError, match=r"0 \.pte files, expected model\.pte"):
         ExecuTorchRunner(tmp_path)
     for wrong in (b"", b"x" * 500, program[:1000], program[:-1000]):
         (tmp_path / "model.pte").write_bytes(wrong)
