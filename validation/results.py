@@ -11,6 +11,7 @@ from pydantic import Field, ValidationError
 
 from caliport_core.directories import versions
 from caliport_core.errors import InputError
+from validation.budget_results import Budget
 from validation.gates import AdapterEffect, Gate, StockResult
 from validation.latency_results import LatencyReport
 from validation.parity import Measures
@@ -224,6 +225,7 @@ class ParityReport(Record):
     versions: dict[str, str]
     artifacts: list[ArtifactResult]
     baseline: BaselineUse | None = None
+    budgets: list[Budget] = Field(default_factory=list)
 
 
 class AdapterPart(Record):
