@@ -92,7 +92,7 @@ def stage(
             others wait; either way only the main one writes.
         timed: Write into the manifest how long it took, as ``seconds``.
     """
-    hashes = {label: _hash(str(path)) for label, path in inputs.items()}
+    hashes = hashes_of(inputs)
     plain = {label: _plain(value) for label, value in settings.items()}
     stage_key = key(name, hashes, plain)
     if up_to_date(out, stage_key):
@@ -115,6 +115,11 @@ def stage(
         left.unlink()
     _hash.cache_clear()
     console.print(f"{title}: done")
+
+
+def hashes_of(inputs: Mapping[str, Path | str]) -> dict[str, str]:
+    """Content hash of each input, by its label; each path is read once until a stage is made."""
+    return {label: _hash(str(path)) for label, path in inputs.items()}
 
 
 @lru_cache(maxsize=256)

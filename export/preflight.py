@@ -10,6 +10,7 @@ the headers of the safetensors files:
                LOWERING[runtime] + TOKENIZER · tokenizer
                    + the largest matrix as it ships (ONNX), or
                    + CONSTANTS[precision] · embeddings as they ship (ExecuTorch)
+             + further methods · (their key-value cache + METHOD · layers)
     seconds  = START[runtime] + LAYER[runtime] · layers + VALUE[precision] · values
 
 with sizes in bytes. Weights are read, quantized and written one matrix at a time, so the size of
@@ -46,11 +47,13 @@ CONSTANTS = {"fp32": 2.3, "int8": 1.5, "int4": 1.5}
 """Copies of the embeddings: ExecuTorch copies constants while it emits a program."""
 GRAPH = 18_000
 """Bytes of the graph and of gaps between weights, for each layer of a method and once more."""
+METHOD = 3e6
+"""Bytes in memory for each layer of every further method, until all are written."""
 START = {"executorch": 20.0, "onnx": 12.0}
 """Seconds for imports, tokenizer, tracing and lowering; as all seconds, on two EPYC cores."""
 LAYER = {"executorch": 0.5, "onnx": 0.1}
 """Seconds a layer of a method, to repeat it."""
-VALUE = {"fp32": 20e-9, "int8": 10e-9, "int4": 20e-9}
+VALUE = {"fp32": 20e-9, "int8": 10e-9, "int4": 8e-9}
 """Seconds a value, to read, quantize, write and hash it."""
 
 _UNLIMITED = 1 << 60
@@ -210,7 +213,8 @@ def needs(
     forms = plan(whole, how.precision, how.int8_layers, how.embedding_bits)
     parts = parts_of(whole, forms)
     beside = _Beside.of(adapters, shared, runtime, how.precision)
-    layers = int(whole.config.get_text_config().num_hidden_layers) * beside.methods
+    depth = int(whole.config.get_text_config().num_hidden_layers)
+    layers = depth * beside.methods
     tokenizer = sum(file.stat().st_size for file in directory.glob("tokenizer*.json"))
 
     artifact = sum(part.shipped(runtime) for part in parts) + beside.shipped + tokenizer
@@ -229,6 +233,8 @@ def needs(
     else:
         largest = CONSTANTS[how.precision] * sum(part.emitted() for part in parts)
     memory = max(reading, LOWERING[runtime] + TOKENIZER * tokenizer + largest) + beside.held
+    cache = _cache(whole, context, how.cache_bits)
+    memory += (beside.methods - 1) * (cache + METHOD * depth)
     seconds = START[runtime] + LAYER[runtime] * layers + VALUE[how.precision] * values
     return Needs(int(memory), artifact + stored, artifact, seconds)
 
@@ -294,6 +300,16 @@ def _has_names(whole: PreTrainedModel, read: Mapping[str, object]) -> bool:
     tied = {**(whole.all_tied_weights_keys or {})}
     names = (name for name, _ in whole.named_parameters(remove_duplicate=False))
     return all(tied.get(name, name) in read for name in names)
+
+
+def _cache(whole: PreTrainedModel, context: int | None, bits: int | None) -> int:
+    """Bytes of one method's keys and values, which ExecuTorch holds until all are emitted."""
+    from export.onnx_trace import cache_shape
+
+    config = whole.config.get_text_config()
+    heads, dim = cache_shape(whole)
+    length = context or int(config.max_position_embeddings)
+    return 2 * int(config.num_hidden_layers) * heads * dim * length * (bits or 32) // 8
 
 
 def _rotary_tables(whole: PreTrainedModel, context: int | None) -> int:

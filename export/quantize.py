@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
 GROUP_SIZE = 32
 Form = Literal["int8", "int4", "rows int8", "rows int4"]
-_FIT_STEPS = 20
-_FIT_TOLERANCE = 1e-5
 _SLICE = 1 << 19
 
 _INT4: torch.dtype = torch.int4  # type: ignore[attr-defined]  # not in torch 2.13's stubs
@@ -311,15 +309,18 @@ def integers(
         count: Rows in all.
         width: Their length.
         form: ``int8``: one scale a row, the largest absolute value over 127.5. ``int4``: one scale
-            for 32 values, by half-quadratic quantization (https://mobiusml.github.io/hqq_blog),
-            rounded to bfloat16. Embeddings (``rows …``) have the same integers.
+            for 32 values (``export.hqq``), rounded to bfloat16. Embeddings (``rows …``) have the
+            same integers.
 
     Yields:
-        Data, int8 [n, width] or two 4-bit values a byte as in ``packed`` (uint8 [n, width / 2]),
-        and scale, float32 [n, 1] or bfloat16 [n, width / 32].
+        Data, int8 [n, width] or two 4-bit values a byte as ``unpacked`` takes them, uint8
+        [n, width / 2], and scale, float32 [n, 1] or bfloat16 [n, width / 32].
     """
     step = max(1, _SLICE // width)
-    work = _in_groups if form.endswith("int4") else _by_row
+    if form.endswith("int4"):
+        from export.hqq import in_groups as work
+    else:
+        work = _by_row
 
     def one(start: int) -> tuple[Tensor, Tensor]:
         # Slices are small: the threads take one each, and none is cut up any further.
@@ -344,63 +345,11 @@ def _by_row(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (weight * (1 / scale)).round_().clamp_(-128, 127).to(torch.int8), scale
 
 
-def _in_groups(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """4-bit groups whose scales are bfloat16 values.
-
-    ExecuTorch 1.5.1 stores XNNPACK's group scales as bfloat16 whatever type they come in. Rounding
-    them here, before the integers are taken, makes eager and artifact the same numbers.
-    """
-    groups = weight.reshape(-1, GROUP_SIZE)
-    scale = fitted_scales(groups).bfloat16()
-    data = (groups * (1 / scale.float())[:, None]).round_().clamp_(-8, 7)
-    return packed(data.view(weight.shape)), scale.view(len(weight), -1)
-
-
-def fitted_scales(groups: Tensor) -> Tensor:
-    """The scale of each group that brings integer times scale nearest to it.
-
-    Half-quadratic quantization of the scale alone: round with the scale, take the scale of least
-    squares for these integers, again, at most 20 times. torchao's ``hqq_scale_only`` steps all
-    groups until the last has come to rest; here a group at rest is left alone, which gives the
-    same scales in a fifth of the work.
-
-    Args:
-        groups: float32 [n, group size].
-
-    Returns:
-        float32 [n], positive.
-    """
-    least = torch.finfo(torch.float32).eps
-    scale = (groups.abs().amax(1) / 8).clamp_min_(least)
-    part, now, moving = groups, scale.clone(), None
-    for _ in range(_FIT_STEPS):
-        whole = torch.div(part, now[:, None]).round_().clamp_(-8, 7)
-        size = torch.linalg.vecdot(whole, whole)
-        better = torch.where(size > 0, torch.linalg.vecdot(part, whole) / size, now)
-        better = better.abs().clamp_min_(least)
-        if moving is None:
-            scale = better
-        else:
-            scale[moving] = better
-        left = ((better - now).abs() > _FIT_TOLERANCE * now).nonzero()[:, 0]
-        if not len(left):
-            break
-        moving = left if moving is None else moving[left]
-        part, now = part[left], better[left]
-    return scale
-
-
-def packed(data: Tensor) -> Tensor:
-    """4-bit integers, two in a byte, the first in the low half, each offset by 8.
-
-    Both runtimes read them so. ``data`` [n, width] of values in [-8, 7]; uint8 [n, width / 2].
-    """
-    whole = (data.to(torch.int8) + 8).view(torch.uint8)
-    return whole[:, 0::2] | whole[:, 1::2] << 4
-
-
 def unpacked(data: Tensor) -> Tensor:
-    """The inverse of ``packed``: int8 [n, width]."""
+    """4-bit values as int8 [n, width], from two in a byte.
+
+    Both runtimes read them so: the first in the low half, each offset by 8; uint8 [n, width / 2].
+    """
     return torch.stack([data & 15, data >> 4], dim=-1).flatten(1).to(torch.int8) - 8
 
 
