@@ -123,9 +123,15 @@ def time_one(subjects: Sequence[Subject], prompt: list[int], threads: int) -> La
 
 
 def _cut(prompt: list[int], subjects: Sequence[Subject], new_tokens: int) -> list[int]:
-    """The prompt without what would leave no room for the answer in some artifact's context."""
-    room = min(int(read_manifest(s.directory)["context"]) for s in subjects) - new_tokens
-    return prompt[: max(1, room)]
+    """The prompt without what would leave no room for the answer in some artifact's context.
+
+    What another tool's artifact has room for is known once it is loaded; too little is an error.
+    """
+    from validation.runner import is_foreign
+
+    known = [read_manifest(s.directory) for s in subjects if not is_foreign(s.directory)]
+    rooms = [int(manifest["context"]) - new_tokens for manifest in known]
+    return prompt[: max(1, min(rooms, default=len(prompt)))]
 
 
 def _longest_prompt(space: Workspace) -> list[int]:

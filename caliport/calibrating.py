@@ -122,6 +122,19 @@ def _compose(out: Path, title: str, jobs: Mapping[str, Job], how: How, tune: boo
     stage(out, "compose", title, inputs, settings, build, together=how.train is not None)
 
 
+def merged(kind: str, updates: Sequence[LowRankUpdate], how: How) -> LowRankUpdate:
+    """Merge updates by ``kind``, one of ``calibrate.merge.MERGES`` or ``none``, as ``how`` says."""
+    from calibrate.merge import MERGES, dare, none, ties
+
+    if kind == "none":
+        return none(updates)
+    if kind == "ties":
+        return ties(updates, how.weights, density=how.density)
+    if kind == "dare":
+        return dare(updates, how.weights, density=how.density, seed=how.seed)
+    return MERGES[kind](updates, how.weights)
+
+
 class _Bench:
     """What the methods work with: the base, its tokenizer, the adapters and the examples."""
 
@@ -151,24 +164,15 @@ class _Bench:
         if kind in WEIGHTED:
             return {name: self._weighted(name, extra) for name in self.jobs}
         extra["parameters"] = 0
-        return {name: self._merged(kind, updates) for name, updates in self.adapters.items()}
+        return {
+            name: merged(kind, list(updates.values()), self.how)
+            for name, updates in self.adapters.items()
+        }
 
     def tuning_loss(self, updates: Mapping[str, LowRankUpdate]) -> float:
         """Mean loss on the held-out examples of every job."""
         losses = [self._loss(updates[name], self._encoded(name, "tuning")) for name in self.jobs]
         return sum(losses) / len(losses)
-
-    def _merged(self, kind: str, updates: Mapping[str, LowRankUpdate]) -> LowRankUpdate:
-        from calibrate.merge import MERGES, dare, none, ties
-
-        listed, how = list(updates.values()), self.how
-        if kind == "none":
-            return none(listed)
-        if kind == "ties":
-            return ties(listed, how.weights, density=how.density)
-        if kind == "dare":
-            return dare(listed, how.weights, density=how.density, seed=how.seed)
-        return MERGES[kind](listed, how.weights)
 
     def _weighted(self, name: str, extra: dict[str, Any]) -> LowRankUpdate:
         from calibrate.weighted import lm_cocktail, lorahub
@@ -191,7 +195,7 @@ class _Bench:
         assert how.train is not None
         underneath = "none" if method.alone else how.merge
         compositions = {
-            name: Composition(updates, self._merged(underneath, updates))
+            name: Composition(updates, merged(underneath, list(updates.values()), how))
             for name, updates in self.adapters.items()
         }
         precision = method.precision

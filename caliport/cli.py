@@ -12,7 +12,12 @@ from typing import Annotated, Any
 import typer
 
 from caliport.comparing import BaselineOption, register, with_baseline
+from caliport.devices import register as register_devices
+from caliport.inspecting import register as register_inspecting
+from caliport.running import register as register_runner
 from caliport_core.errors import InputError
+
+_INTERRUPTED = 130
 
 app = typer.Typer(
     name="caliport",
@@ -70,7 +75,8 @@ def run(
     """Do everything a recipe says, skipping what is up to date."""
     from caliport.composing import compose_all
     from caliport.scoring import score_all
-    from caliport.shipping import check_baseline, export_all, validate_all
+    from caliport.shipping import export_all
+    from caliport.validating import check_baseline, validate_all
 
     space = _space(recipe, with_baseline(overrides, baseline), runs)
     check_baseline(space)
@@ -234,26 +240,6 @@ def export(
 
 
 @app.command()
-def sensitivity(
-    base: Annotated[Path, typer.Option(help="A Hugging Face directory.")],
-    adapter: Adapter = None,
-    prompts: Annotated[
-        Path | None,
-        typer.Option(help="JSON Lines with `input` and `output`; default a built-in set."),
-    ] = None,
-    prompt: Annotated[str, typer.Option(help="Prompt around each input.")] = "{input}",
-    share: Annotated[
-        float, typer.Option(help="Bytes to spend on 8 bits, as a share of all layers' at 4.")
-    ] = 0.05,
-    out: Annotated[Path | None, typer.Option("--out", help="Also write a JSON file.")] = None,
-) -> None:
-    """Show what each linear layer loses at 4 bits and which to keep at 8."""
-    from caliport.exporting import show_sensitivity
-
-    show_sensitivity(base, adapter, prompts, prompt, share, out)
-
-
-@app.command()
 def validate(
     recipe: Annotated[
         Path, typer.Argument(metavar="RECIPE|ARTIFACT_DIR", help="A recipe or an artifact.")
@@ -280,6 +266,16 @@ def validate(
     latency: Annotated[
         bool, typer.Option("--latency/--no-latency", help="Also measure times and memory.")
     ] = True,
+    runner: Annotated[
+        str | None,
+        typer.Option(help="plain (default), genai for onnxruntime-genai, or MODULE:FUNCTION."),
+    ] = None,
+    against_runner: Annotated[
+        str | None, typer.Option(help="The same of the artifact of --against.")
+    ] = None,
+    by_layer: Annotated[
+        bool, typer.Option("--by-layer", help="Also say in which layers the error budget goes.")
+    ] = False,
     baseline: BaselineOption = None,
     out: Annotated[Path | None, typer.Option("--out", help="Also write the reports here.")] = None,
 ) -> None:
@@ -290,14 +286,19 @@ def validate(
         (base,) = _needed(base=base)
         parts = bundle or [], share or []
         more: dict[str, Any] = {"latency": latency, "baseline": baseline}
-        more |= {"precision": precision, "against": against}
+        more |= {"precision": precision, "against": against, "by_layer": by_layer}
+        more |= {"runner": runner or "plain", "against_runner": against_runner or "plain"}
         passed = validate_one(recipe, base, adapter, *parts, prompts, prompt, threads, out, **more)
     else:
-        from caliport.shipping import validate_all
+        from caliport.validating import validate_all
 
         _no_flags(base=base, adapter=adapter, bundle=bundle, share=share)
         _no_flags(prompts=prompts, out=out, precision=precision, against=against)
-        space = _space(recipe, with_baseline(overrides, baseline), runs)
+        _no_flags(**{"against-runner": against_runner})
+        if runner is not None:
+            overrides = [*(overrides or ()), f"validation.runner={runner}"]
+        asked = ["validation.by_layer=true"] if by_layer else []
+        space = _space(recipe, [*with_baseline(overrides, baseline), *asked], runs)
         passed = validate_all(space, latency=latency)
         _show(space.reports, recipe)
     raise typer.Exit(0 if passed else 1)
@@ -320,25 +321,6 @@ def report(
 
 
 @app.command()
-def audit(
-    adapters: Annotated[
-        list[Path], typer.Argument(metavar="ADAPTER ADAPTER...", help="PEFT LoRA directories.")
-    ],
-    weight: Annotated[
-        list[float] | None,
-        typer.Option(help="Of each adapter in the sum, in their order; default 1/N each."),
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", help="Also write audit.json and the report here.")
-    ] = None,
-) -> None:
-    """Say what adapters share and how far each merge is from their sum, before any training."""
-    from caliport.auditing import audit_adapters
-
-    audit_adapters(adapters, weight, out)
-
-
-@app.command()
 def init(
     path: Annotated[Path, typer.Argument(help="The file to write.")] = Path("recipe.yaml"),
 ) -> None:
@@ -357,16 +339,27 @@ def doctor() -> None:
 
 
 register(app)
+register_inspecting(app)
+register_devices(app)
+register_runner(app)
 
 
 def main() -> None:
     """Run the command line; every wrong input ends in one line."""
     debug = "--debug" in sys.argv
-    sys.exit(guarded(lambda: app(standalone_mode=False), "caliport --help", debug))
+    goes_on = "calibrate" in sys.argv or any(a.endswith((".yaml", ".yml")) for a in sys.argv)
+    sys.exit(guarded(lambda: app(standalone_mode=False), "caliport --help", debug, goes_on))
 
 
-def guarded(call: Callable[[], Any], usage: str, debug: bool) -> int:
-    """Call a command so that every wrong input ends in one line; its exit code."""
+def guarded(call: Callable[[], Any], usage: str, debug: bool, goes_on: bool = False) -> int:
+    """Call a command so that every wrong input ends in one line; its exit code.
+
+    Args:
+        call: The command.
+        usage: What shows how it is called.
+        debug: Let errors that are nobody's input through, with their tracebacks.
+        goes_on: Whether the command keeps what is finished when it is interrupted.
+    """
     if not debug:  # libraries log each other's deprecations and every optional part they miss
         logging.disable(logging.WARNING)
         warnings.simplefilter("ignore")
@@ -375,7 +368,7 @@ def guarded(call: Callable[[], Any], usage: str, debug: bool) -> int:
     except InputError as error:
         code = _fail(str(error), 2)
     except KeyboardInterrupt:
-        code = _fail("interrupted; the same command goes on from here", 130)
+        code = _INTERRUPTED
     except Exception as error:
         if debug:
             raise
@@ -383,10 +376,12 @@ def guarded(call: Callable[[], Any], usage: str, debug: bool) -> int:
         if shown is not None:
             code = _fail(f"{shown()} See {usage}.", 2)
         elif type(error).__name__ == "Abort":
-            code = _fail("interrupted; the same command goes on from here", 130)
+            code = _INTERRUPTED
         else:
             line = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             code = _fail(f"internal error: {line} (--debug shows where)", 3)
+    if code == _INTERRUPTED:  # typer turns Ctrl-C into this code and says nothing
+        _fail(f"interrupted{'; the same command goes on where it stopped' * goes_on}", code)
     return code if isinstance(code, int) else 0
 
 

@@ -191,7 +191,7 @@ def compose(space: Workspace, composition: str, method: Method) -> None:
         pick(out, title, space.shared("mixture"), ".")
     elif method.shared:
         jobs = {name: job_of(space, name, method) for name in space.recipe.compositions}
-        compose_shared(space.shared(method.name), method.name, jobs, _how(space, method))
+        compose_shared(space.shared(method.name), method.name, jobs, how_of(space, method))
         pick(out, title, space.shared(method.name), composition)
     elif method.kind == "joint":
         calibration = space.recipe.calibration
@@ -199,7 +199,7 @@ def compose(space: Workspace, composition: str, method: Method) -> None:
         source = source_of(space, composition, len(train.rates) > 1, calibration.examples)
         _lora(space, out, title, [source], train)
     else:
-        compose_to(out, title, job_of(space, composition, method), _how(space, method))
+        compose_to(out, title, job_of(space, composition, method), how_of(space, method))
 
 
 def job_of(space: Workspace, composition: str, method: Method) -> Job:
@@ -212,7 +212,8 @@ def job_of(space: Workspace, composition: str, method: Method) -> Job:
     )
 
 
-def _how(space: Workspace, method: Method) -> How:
+def how_of(space: Workspace, method: Method) -> How:
+    """How a recipe's method composes."""
     recipe = space.recipe
     train = recipe.calibration.training(method) if method.kind in CORRECTED else None
     return How(

@@ -280,13 +280,17 @@ class Export(_Part):
 class Validation(_Part):
     """How artifacts are checked: see ``validation.gates`` for what the limits mean.
 
+    ``runner`` runs the ONNX artifacts: ONNX Runtime itself (``plain``), or onnxruntime-genai.
     ``baseline`` is a stored one (a file, or a directory with one for each machine) that artifacts
-    are held to as well, within the limits of ``regression``.
+    are held to as well, within the limits of ``regression``. ``by_layer`` adds residual streams to
+    the error budget.
     """
 
     examples: int = Field(32, gt=0)
     threads: int | None = Field(None, gt=0)
     repetitions: int = Field(6, gt=0)
+    by_layer: bool = False
+    runner: Literal["plain", "genai"] = "plain"
     limits: dict[Precision, dict[str, float]] = {}
     baseline: Path | None = None
     regression: RegressionLimits = RegressionLimits()

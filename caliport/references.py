@@ -11,6 +11,7 @@ from export.artifact import Quantization
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from calibrate import LowRankUpdate
     from validation.composition import Source
     from validation.evaluation import Answers, Evaluation
     from validation.rounding import Expected
@@ -24,6 +25,7 @@ class References:
         base: A Hugging Face directory or hub name.
         adapter: The composition's PEFT LoRA directory; None for the base.
         shared: PEFT LoRA directories that a bundle for ExecuTorch shares.
+        by_layer: Keep residual streams of the answers too.
     """
 
     def __init__(
@@ -32,11 +34,13 @@ class References:
         base: str | Path,
         adapter: Path | None,
         shared: Mapping[str, Path] | None = None,
+        by_layer: bool = False,
     ) -> None:
         self.evaluation = evaluation
         self.adapter = adapter
         self._base = base
         self._shared = shared
+        self._by_layer = by_layer
         self._kept: dict[tuple[Path | None, Quantization, str, bool], Answers] = {}
         self._expected: dict[tuple[Quantization, str, int, bool], Expected] = {}
 
@@ -54,8 +58,20 @@ class References:
         if wanted not in self._kept:
             model = self._model(adapter, how, runtime, beside)
             name = f"eager {how.precision}{' base' if alone else ''}"
-            self._kept[wanted] = eager_answers(model, name, self.evaluation, write=not alone)
+            streams = self._by_layer and not alone
+            self._kept[wanted] = eager_answers(
+                model, name, self.evaluation, write=not alone, streams=streams
+            )
         return self._kept[wanted]
+
+    def of_update(self, update: LowRankUpdate, name: str) -> Answers:
+        """Of the fp32 base with an update folded in that stands in no directory."""
+        from caliport_core.checkpoints import load_base
+        from export.fold import fold
+        from validation.evaluation import eager_answers
+
+        model = fold(load_base(self._base), update, name)
+        return eager_answers(model, name, self.evaluation, streams=self._by_layer)
 
     def expected(
         self, how: Quantization, runtime: str, context: int, *, beside: bool = False

@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from caliport.calibrating import How, Job, compose_to
-from caliport.data.examples import read_jsonl
+from caliport.data.examples import Example, read_jsonl
 from caliport.exporting import named
-from caliport.foreign import check_foreign
+from caliport.foreign import Run, check_foreign
 from caliport.methods import CORRECTED, MERGED, WEIGHTED, parse
 from caliport.references import References
-from caliport.shipping import ALONE, check_artifact
+from caliport.shipping import ALONE
 from caliport.sources import Source
 from caliport.training import Training, features_to
+from caliport.validating import METRIC, budget_of, check_artifact
 from caliport_core.errors import InputError
 from caliport_core.progress import console, progress
 
@@ -113,6 +114,9 @@ def validate_one(
     baseline: Path | None = None,
     precision: str | None = None,
     against: Path | None = None,
+    runner: str = "plain",
+    against_runner: str = "plain",
+    by_layer: bool = False,
 ) -> bool:
     """Validate one artifact or each part of a bundle, show gates, and write reports where asked.
 
@@ -131,18 +135,18 @@ def validate_one(
         precision: What an artifact of another tool is said to be; decides its limits.
         against: Another artifact, in the place of the fp32 composition; then what both lost is
             not told apart, as with an artifact of another tool.
+        runner: What runs the artifact: a word of ``validation.runner.open_runner``.
+        against_runner: What runs ``against``.
+        by_layer: Show in the error budget how far residual streams are too.
 
     Raises:
         InputError: No artifact, or flags that do not fit what it is.
     """
     from caliport.benching import time_one
     from caliport.github import publish
-    from caliport.tables import show_gates, show_held
-    from caliport_core.checkpoints import load_tokenizer
+    from caliport.tables import show_budget, show_gates, show_held
     from caliport_core.directories import MANIFEST
-    from export.artifact import eager
     from validation.baseline import read_baseline
-    from validation.evaluation import make_evaluation
     from validation.junit import write_junit
     from validation.latency import Subject
     from validation.regression import RegressionLimits, held
@@ -155,48 +159,57 @@ def validate_one(
         this_machine,
         write_result,
     )
+    from validation.runner import check_choice
 
     said = _said(artifact, precision, against)
+    check_choice(artifact, runner)
+    if against is not None:
+        check_choice(against, against_runner)
     if baseline is not None:
         read_baseline(baseline, this_machine())
     adapters = named("--share", shared)
     parts, notes = _parts(artifact, adapter, named("--bundle", compositions), adapters)
     examples = read_jsonl(prompts) if prompts is not None else None
     threads = threads or this_machine().cores
-    results, longest = [], list[int]()
+    results, budgets, longest = [], [], list[int]()
     for label, (bundled, path) in parts.items():
         with progress(f"validating {artifact}: {label}", None):
-            model = eager(base, path, "fp32")
-            evaluation = make_evaluation(
-                model,
-                load_tokenizer(base, model),
-                [prompt.replace("{input}", e.input) for e in examples] if examples else None,
-                [e.output for e in examples] if examples else None,
-            )
-            references = References(evaluation, base, path, adapters)
+            references = _references(base, path, adapters, examples, prompt, by_layer)
             if said is not None:
-                result = check_foreign(artifact, references, said, threads, against)
+                result = check_foreign(
+                    Run(artifact, runner, bundled),
+                    references,
+                    said,
+                    threads,
+                    None if against is None else Run(against, against_runner, bundled),
+                    composition=label,
+                )
             else:
-                result = check_artifact(
+                result, stages = check_artifact(
                     artifact,
                     references,
                     composition=label,
                     method="adapter" if path is not None else "base",
-                    metric="rougeL",
+                    metric=METRIC,
                     threads=threads,
                     limits={},
                     bundled=bundled,
+                    runner=runner,
                     notes=notes if label == ALONE else (),
                 )
+                if path is not None:
+                    budgets.append(budget_of(label, references, path.name, stages))
         results.append(result)
-        longest = max([longest, *evaluation.prompts], key=len)
+        longest = max([longest, *references.evaluation.prompts], key=len)
     subjects = [Subject(artifact, label, bundled) for label, (bundled, _) in parts.items()]
     times = time_one(subjects, longest, threads) if latency else None
     facts: dict[str, Any] = {"machine": this_machine(), "versions": environment()}
-    report = ParityReport(**facts, artifacts=results)
+    report = ParityReport(**facts, artifacts=results, budgets=budgets)
     report = held(report, baseline, RegressionLimits(), times)
     for result in report.artifacts:
         show_gates(result)
+    for budget in report.budgets:
+        show_budget(budget)
     show_held(report)
     if out is not None:
         write_result(report, out / PARITY)
@@ -206,6 +219,29 @@ def validate_one(
         print(f"report: {write_report(out)}")
     publish(report, times.artifacts if times else [], artifact / MANIFEST, out)
     return all(result.passed for result in report.artifacts)
+
+
+def _references(
+    base: str,
+    adapter: Path | None,
+    shared: Mapping[str, Path],
+    examples: Sequence[Example] | None,
+    prompt: str,
+    by_layer: bool,
+) -> References:
+    """References on the examples, or on the built-in prompts."""
+    from caliport_core.checkpoints import load_tokenizer
+    from export.artifact import eager
+    from validation.evaluation import make_evaluation
+
+    model = eager(base, adapter, "fp32")
+    evaluation = make_evaluation(
+        model,
+        load_tokenizer(base, model),
+        [prompt.replace("{input}", e.input) for e in examples] if examples else None,
+        [e.output for e in examples] if examples else None,
+    )
+    return References(evaluation, base, adapter, shared, by_layer)
 
 
 def _said(artifact: Path, precision: str | None, against: Path | None) -> str | None:

@@ -13,6 +13,7 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from validation.audit_summary import Summary
+    from validation.budget_results import Budget
     from validation.latency_results import LatencyReport, LatencyResult, Spread
     from validation.results import (
         ArtifactResult,
@@ -45,6 +46,8 @@ def show_tables(reports: Path) -> None:
         )
         parity = read_result(ParityReport, reports / PARITY)
         _artifacts(parity, times)
+        for budget in parity.budgets:
+            show_budget(budget)
         show_held(parity)
 
 
@@ -114,6 +117,28 @@ def _artifact(table: Table, result: ArtifactResult, time: LatencyResult | None) 
         f"{time.decode_rate.median:.0f}" if time else "",
         _verdict(result),
     )
+
+
+def show_budget(budget: Budget) -> None:
+    """What each stage of a composition lost against the one before it, and where that leaves it."""
+    table = table_of(
+        f"{budget.composition}: error budget; KL and top-1 are against the stage before,\n"
+        "of a quantized eager model that is calibration",
+        ("stage", "form", "KL", "top-1", "perplexity", "task"),
+    )
+    table.columns[1].justify = "left"
+    for stage in budget.stages:
+        before = stage.previous
+        table.add_row(
+            stage.stage,
+            stage.form or stage.label,
+            f"{before.kl:.1e}" if before else "",
+            f"{before.top1:.1%}" if before else "",
+            f"{stage.perplexity:.4g}",
+            "" if stage.task is None else f"{stage.task:.1f}",
+            end_section=not stage.form and stage.stage == "calibration",
+        )
+    _console.print(table)
 
 
 def _verdict(result: ArtifactResult) -> str:

@@ -82,6 +82,8 @@ class BaselineArtifact(Record):
         top1: Share of positions where fp32 and artifact agree.
         bytes: On disk; ``parts`` as in the manifest.
         peak_bytes: Most resident memory while it ran.
+        idle_bytes: The same process's before it was loaded: Python and the runtime. None in
+            baselines that were stored without it.
     """
 
     method: str
@@ -94,6 +96,7 @@ class BaselineArtifact(Record):
     bytes: int
     parts: dict[str, int]
     peak_bytes: int | None
+    idle_bytes: int | None = None
     speed: BaselineSpeed | None
 
 
@@ -277,6 +280,7 @@ def _artifact(
         bytes=artifact.bytes,
         parts=artifact.parts,
         peak_bytes=time.peak_bytes if time else None,
+        idle_bytes=time.idle_bytes if time else None,
         speed=speed_of(time, times) if time else None,
     )
 

@@ -11,6 +11,8 @@ from typing import TypeVar
 import numpy as np
 
 from validation.baseline import name_of, over_fp32, reports_of
+from validation.budget_results import Budget
+from validation.budget_summary import metric_name, shown_form, steps
 from validation.gates import Gate, bootstrap_interval
 from validation.latency_results import LatencyReport, LatencyResult, Spread
 from validation.plots import METRIC_NAMES, size
@@ -83,6 +85,22 @@ class Pair:
 
 
 @dataclass(frozen=True)
+class StagePair:
+    """A stage of a composition's error budget in both runs; a dash where one does not have it.
+
+    Attributes:
+        stage, form: Its name, and the artifact that it belongs to; no form where all share it.
+        kl: KL in nats against the stage before.
+        task: Task metric, 0 to 100.
+    """
+
+    stage: str
+    form: str
+    kl: tuple[str, str]
+    task: tuple[str, str]
+
+
+@dataclass(frozen=True)
 class Comparison:
     """Two runs.
 
@@ -91,6 +109,7 @@ class Comparison:
         headlines: The verdict of each.
         differences: Machine and versions where they differ: what, before, after.
         artifacts: By name, in the order of the second run, then those that only the first has.
+        budgets: The stages of each composition that has an error budget in either run.
         methods: Of each composition in ``quality.json``, likewise.
         warnings: What makes figures not comparable.
     """
@@ -99,6 +118,7 @@ class Comparison:
     headlines: tuple[Headline, Headline]
     differences: tuple[tuple[str, str, str], ...]
     artifacts: tuple[Pair, ...]
+    budgets: dict[str, tuple[StagePair, ...]]
     methods: tuple[Pair, ...]
     warnings: tuple[str, ...]
 
@@ -139,6 +159,7 @@ def compare_runs(first: Path, second: Path) -> Comparison:
         headlines=(headline(before.parity.artifacts), headline(after.parity.artifacts)),
         differences=differences,
         artifacts=tuple(_artifacts(before, after)),
+        budgets=_budgets(before.parity.budgets, after.parity.budgets),
         methods=tuple(_methods(before.quality, after.quality)),
         warnings=tuple(warnings),
     )
@@ -357,6 +378,30 @@ def _timed(
 
 def _course(time: LatencyResult) -> tuple[int, int, int]:
     return time.threads, time.prompt_tokens, time.new_tokens
+
+
+def _budgets(before: Sequence[Budget], after: Sequence[Budget]) -> dict[str, tuple[StagePair, ...]]:
+    """Stages by composition and metric, in the order of the second run."""
+    was, now = (
+        {
+            f"{budget.composition}, {metric_name(budget)}": {
+                (step.stage.form, step.stage.stage): step.stage for step in steps(budget)
+            }
+            for budget in budgets
+        }
+        for budgets in (before, after)
+    )
+    found = {}
+    for name in dict.fromkeys((*now, *was)):
+        both = was.get(name, {}), now.get(name, {})
+        rows = []
+        for form, stage in dict.fromkeys((*both[1], *both[0])):
+            pair = [stages.get((form, stage)) for stages in both]
+            kl = _both([s.previous.kl if s and s.previous else None for s in pair], _sci)
+            task = _both([s.task if s else None for s in pair], "{:.2f}".format)
+            rows.append(StagePair(stage, shown_form(form), kl, task))
+        found[name] = tuple(rows)
+    return found
 
 
 def _methods(before: QualityReport | None, after: QualityReport | None) -> Iterator[Pair]:

@@ -13,12 +13,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # matplotlib writes plain colours; each stands for a variable of the page's style sheet.
-INK, MUTED, LINE = "#010101", "#020202", "#030303"
+INK, MUTED, LINE, FAIL = "#010101", "#020202", "#030303", "#010104"
 SERIES = [f"#0400{i:02x}" for i in range(1, 9)]
 _VARIABLES = {
     INK: "var(--ink)",
     MUTED: "var(--muted)",
     LINE: "var(--line)",
+    FAIL: "var(--fail)",
     **{colour: f"var(--s{i})" for i, colour in enumerate(SERIES, start=1)},
 }
 _numbers = itertools.count(1)
@@ -27,14 +28,21 @@ _numbers = itertools.count(1)
 def legend(figure: Figure, columns: int = 2) -> None:
     """All labels below the axes, in columns."""
     figure.legend(
-        loc="outside lower center", ncols=columns, frameon=False, labelcolor=INK, fontsize=9
+        loc="outside lower center",
+        ncols=columns,
+        frameon=False,
+        labelcolor=INK,
+        fontsize=9,
+        columnspacing=1.2,
+        handlelength=1.6,
+        handletextpad=0.5,
     )
 
 
 def svg(
     draw: Callable[[Figure, Axes], None],
     height: float = 3.0,
-    grid: Literal["x", "both"] = "x",
+    grid: Literal["x", "y", "both"] = "x",
     empty: bool = False,
 ) -> str:
     """Draw one figure and return it as an ``<svg>`` element, or nothing where there is no data."""
@@ -61,7 +69,7 @@ def svg(
         "text.color": INK,
     }
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=(5.4, height), layout="constrained")
+        figure = Figure(figsize=(5.0, height), layout="constrained")
         axes = figure.add_subplot()
         axes.grid(axis=grid)
         draw(figure, axes)

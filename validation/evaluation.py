@@ -52,12 +52,14 @@ class Evaluation:
 class Answers:
     """What one model says: logits at every target, [targets, vocab] a prompt, and its own text.
 
-    ``generated`` is None for a model whose text is not wanted, such as the base.
+    ``generated`` is None for a model whose text is not wanted, such as the base. ``streams`` are
+    residual streams at every target, [layers + 1, targets, hidden] a prompt, where asked for.
     """
 
     name: str
     logits: list[np.ndarray]
     generated: list[list[int]] | None
+    streams: list[np.ndarray] | None = None
 
 
 def make_evaluation(
@@ -132,7 +134,11 @@ def _hash(tokens: list[list[int]]) -> str:
 
 
 def eager_answers(
-    model: PreTrainedModel, name: str, evaluation: Evaluation, write: bool = True
+    model: PreTrainedModel,
+    name: str,
+    evaluation: Evaluation,
+    write: bool = True,
+    streams: bool = False,
 ) -> Answers:
     """Answers of an eager model, from whole passes without a cache.
 
@@ -141,6 +147,7 @@ def eager_answers(
         name: Names it in reasons.
         evaluation: What is asked.
         write: Whether its own text is wanted.
+        streams: Whether its residual streams are.
 
     Raises:
         InputError: Some logit is NaN or infinite: a reference must be sound.
@@ -163,7 +170,35 @@ def eager_answers(
             max_new_tokens=evaluation.max_new_tokens,
             batch_size=_BATCH,
         )
-    return Answers(name, logits, generated)
+    return Answers(name, logits, generated, _streams(model, evaluation) if streams else None)
+
+
+def _streams(model: PreTrainedModel, evaluation: Evaluation) -> list[np.ndarray]:
+    """The residual stream after the embedding and after each layer, at every target.
+
+    Returns:
+        For each prompt float32 [layers + 1, targets, hidden].
+    """
+    import torch
+
+    config, found = model.config.get_text_config(), []
+    before = getattr(config, "tie_last_hidden_states", None)
+    # transformers 5 would give the last one after the final norm, beside others before any norm.
+    config.tie_last_hidden_states = False
+    for prompt, target in zip(evaluation.prompts, evaluation.targets, strict=True):
+        tokens = torch.tensor([[*prompt, *target[:-1]]])
+        with torch.no_grad():
+            out = model(tokens, use_cache=False, output_hidden_states=True)
+        rows = torch.stack([stream[0, len(prompt) - 1 :] for stream in out.hidden_states])
+        found.append(np.asarray(rows.float().numpy()))
+    config.tie_last_hidden_states = before
+    return found
+
+
+def texts_of(evaluation: Evaluation, answers: Answers) -> list[str]:
+    """The texts that a model wrote, without special tokens."""
+    assert answers.generated is not None
+    return quality.decode(evaluation.tokenizer, answers.generated)
 
 
 def runner_answers(runner: Runner, evaluation: Evaluation) -> Answers:

@@ -8,6 +8,8 @@ import io
 import json
 import os
 import re
+import signal
+import subprocess
 import sys
 import tempfile
 import weakref
@@ -133,6 +135,31 @@ class ExecuTorchRunner:
     def _constant(self, method: str) -> int:
         with _native(self._program, f"has no {method}; expected a decoder with a cache"):
             return int(self._module.run_method(method, [])[0])
+
+
+def try_elsewhere(directory: Path) -> None:
+    """Run a program once in a process of its own, since a damaged one may crash its process.
+
+    The binding asks for a program's verification, but the wheel of executorch 1.5.1 is built
+    without it and follows any offset. A hash in a manifest leaves nothing to try.
+
+    Raises:
+        InputError: The process crashed. What else is wrong is said when the program is opened.
+    """
+    code = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from validation.executorch_runner import ExecuTorchRunner\n"
+        "runner = ExecuTorchRunner(Path(sys.argv[1]), threads=1)\n"
+        "runner.prefill([0, 0, 0])\n"
+        "runner.step(0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, directory], capture_output=True, check=False)
+    if done.returncode < 0:
+        name = signal.Signals(-done.returncode).name
+        raise InputError(
+            f"{program_in(directory)}: ExecuTorch crashed on it ({name}); expected a sound program"
+        )
 
 
 def program_in(directory: Path) -> Path:
@@ -264,8 +291,11 @@ def _native(path: Path, problem: str) -> Iterator[None]:
 
 
 def _reason(log: bytes, error: Exception) -> str:
-    """The first logged line without its source position, else the exception's."""
-    lines = re.findall(r"^\[\w+\.\w+:\d+\] (.+)$", log.decode(errors="replace"), re.MULTILINE)
+    """Operators that are missing, or the first logged line without its source position."""
+    text = log.decode(errors="replace")
+    if missing := re.findall(r"Missing operator: \[\d+\] (\S+)", text):
+        return f"the runtime lacks operators that it calls: {', '.join(dict.fromkeys(missing))}"
+    lines = re.findall(r"^\[\w+\.\w+:\d+\] (.+)$", text, re.MULTILINE)
     return " ".join((lines or [str(error)])[0].split())[:200]
 
 

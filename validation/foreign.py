@@ -1,4 +1,4 @@
-"""An artifact of another tool against eager models: all that can be said without its recipe.
+"""An artifact of another tool, or by another artifact: all that can be said without its recipe.
 
 Nothing says how such an artifact was quantized, so there is no eager model that rounds as it does:
 what lowering and quantization lost is judged together, against fp32.
@@ -15,8 +15,9 @@ from validation.evaluation import Answers, Evaluation, asked_of, runner_answers
 from validation.gates import Gate, Limits
 from validation.lowering import one_by_one_apart
 from validation.parity import NotFinite, compare
+from validation.prompts import TEXTS
 from validation.results import ArtifactResult, Findings, file_sizes
-from validation.runner import artifact_form, open_runner
+from validation.runner import PLAIN, Runner, artifact_form, is_foreign, open_runner
 from validation.validate import (
     adapter_effect,
     check_vocabulary,
@@ -34,11 +35,14 @@ def validate_foreign(
     base: Answers | None,
     precision: str,
     limits: Limits,
+    composition: str,
     threads: int = 1,
     metric: str = "rougeL",
     stock_examples: int = 4,
+    bundled: str | None = None,
+    runner: Runner | str = PLAIN,
 ) -> ArtifactResult:
-    """Validate a ``.pte`` or an onnxruntime-genai directory that has no manifest of ours.
+    """Validate a ``.pte`` or an onnxruntime-genai directory, whatever tool made it.
 
     Args:
         directory: Holds one ``.pte``, or a ``genai_config.json`` and its graph.
@@ -47,9 +51,12 @@ def validate_foreign(
         base: Answers of the eager base; None where the artifact is the base itself.
         precision: What it is said to be; for the report.
         limits: Of that precision.
+        composition: Its name in the report.
         threads: Of the runtime.
         metric: Task metric, where the evaluation has references.
         stock_examples: Prompts that the stock runner answers too.
+        bundled: Of a bundle of ours, the composition to check; None for its base, or no bundle.
+        runner: What runs it: a word of ``open_runner``, or any open runner.
 
     Returns:
         The measures, the gates and the verdict.
@@ -59,18 +66,19 @@ def validate_foreign(
     """
     start = time.perf_counter()
     runtime, _ = artifact_form(directory)
-    runner = open_runner(directory, threads)
-    notes, stock = ["made by another tool: lowering and quantization are judged together"], None
+    if isinstance(runner, str):
+        runner = open_tried(directory, threads, bundled, runner)
+    notes, stock = [f"run by {runner.name}; lowering and quantization are judged together"], None
     try:
+        check_vocabulary(runner, reference)
         answers = runner_answers(runner, evaluation)
-        check_vocabulary(answers, reference)
         stepwise = one_by_one_apart(runner, answers, evaluation)
     except NotFinite as problem:
         nothing = compare(reference.logits, reference.logits, evaluation.targets)
         findings = Findings(quantization=nothing, gates=[gates.unfinished(str(problem))])
     else:
         total = compare(reference.logits, answers.logits, evaluation.targets)
-        verdicts: list[Gate] = [gates.stepwise_gate(stepwise, limits)]
+        verdicts = [gates.stepwise_gate(stepwise, limits), *_tokenizer_gates(directory, evaluation)]
         adapter = None
         if base is not None:
             adapter = adapter_effect(base, reference, answers)
@@ -78,7 +86,7 @@ def validate_foreign(
         task, verdict = task_of(evaluation, reference, answers, metric, limits)
         verdicts.append(verdict or gates.quantization_gate(total, limits))
         try:
-            stock = stock_of(directory, runner, evaluation, answers, 0.0, stock_examples, None)
+            stock = stock_of(directory, runner, evaluation, answers, 0.0, stock_examples, bundled)
         except InputError as problem:
             notes.append(f"the stock runner was not tried: {problem}")
         if stock is not None:
@@ -95,8 +103,8 @@ def validate_foreign(
     sizes = file_sizes(directory)
     return ArtifactResult(
         **dict(findings),
-        composition=directory.name,
-        method="another tool's",
+        composition=composition,
+        method="another tool's" if is_foreign(directory) else "adapter",
         runtime=runtime,
         precision=precision,
         path=directory.name,
@@ -110,3 +118,46 @@ def validate_foreign(
         seconds=time.perf_counter() - start,
         notes=tuple(notes),
     )
+
+
+def open_tried(directory: Path, threads: int, bundled: str | None, runner: str) -> Runner:
+    """``open_runner``; a ``.pte`` that no manifest vouches for is first tried elsewhere.
+
+    Raises:
+        InputError: As ``open_runner``, or the program crashes its process.
+    """
+    if is_foreign(directory) and artifact_form(directory)[0] == "executorch" and runner == PLAIN:
+        from validation.executorch_runner import try_elsewhere
+
+        try_elsewhere(directory)
+    return open_runner(directory, threads, bundled, runner)
+
+
+def _tokenizer_gates(directory: Path, evaluation: Evaluation) -> list[Gate]:
+    """Whether the tokenizer beside the program encodes as the base's; nothing where none is."""
+    path = directory / "tokenizer.json"
+    if not path.is_file():
+        return []
+    from tokenizers import Tokenizer
+
+    try:
+        theirs = Tokenizer.from_file(str(path))
+    except Exception as error:
+        line = " ".join(str(error).split())[:200]
+        raise InputError(f"{path}: not a tokenizer ({line})") from None
+    differ = sum(
+        theirs.encode(text, add_special_tokens=False).ids
+        != evaluation.tokenizer.encode(text, add_special_tokens=False)
+        for text in TEXTS
+    )
+    return [
+        Gate(
+            name="tokenizer",
+            measure="texts that are encoded otherwise",
+            limit=0,
+            found=differ,
+            passed=not differ,
+            stage="packaging",
+            reason=f"{differ} of {len(TEXTS)} texts are encoded otherwise than by the base's",
+        )
+    ]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -45,28 +45,17 @@ class OnnxRunner:
         import onnxruntime
 
         check_recorded(directory)
-        model = _read_config(directory)["model"]
+        model = read_config(directory)["model"]
         decoder = model["decoder"]
-        graph = directory / decoder["filename"]
         self.name = "ONNX Runtime"
         self.context = int(model["context_length"])
+        self._past, self._present, shape = _cache(directory, decoder)
         self._inputs, self._outputs = decoder["inputs"], decoder["outputs"]
-        self._session = _open(graph, threads, float_activations)
+        self._graph = directory / decoder["filename"]
+        self._session = _open(self._graph, threads, float_activations)
         self._adapter = None if adapter is None else _read_adapter(adapter)
         self._factors = {} if self._adapter is None else self._adapter.get_parameters()
         self._value = onnxruntime.OrtValue.ortvalue_from_numpy
-        layers = range(int(decoder["num_hidden_layers"]))
-        self._past = [
-            self._inputs[kind] % layer
-            for layer in layers
-            for kind in ("past_key_names", "past_value_names")
-        ]
-        self._present = [
-            self._outputs[kind] % layer
-            for layer in layers
-            for kind in ("present_key_names", "present_value_names")
-        ]
-        shape = (1, int(decoder["num_key_value_heads"]), 0, int(decoder["head_size"]))
         self._empty = np.zeros(shape, np.float32)
         self._length = 0
         self._caches: list[Any] = []
@@ -85,14 +74,11 @@ class OnnxRunner:
         """Read some more tokens in one pass; logits after the last, float32 [vocab].
 
         Raises:
-            InputError: No tokens, or more than the context has room for.
+            InputError: No tokens, more than the context has room for, or something that the graph
+                refuses, such as a token outside its vocabulary.
         """
+        check_room(len(tokens), self._length, self.context)
         end = self._length + len(tokens)
-        if not tokens or end > self.context:
-            raise InputError(
-                f"{len(tokens)} tokens after {self._length}; expected 1 to "
-                f"{self.context - self._length}, since the artifact's context is {self.context}"
-            )
         feeds = dict(zip(self._past, self._caches, strict=True)) | self._factors
         feeds[self._inputs["input_ids"]] = self._value(np.array([tokens], np.int64))
         feeds[self._inputs["attention_mask"]] = self._value(np.ones((1, end), np.int64))
@@ -100,7 +86,12 @@ class OnnxRunner:
             positions = np.arange(self._length, end, dtype=np.int64)[None]
             feeds[self._inputs["position_ids"]] = self._value(positions)
         names = [self._outputs["logits"], *self._present]
-        logits, *self._caches = self._session.run_with_ort_values(names, feeds)
+        try:
+            logits, *self._caches = self._session.run_with_ort_values(names, feeds)
+        except Exception as error:
+            raise InputError(
+                f"{self._graph}: ONNX Runtime cannot run it ({line_of(error)})"
+            ) from error
         self._length = end
         return np.asarray(logits.numpy()[0, -1])
 
@@ -128,8 +119,13 @@ def generate(
     """
     import onnxruntime_genai as genai
 
-    model = _genai_model(directory)
-    tokenizer = genai.Tokenizer(model)
+    model = genai_model(directory)
+    try:
+        tokenizer = genai.Tokenizer(model)
+    except Exception as error:
+        raise InputError(
+            f"{directory}: onnxruntime_genai cannot read its tokenizer ({line_of(error)})"
+        ) from error
     prompt = [int(token) for token in tokenizer.encode(prompt_text)]
     return str(tokenizer.decode(_generate(directory, model, prompt, max_new_tokens, adapter)))
 
@@ -148,7 +144,7 @@ def generate_ids(
     Raises:
         InputError: Not loadable, or no room for the prompt in the context.
     """
-    return _generate(directory, _genai_model(directory), prompt_ids, max_new_tokens, adapter)
+    return _generate(directory, genai_model(directory), prompt_ids, max_new_tokens, adapter)
 
 
 def _generate(
@@ -160,7 +156,7 @@ def _generate(
 ) -> list[int]:
     import onnxruntime_genai as genai
 
-    context = int(_read_config(directory)["model"]["context_length"])
+    context = int(read_config(directory)["model"]["context_length"])
     if not 0 < len(prompt) < context:
         raise InputError(
             f"a prompt of {len(prompt)} tokens; expected 1 to {context - 1}, since the context of "
@@ -171,8 +167,7 @@ def _generate(
     settings.set_search_options(max_length=length, do_sample=False)
     generator = genai.Generator(model, settings)
     if adapter is not None:
-        adapters = genai.Adapters(model)
-        adapters.load(str(adapter), adapter.stem)
+        adapters = genai_adapters(model, adapter)
         generator.set_active_adapter(adapters, adapter.stem)
     generator.append_tokens(np.array([list(prompt)], np.int32))
     while not generator.is_done():
@@ -180,37 +175,120 @@ def _generate(
     return [int(token) for token in generator.get_sequence(0)[len(prompt) :]]
 
 
-def _genai_model(directory: Path) -> Any:
+def check_room(count: int, length: int, context: int) -> None:
+    """Raise ``InputError`` unless ``count`` tokens fit after ``length`` within ``context``."""
+    if not count or length + count > context:
+        raise InputError(
+            f"{count} tokens after {length}; expected 1 to {context - length}, since the "
+            f"artifact's context is {context}"
+        )
+
+
+def genai_model(directory: Path, threads: int | None = None) -> Any:
+    """An ``onnxruntime_genai.Model``; ``threads`` in place of what its configuration says.
+
+    Raises:
+        InputError: The directory is not what its manifest records, or cannot be loaded.
+    """
     import onnxruntime_genai as genai
 
     check_recorded(directory)
-    _read_config(directory)
+    read_config(directory)
     try:
-        return genai.Model(str(directory))
+        config = genai.Config(str(directory))
+        options = {"log_severity_level": 4}  # errors come as exceptions
+        if threads is not None:
+            options["intra_op_num_threads"] = threads
+        config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
+        return genai.Model(config)
     except Exception as error:
         raise InputError(
-            f"{directory}: onnxruntime_genai cannot load it ({_line(error)})"
+            f"{directory}: onnxruntime_genai cannot load it ({line_of(error)})"
         ) from error
 
 
-def _read_config(directory: Path) -> dict[str, Any]:
+def genai_adapters(model: Any, adapter: Path) -> Any:
+    """An ``onnxruntime_genai.Adapters`` with one adapter, named after its file."""
+    import onnxruntime_genai as genai
+
+    adapters = genai.Adapters(model)
+    try:
+        adapters.load(str(adapter), adapter.stem)
+    except Exception as error:
+        raise InputError(f"{adapter}: not an adapter of ONNX Runtime ({line_of(error)})") from error
+    return adapters
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """What ``genai_config.json`` says; the files that it names are the directory's own.
+
+    Raises:
+        InputError: No such file, none of a decoder, or one that names a graph that is not there or
+            a path outside the directory.
+    """
     path = directory / _CONFIG
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        config["model"]["decoder"]["filename"]
+        graph = directory / config["model"]["decoder"]["filename"]
+        int(config["model"]["context_length"])
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; expected an ONNX artifact directory") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: not a generation config ({_line(error)})") from None
+        raise InputError(f"{path}: not a generation config ({line_of(error)})") from None
+    for field, name in _named_files(config):
+        if PurePath(name).is_absolute() or ".." in PurePath(name).parts:
+            raise InputError(f"{path}: {field} is {name!r}, expected a file of the directory")
+    if not graph.is_file():
+        raise InputError(f"{graph}: no such file, but {_CONFIG} names it as the decoder's graph")
     assert isinstance(config, dict)
     return config
+
+
+def _named_files(part: object) -> Iterator[tuple[str, str]]:
+    """Every field of a config, at any depth, that names a file which is opened, and its value."""
+    members = part if isinstance(part, list) else []
+    if isinstance(part, dict):
+        members = list(part.values())
+        for field, value in part.items():
+            if isinstance(value, str) and field.endswith(("filename", "custom_ops_library")):
+                yield field, value
+    for member in members:
+        yield from _named_files(member)
+
+
+def _cache(
+    directory: Path, decoder: Mapping[str, Any]
+) -> tuple[list[str], list[str], tuple[int, ...]]:
+    """Names of the inputs and of the outputs of keys and values, and the shape of empty ones.
+
+    Raises:
+        InputError: The configuration lacks them.
+    """
+    kinds = {
+        "inputs": ("past_key_names", "past_value_names"),
+        "outputs": ("present_key_names", "present_value_names"),
+    }
+    try:
+        layers = range(int(decoder["num_hidden_layers"]))
+        past, present = (
+            [decoder[side][kind] % layer for layer in layers for kind in names]
+            for side, names in kinds.items()
+        )
+        return past, present, (1, int(decoder["num_key_value_heads"]), 0, int(decoder["head_size"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{directory / _CONFIG}: not of a decoder with keys and values ({line_of(error)})"
+        ) from None
+
+
+def line_of(error: BaseException) -> str:
+    """What an error says, in one line of at most 300 characters."""
+    return " ".join(str(error).split())[:300]
 
 
 def _open(graph: Path, threads: int | None, float_activations: bool) -> Any:
     import onnxruntime
 
-    if not graph.is_file():
-        raise InputError(f"{graph}: no such file; expected the graph of an ONNX artifact")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors only, and they come as exceptions too
     if threads is not None:
@@ -220,9 +298,11 @@ def _open(graph: Path, threads: int | None, float_activations: bool) -> Any:
         if float_activations:
             source = _without_rounding(graph)
             options.add_session_config_entry(_FOLDER, str(graph.parent))
-        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        # Its fallback is the same provider again, announced on the standard output.
+        how: dict[str, Any] = {"providers": ["CPUExecutionProvider"], "enable_fallback": 0}
+        return onnxruntime.InferenceSession(source, options, **how)
     except Exception as error:
-        raise InputError(f"{graph}: ONNX Runtime cannot load it ({_line(error)})") from error
+        raise InputError(f"{graph}: ONNX Runtime cannot load it ({line_of(error)})") from error
 
 
 def _read_adapter(path: Path) -> Any:
@@ -236,7 +316,7 @@ def _read_adapter(path: Path) -> Any:
     try:
         return onnxruntime.AdapterFormat.read_adapter(str(path))
     except Exception as error:
-        raise InputError(f"{path}: not an adapter of ONNX Runtime ({_line(error)})") from error
+        raise InputError(f"{path}: not an adapter of ONNX Runtime ({line_of(error)})") from error
 
 
 def _without_rounding(graph: Path) -> bytes:
@@ -249,7 +329,3 @@ def _without_rounding(graph: Path) -> bytes:
             if node.op_type == "MatMulNBits" and attribute.name == "accuracy_level":
                 attribute.i = 0
     return bytes(model.SerializeToString())
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]

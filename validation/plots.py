@@ -1,8 +1,8 @@
-"""Plots of a report: quality, training, accuracy, size and times."""
+"""Plots of a report: quality, training, size and times."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from validation.drawing import INK, LINE, MUTED, SERIES, legend, svg
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _NAMED = 10
+RUNTIMES = {"executorch": "ExecuTorch", "onnx": "ONNX"}
 METRIC_NAMES = {"rougeL": "ROUGE-L", "chrf": "chrF", "weighted_rouge": "weighted ROUGE"}
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-_FLOOR = 1e-9  # nats; what is less is drawn there
 
 
 def quality_bars(result: CompositionResult) -> str:
@@ -99,7 +99,7 @@ def training_curves(report: QualityReport) -> str:
         axes.set_xlabel("share of the run's steps")
         axes.set_ylabel("loss, nats a token")
         axes.minorticks_off()
-        _plain_log(axes)
+        plain_log(axes)
         legend(figure, columns=2)
 
     rows = (len(report.training) + 1) // 2
@@ -138,42 +138,6 @@ def sizes(artifacts: Sequence[ArtifactResult]) -> str:
 
 def _whole_name(item: ArtifactResult, among: Sequence[ArtifactResult]) -> str:
     return _form(item) if item.bundle else _name(item, among)
-
-
-def budget(artifacts: Sequence[ArtifactResult]) -> str:
-    """Where accuracy went: KL of each stage on one logarithmic axis."""
-
-    def draw(figure: Figure, axes: Axes) -> None:
-        series: list[tuple[str, str, str, Callable[[ArtifactResult], float | None]]] = [
-            ("quantization", "o", SERIES[1], lambda a: a.quantization.kl),
-            ("lowering", "s", SERIES[0], lambda a: a.lowering.kl if a.lowering else None),
-            (
-                "what the adapter changes",
-                "|",
-                MUTED,
-                lambda a: a.adapter.effect if a.adapter else None,
-            ),
-        ]
-        for label, marker, colour, value in series:
-            found = [(value(a), row) for row, a in enumerate(artifacts)]
-            kept = [(max(v, _FLOOR), row) for v, row in found if v]
-            axes.plot(
-                [v for v, _ in kept],
-                [row for _, row in kept],
-                marker,
-                color=colour,
-                markersize=12 if marker == "|" else 7,
-                markeredgewidth=2 if marker == "|" else 0,
-                label=label,
-            )
-        axes.set_xscale("log")
-        _rows(axes, [_name(a, artifacts) for a in artifacts])
-        axes.minorticks_off()
-        _plain_log(axes, "x")
-        axes.set_xlabel("KL in nats a token, lower is better")
-        legend(figure, columns=3)
-
-    return svg(draw, height=1.0 + 0.32 * len(artifacts), empty=not artifacts)
 
 
 def first_token(results: Sequence[LatencyResult]) -> str:
@@ -244,7 +208,7 @@ def _name(
 
 
 def _form(item: ArtifactResult | LatencyResult) -> str:
-    return f"{'ExecuTorch' if item.runtime == 'executorch' else 'ONNX'} {item.form}"
+    return f"{RUNTIMES.get(item.runtime, item.runtime)} {item.form}"
 
 
 def _steps(curve: Sequence[Point]) -> str:
@@ -259,7 +223,10 @@ def _decades(values: Sequence[int]) -> list[float]:
 
 
 def _direct_labels(axes: Axes, points: Sequence[tuple[float, float, str]], middle: float) -> None:
-    """Write each label beside its point, moved up where it would cover the one below."""
+    """Write each label right of its point, of those in the right half above it.
+
+    A label moves up where it would cover the one below.
+    """
     values = [y for _, y, _ in points]
     gap = (max(values) - min(values) or 1.0) * 0.085
     for left in (True, False):
@@ -271,13 +238,13 @@ def _direct_labels(axes: Axes, points: Sequence[tuple[float, float, str]], middl
             axes.annotate(
                 label,
                 (x, y),
-                (9 if left else -9, 0),
+                (9 if left else 0, 0),
                 xycoords="data",
                 textcoords="offset points",
                 va="center",
-                ha="left" if left else "right",
+                ha="left" if left else "center",
                 color=INK,
-            ).set_y((last - y) / gap * 10.5)
+            ).set_y((0 if left else 11) + (last - y) / gap * 10.5)
 
 
 def _rows(axes: Axes, labels: Sequence[str]) -> None:
@@ -287,16 +254,15 @@ def _rows(axes: Axes, labels: Sequence[str]) -> None:
     axes.tick_params(axis="y", length=0, labelcolor=INK)
 
 
-def _plain_log(axes: Axes, which: str = "y") -> None:
+def plain_log(axes: Axes) -> None:
     """Numbers as text: with mathtext off the usual exponents would show their markup."""
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
-    axis = axes.yaxis if which == "y" else axes.xaxis
-    axis.set_major_formatter(FuncFormatter(lambda value, _: _number(value)))
-    axis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
     """As people write it: 0.01, 1, 100, 10⁻⁶."""
     if 1e-3 <= value < 1e4:
         return f"{value:g}"

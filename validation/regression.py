@@ -54,6 +54,8 @@ class RegressionLimits(Record):
         size: Share by which the bytes may grow. A tokenizer's or a graph's own changes are far
             less, a layer kept at 8 bits instead of 4 is more.
         memory: Share by which peak memory may grow. Allocators round up and differ between runs.
+            Where both say it, that of the process before the artifact was loaded (Python and the
+            runtime) is taken off.
         speed: Share of the ratios that may be lost, beyond what both runs' noise explains.
         confidence: Of the bootstrap interval of the task metric.
     """
@@ -131,7 +133,7 @@ def hold_to(
         added.append(_size(before, artifact, limits))
         time = time_of(artifact, times)
         if same_place and time is not None:
-            added += _memory(before.peak_bytes, time.peak_bytes, limits)
+            added += _memory(before, time, limits)
             if before.speed is not None:
                 speed, left_out = _speed(before.speed, speed_of(time, times), limits)
                 added += speed
@@ -310,17 +312,21 @@ def _size(before: BaselineArtifact, artifact: ArtifactResult, limits: Regression
     )
 
 
-def _memory(before: int | None, now: int | None, limits: RegressionLimits) -> list[Gate]:
-    if before is None or now is None:
+def _memory(before: BaselineArtifact, now: LatencyResult, limits: RegressionLimits) -> list[Gate]:
+    if before.peak_bytes is None or now.peak_bytes is None:
         return []
+    was, found, what = before.peak_bytes, now.peak_bytes, ""
+    if before.idle_bytes is not None and now.idle_bytes is not None:
+        was, found = was - before.idle_bytes, found - now.idle_bytes
+        what = " over the process before loading"
     return [
         _gate(
             "peak memory",
-            "bytes",
-            math.floor(before * (1 + limits.memory)),
-            now,
+            f"bytes{what}",
+            math.floor(was * (1 + limits.memory)),
+            found,
             stage="memory",
-            reason=f"{before / 1e6:.1f} MB before, {now / 1e6:.1f} MB now; it may grow by "
+            reason=f"{was / 1e6:.1f} MB before, {found / 1e6:.1f} MB now{what}; it may grow by "
             f"{limits.memory:.0%}",
         )
     ]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,17 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from caliport_core.errors import InputError
-from validation import audit_plots, plots
+from validation import audit_plots, budget_plots, plots
 from validation.audit_summary import applied, shown, shown_cosine, summaries, summary
+from validation.budget_results import Budget
+from validation.budget_summary import (
+    STAGES,
+    failed_at,
+    lost_and_gained,
+    metric_name,
+    shown_form,
+    steps,
+)
 from validation.results import (
     AUDIT,
     LATENCY,
@@ -31,7 +42,14 @@ from validation.results import (
 )
 
 REPORT = "report.html"
-_RUNTIMES = {"executorch": "ExecuTorch", "onnx": "ONNX"}
+_MEANINGS = {
+    "adapter": "the adapters are not in it as they should be",
+    "lowering": "the runtime computes something else than the quantized model in PyTorch",
+    "quantization": "the smaller weights cost more than may be lost",
+    "calibration": "the composed adapter itself got worse",
+    "packaging": "tokenizer, template or settings are not the base's",
+}
+"""What it means that a gate's stage lost accuracy."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +96,11 @@ def write_report(reports_dir: Path) -> Path:
             audits=_audits(audit) if audit else [],
             training=plots.training_curves(quality) if quality else "",
             parity=parity,
+            meanings=_MEANINGS,
+            budgets=[_budget(budget, artifacts) for budget in parity.budgets] if parity else [],
+            stages=_stages(parity.budgets) if parity else {},
+            examples=_examples(artifacts),
             size_plot=plots.sizes(artifacts),
-            budget_plot=plots.budget(artifacts),
             latency=latency,
             first_token_plot=plots.first_token(latency.artifacts) if latency else "",
             decode_plot=plots.decode_rate(latency.artifacts) if latency else "",
@@ -113,6 +134,88 @@ def headline(artifacts: Sequence[ArtifactResult], audit: AuditReport | None = No
         return Headline("unsure", "No gate failed", text)
     text = f"{_count(checks, 'gate')} passed on {_count(len(artifacts), 'artifact')}."
     return Headline("pass", "Accuracy survived", text)
+
+
+def _stages(budgets: Sequence[Budget]) -> dict[str, str]:
+    """The stages that any budget has, each in one sentence."""
+    there = {stage.stage for budget in budgets for stage in budget.stages}
+    return {stage: meaning for stage, meaning in STAGES.items() if stage in there}
+
+
+def _budget(budget: Budget, artifacts: Sequence[ArtifactResult]) -> dict[str, Any]:
+    """What the template needs of one composition's budget."""
+    lost, metric = failed_at(budget, artifacts), metric_name(budget)
+    return {
+        "name": budget.composition,
+        "finding": lost_and_gained(budget),
+        "metric": metric,
+        "steps": steps(budget),
+        "lost": lost,
+        "plots": [
+            (
+                f"{metric} after each stage",
+                "higher is better",
+                budget_plots.task_on_the_way(budget),
+            ),
+            (
+                "The same of each artifact",
+                "from the last stage that they share",
+                budget_plots.task_of_forms(budget, lost),
+            ),
+            (
+                "KL of each stage",
+                "how far it moved the probabilities of the next token; 0 is not at all",
+                budget_plots.kl_of_stages(budget, lost),
+            ),
+            (
+                "KL at each token of the answer",
+                "against the stage before",
+                budget_plots.along_positions(budget),
+            ),
+        ],
+        "layers": budget_plots.along_layers(budget),
+    }
+
+
+def _examples(artifacts: Sequence[ArtifactResult]) -> list[dict[str, Any]]:
+    """Texts of each artifact with differences marked; failed ones first, then what differs most."""
+    found = []
+    for artifact in artifacts:
+        samples = []
+        for sample in artifact.samples:
+            fp32, ours = marked(sample.fp32, sample.artifact)
+            samples.append(
+                {
+                    "input": sample.input,
+                    "reference": sample.reference,
+                    "fp32": fp32,
+                    "artifact": ours,
+                    "differs": sample.fp32 != sample.artifact,
+                }
+            )
+        differ = sum(sample.fp32 != sample.artifact for sample in artifact.samples)
+        if samples:
+            found.append({"artifact": artifact, "samples": samples, "differ": differ})
+    return sorted(found, key=lambda example: (example["artifact"].passed, -example["differ"]))
+
+
+def marked(before: str, after: str) -> tuple[Markup, Markup]:
+    """Two texts, words of the first alone within ``<del>``, those of the second within ``<ins>``.
+
+    All else is escaped. White space is not compared.
+    """
+    words = [re.findall(r"\s*\S+", text) for text in (before, after)]
+    first, second = ([word.strip() for word in text] for text in words)
+    shown = [Markup(), Markup()]
+    for same, a, b, c, d in SequenceMatcher(None, first, second, autojunk=False).get_opcodes():
+        for index, (tag, part) in enumerate((("del", words[0][a:b]), ("ins", words[1][c:d]))):
+            text = "".join(part)
+            if same != "equal" and text:
+                space = text[: len(text) - len(text.lstrip())]
+                shown[index] += Markup("{}<{tag}>{}</{tag}>").format(space, text.strip(), tag=tag)
+            else:
+                shown[index] += text
+    return shown[0], shown[1]
 
 
 def _compositions(report: QualityReport) -> list[dict[str, Any]]:
@@ -186,7 +289,8 @@ def page_environment() -> Environment:
     environment.filters.update(
         size=plots.size,
         sci=_scientific,
-        runtime=lambda name: _RUNTIMES.get(name, name),
+        runtime=lambda name: plots.RUNTIMES.get(name, name),
+        form=shown_form,
         metric=lambda name: plots.METRIC_NAMES.get(name, name),
         seconds=seconds,
         error=shown,
@@ -199,7 +303,7 @@ def page_environment() -> Environment:
 def _scientific(value: float) -> Markup:
     """A number of any magnitude: 0.0123, 3·10⁻⁷."""
     if value == 0 or 1e-3 <= abs(value) < 1e4:
-        return Markup(f"{value:.3g}")
+        return Markup(f"{value:.3g}".replace("-", "−"))
     mantissa, exponent = f"{value:.1e}".split("e")
     return Markup(f"{float(mantissa):g}·10<sup>{int(exponent)}</sup>".replace("-", "−"))
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import pkgutil
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -15,8 +16,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 RUNTIMES = ("executorch", "onnx")
+PLAIN, GENAI = "plain", "genai"
+"""What runs an artifact: its runtime alone, or onnxruntime-genai."""
 
 
+@runtime_checkable
 class Runner(Protocol):
     """A model with its key-value cache, fed token by token.
 
@@ -156,26 +160,66 @@ def compositions_of(directory: Path) -> tuple[str, ...] | None:
     return None if bundle is None else tuple(bundle["compositions"])
 
 
-def open_runner(directory: Path, threads: int, bundled: str | None = None) -> Runner:
-    """The runner that the artifact's runtime asks for; it checks the artifact's hashes first.
+def open_runner(
+    directory: Path, threads: int, bundled: str | None = None, runner: str = PLAIN
+) -> Runner:
+    """What runs an artifact; it checks the artifact's hashes first.
 
     Args:
-        directory: An artifact directory with its manifest.
+        directory: An artifact directory with its manifest, or one of another tool.
         threads: Threads of the runtime's own pool.
         bundled: Of a bundle, the composition to run; None for its base alone.
+        runner: ``plain``, the artifact's runtime itself; ``genai``, onnxruntime-genai; or
+            ``MODULE:FUNCTION``, an importable function of (directory, threads, bundled) that
+            returns any ``Runner``.
 
     Raises:
         InputError: Not an artifact, one whose files are not those that its manifest records, one
-            that its runtime cannot load, or one without such a composition.
+            that its runtime cannot load, or one without such a composition; or see
+            ``check_choice``.
     """
+    check_choice(directory, runner)
+    if ":" in runner:
+        found = pkgutil.resolve_name(runner)(directory, threads, bundled)
+        if not isinstance(found, Runner):
+            raise InputError(
+                f"--runner {runner}: gave {type(found).__name__}, expected an object with name, "
+                "context, prefill, step and reset"
+            )
+        return found
     runtime, _ = artifact_form(directory)
     if runtime == "executorch":
         from validation.executorch_runner import BASE_METHOD, ExecuTorchRunner
 
         return ExecuTorchRunner(directory, threads, bundled or BASE_METHOD)
+    if runner == GENAI:
+        from validation.genai_runner import GenaiRunner
+
+        return GenaiRunner(directory, threads, adapter=_adapter_file(directory, bundled))
     from validation.onnx_runner import OnnxRunner
 
     return OnnxRunner(directory, threads, adapter=_adapter_file(directory, bundled))
+
+
+def check_choice(directory: Path, runner: str) -> None:
+    """Refuse a runner that is not known, or that cannot run this artifact, before any work.
+
+    Raises:
+        InputError: See above, or not an artifact.
+    """
+    runtime, _ = artifact_form(directory)
+    if ":" in runner:
+        try:
+            pkgutil.resolve_name(runner)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise InputError(f"--runner {runner}: {error}; expected MODULE:FUNCTION") from None
+    elif runner not in (PLAIN, GENAI):
+        raise InputError(f"--runner is {runner!r}, expected plain, genai or MODULE:FUNCTION")
+    elif runner == GENAI and runtime != "onnx":
+        raise InputError(
+            f"{directory}: is an ExecuTorch program, which onnxruntime-genai cannot run; expected "
+            "--runner plain"
+        )
 
 
 def stock_generate(

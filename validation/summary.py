@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 from validation.baseline import name_of, speed_of, time_of
+from validation.budget_summary import lost_and_gained
 from validation.gates import Gate
 from validation.latency_results import LatencyResult
 from validation.plots import size
@@ -21,7 +22,7 @@ _MARKS = {"pass": "✓", "unsure": "?", "fail": "✕", "none": "–"}
 
 
 def summary(report: ParityReport, times: Sequence[LatencyResult] = ()) -> str:
-    """Verdict, a table of the artifacts with those that failed first, then every reason.
+    """Verdict, a table of the artifacts with those that failed first, losses, then every reason.
 
     Args:
         report: With its gates, those against a baseline too.
@@ -54,6 +55,10 @@ def _lines(report: ParityReport, times: Sequence[LatencyResult]) -> Iterator[str
         yield "|---|---|---:|---:|---:|---:|---:|"
     for artifact in order:
         yield _row(artifact, times)
+    if report.budgets:
+        yield from ("", "### What was lost where", "")
+    for budget in report.budgets:
+        yield f"- **{plain(budget.composition)}**: {plain(lost_and_gained(budget))}"
     for title, wrong in (("Failed", _failed), ("Undecided", _unsure)):
         those = [artifact for artifact in order if wrong(artifact)]
         if those:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,13 @@ from caliport_core.directories import read_manifest
 from caliport_core.errors import InputError
 from validation import gates, quality
 from validation.composition import Source, weights_gate
-from validation.evaluation import Answers, Evaluation, asked_of, runner_answers
+from validation.evaluation import (
+    Answers,
+    Evaluation,
+    asked_of,
+    runner_answers,
+    texts_of,
+)
 from validation.gates import AdapterEffect, Gate, Limits, StockResult, limits_for
 from validation.lowering import check_graph, check_lowering, few_of
 from validation.packaging import packaging_gates
@@ -28,6 +34,7 @@ from validation.results import (
 )
 from validation.rounding import Expected
 from validation.runner import (
+    PLAIN,
     Runner,
     artifact_form,
     compositions_of,
@@ -56,7 +63,9 @@ def validate_artifact(
     metric: str = "rougeL",
     stock_examples: int = 4,
     bundled: str | None = None,
+    runner: Runner | str = PLAIN,
     notes: Sequence[str] = (),
+    heard: Callable[[Answers], None] | None = None,
 ) -> ArtifactResult:
     """Validate one artifact directory, or one composition of a bundle.
 
@@ -79,7 +88,9 @@ def validate_artifact(
         metric: Task metric, where the evaluation has references.
         stock_examples: Prompts that the stock runner answers too; 0 leaves it out.
         bundled: Of a bundle, the composition to check; None for its base alone.
+        runner: What runs it: a word of ``open_runner``, or any open runner.
         notes: What is known not to be checked, for the report.
+        heard: Is given what the artifact answers, unless its logits are not finite.
 
     Returns:
         The measures, every gate and the verdict. Logits that are not finite are a failed gate.
@@ -91,7 +102,8 @@ def validate_artifact(
     start = time.perf_counter()
     runtime, precision = artifact_form(directory)
     limits = limits or limits_for(precision)
-    runner = open_runner(directory, threads, bundled)
+    if isinstance(runner, str):
+        runner = open_runner(directory, threads, bundled, runner)
     findings, answers = check_runner(
         runner,
         evaluation,
@@ -101,6 +113,8 @@ def validate_artifact(
         limits=limits,
         metric=metric,
     )
+    if answers is not None and heard is not None:
+        heard(answers)
     bundle = compositions_of(directory) is not None
     verdicts, stock = [*_held(directory, source, bundle), *findings.gates], None
     if graph is not None:
@@ -187,8 +201,8 @@ def check_runner(
     said = quantized.said.answers
     quantization = compare(fp32.logits, said.logits, evaluation.targets)
     try:
+        check_vocabulary(runner, fp32)
         answers = runner_answers(runner, evaluation)
-        check_vocabulary(answers, fp32)
         lowering = check_lowering(runner, answers, evaluation, quantized, limits)
     except NotFinite as problem:
         return Findings(quantization=quantization, gates=[gates.unfinished(str(problem))]), None
@@ -215,12 +229,15 @@ def check_runner(
     ), answers
 
 
-def check_vocabulary(answers: Answers, fp32: Answers) -> None:
-    """Raise ``InputError`` where an artifact's logits are not as many as the reference's."""
-    found, expected = answers.logits[0].shape[-1], fp32.logits[0].shape[-1]
+def check_vocabulary(runner: Runner, fp32: Answers) -> None:
+    """Raise ``InputError`` where an artifact's logits are not as many as the reference's.
+
+    Before any token is read that a smaller vocabulary lacks.
+    """
+    found, expected = runner.prefill([0]).shape[-1], fp32.logits[0].shape[-1]
     if found != expected:
         raise InputError(
-            f"{answers.name}: gives {found} logits but the base has {expected} tokens; this "
+            f"{runner.name}: gives {found} logits but the base has {expected} tokens; this "
             "artifact was made from another base"
         )
 
@@ -251,7 +268,7 @@ def task_of(
     if evaluation.references is None:
         return None, None
     ours, theirs = (
-        quality.metric(metric, _texts(evaluation, side), evaluation.references)
+        quality.metric(metric, texts_of(evaluation, side), evaluation.references)
         for side in (fp32, answers)
     )
     verdict, interval = gates.task_gate(metric, ours, theirs, limits)
@@ -266,11 +283,6 @@ def task_of(
         artifact_scores=tuple(theirs),
     )
     return result, verdict
-
-
-def _texts(evaluation: Evaluation, answers: Answers) -> list[str]:
-    assert answers.generated is not None
-    return quality.decode(evaluation.tokenizer, answers.generated)
 
 
 def stock_of(
@@ -288,7 +300,7 @@ def stock_of(
     for. One that differs where a token was nearer a tie than ``noise``, how far rounding moves
     logits relative to their spread, is not counted.
     """
-    ours, tokens = _texts(evaluation, answers), answers.generated or []
+    ours, tokens = texts_of(evaluation, answers), answers.generated or []
     plain = [
         (i, text)
         for i, text in enumerate(evaluation.texts)
@@ -347,7 +359,7 @@ def _is_plain(evaluation: Evaluation, tokens: Sequence[int]) -> bool:
 
 def samples_of(evaluation: Evaluation, fp32: Answers, answers: Answers) -> tuple[ParitySample, ...]:
     """A few examples to read, those where artifact and fp32 differ first."""
-    reference, found = _texts(evaluation, fp32), _texts(evaluation, answers)
+    reference, found = texts_of(evaluation, fp32), texts_of(evaluation, answers)
     order = sorted(range(len(found)), key=lambda i: reference[i] == found[i])[:_SAMPLES]
     inputs = quality.decode(evaluation.tokenizer, [evaluation.prompts[i] for i in order])
     return tuple(

@@ -18,6 +18,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from caliport_core.directories import content_hash, read_manifest
+from validation.results import ParityReport, read_result
 
 RECIPE = """
 name: tiny
@@ -96,6 +97,37 @@ def test_last_screen_shows_tables_and_report(place: Path) -> None:
     assert "Traceback" not in output
 
 
+def test_the_budget_says_where_accuracy_was_lost(place: Path) -> None:
+    """From the adapters to every artifact, with the figures that the gates were decided by."""
+    report = read_result(ParityReport, place / "runs/tiny/reports/parity.json")
+    (budget,) = report.budgets
+    shared = [stage for stage in budget.stages if not stage.form]
+    names = [stage.stage for stage in shared]
+    assert names in (
+        ["exact sum", "merge", "calibration"],
+        ["exact sum", "calibration"],
+    ), "the merge is left out where it ships itself"
+    best = report.artifacts[0].method
+    assert ("merge" in names) == (best in ("lc", "lc++"))
+    assert shared[0].previous is None
+    assert all(stage.task is not None for stage in budget.stages)
+    for result in report.artifacts:
+        form = f"{result.runtime}-{result.precision}"
+        eager, artifact = (stage for stage in budget.stages if stage.form == form)
+        assert (eager.stage, artifact.stage) == ("quantized eager", "artifact")
+        assert eager.previous == result.quantization
+        assert artifact.previous == result.lowering
+        assert result.task is not None
+        assert artifact.task == result.task.artifact
+        assert shared[-1].task == result.task.fp32
+        assert artifact.previous is not None
+        assert max(artifact.by_position) >= artifact.previous.kl
+        assert artifact.by_layer == eager.by_layer == ()
+    forms = [stage.form for stage in budget.stages if stage.form]
+    assert forms == [form for form in FORMS for _ in range(2)]
+    assert "summarize_es: error budget" in (place / "output.txt").read_text()
+
+
 def test_composed_adapters_load_in_peft(place: Path) -> None:
     """PEFT's logits of the saved LC++ are those of the fp32 artifact's eager twin."""
     from export.artifact import eager
@@ -138,8 +170,15 @@ def test_stages_from_flags(place: Path) -> None:
     done = caliport("export", *flags, "--precision", "int4", "--out", "art", cwd=place)
     assert done.returncode == 0, done.stderr
     flags = ["--base", base, "--adapter", place / "mine"]
-    done = caliport("validate", "art", *flags, "--out", "checked", cwd=place)
+    done = caliport("validate", "art", *flags, "--by-layer", "--out", "checked", cwd=place)
     assert done.returncode == 0, done.stdout + done.stderr
+    (budget,) = read_result(ParityReport, place / "checked/parity.json").budgets
+    assert [stage.stage for stage in budget.stages] == [
+        "calibration",
+        "quantized eager",
+        "artifact",
+    ]
+    assert [len(stage.by_layer) for stage in budget.stages] == [0, 3, 0]
     assert {"parity.json", "latency.json", "junit.xml", "report.html", "summary.md"} == {
         p.name for p in (place / "checked").iterdir()
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from validation.budget_results import Budget, BudgetStage, StageName
 from validation.gates import AdapterEffect, Gate, StockResult, lost_at
 from validation.latency_results import Conditions, LatencyReport, LatencyResult
 from validation.latency_statistics import spread
@@ -110,6 +111,52 @@ def artifact(runtime: str, precision: str, gates: list[Gate]) -> ArtifactResult:
     )
 
 
+def stage(
+    name: StageName, kl: float | None, task: float | None, perplexity: float = 1.25, form: str = ""
+) -> BudgetStage:
+    """A stage of a budget; without ``kl`` the first."""
+    measures = None
+    if kl is not None:
+        measures = Measures(
+            positions=1000,
+            max_abs=9 * kl**0.5,
+            kl=kl,
+            top1=max(0.0, 1 - 4 * kl),
+            perplexity=perplexity,
+            reference_perplexity=1.25,
+        )
+    return BudgetStage(
+        stage=name,
+        label=f"how {name} {ATTACK}",
+        form=form,
+        previous=measures,
+        first=measures,
+        perplexity=perplexity,
+        task=task,
+        by_position=() if kl is None else (kl, kl / 2, kl),
+        by_layer=() if kl is None else (0.0, kl, 2 * kl),
+    )
+
+
+def budget(failing: bool = False, task: bool = True) -> Budget:
+    """What merging, calibration and int4 did to a small composition, in two runtimes."""
+    lost = stage("artifact", 2.5, 8.1, 9.6, "onnx-int4")
+    stages = [
+        stage("exact sum", None, 8.5, 4.1),
+        stage("merge", 0.004, 8.4, 4.1),
+        stage("calibration", 1.7, 91.5),
+        stage("quantized eager", 0.004, 90.1, 1.26, "executorch-int4"),
+        stage("artifact", 3e-6, 90.1, 1.26, "executorch-int4"),
+        stage("quantized eager", 0.004, 90.7, 1.26, "onnx-int4"),
+        lost if failing else stage("artifact", 0.0, 90.7, 1.26, "onnx-int4"),
+    ]
+    if not task:
+        stages = [stage.model_copy(update={"task": None}) for stage in stages]
+    return Budget(
+        composition="describe in German", metric="rougeL" if task else None, stages=tuple(stages)
+    )
+
+
 def parity(failing: bool = False) -> ParityReport:
     sound = [gate("prefill", "lowering"), gate("task quality", "quantization")]
     broken = [gate("prefill", "lowering", passed=False), gate("decode", "lowering", passed=False)]
@@ -117,7 +164,9 @@ def parity(failing: bool = False) -> ParityReport:
         artifact("executorch", "int4", sound),
         artifact("onnx", "int4", broken if failing else sound),
     ]
-    return ParityReport(machine=MACHINE, versions=VERSIONS, artifacts=artifacts)
+    return ParityReport(
+        machine=MACHINE, versions=VERSIONS, artifacts=artifacts, budgets=[budget(failing)]
+    )
 
 
 def latency() -> LatencyReport:

@@ -144,13 +144,33 @@ def test_artifacts_of_one_run_alone_and_missing_reports(before: Path, tmp_path: 
         compare_runs(before, tmp_path)
 
 
+def test_budgets_stand_stage_by_stage(before: Path, tmp_path: Path) -> None:
+    """The first run has none, as one of an earlier version."""
+    parity = run_of()[0].model_copy(update={"budgets": [examples.budget()]})
+    after = write_run(tmp_path / "after", parity)
+    found = compare_runs(before, after).budgets["describe in German, ROUGE-L"]
+    assert [(pair.stage, pair.form) for pair in found[2:5]] == [
+        ("calibration", ""),
+        ("quantized eager", "ExecuTorch int4"),
+        ("artifact", "ExecuTorch int4"),
+    ]
+    assert (found[0].kl, found[0].task) == (("–", "–"), ("–", "8.50"))
+    worse = parity.model_copy(update={"budgets": [examples.budget(failing=True)]})
+    lost = compare_runs(after, write_run(tmp_path / "worse", worse))
+    (pairs,) = lost.budgets.values()
+    assert [p.form for p in pairs if p.kl[0] != p.kl[1]] == ["ONNX int4"]
+    assert (pairs[-1].kl, pairs[-1].task) == (("0", "2.5"), ("90.70", "8.10"))
+
+
 def test_the_page_is_sound_and_self_contained(before: Path, tmp_path: Path) -> None:
     lost = examples.gate("prefill", "lowering", passed=False)
     worse = scored(-3.0).model_copy(
         update={"gates": [lost], "passed": False, "lost_at": "lowering"}
     )
     machine = examples.MACHINE.model_copy(update={"cpu": examples.ATTACK})
-    after = write_run(tmp_path / "after", *run_of([artifact("fp32"), worse], machine=machine))
+    parity, *others = run_of([artifact("fp32"), worse], machine=machine)
+    parity = parity.model_copy(update={"budgets": [examples.budget()]})
+    after = write_run(tmp_path / "after", parity, *others)
     write_page(compare_runs(before, after), tmp_path / "compare.html")
     text = (tmp_path / "compare.html").read_text(encoding="utf-8")
     page = Page(text)
@@ -164,5 +184,6 @@ def test_the_page_is_sound_and_self_contained(before: Path, tmp_path: Path) -> N
     assert '<meta name="viewport" content="width=device-width' in text
     assert "&lt;script&gt;" in text
     assert text.index("Machine and versions") < text.index("<h2>Artifacts</h2>")
-    assert text.count("<details open>") == 1
+    assert text.count("<details open>") == 2
+    assert '<td class="n" data-label="KL, after">1.7</td>' in text
     assert '<td class="n worse" data-label="Change">-3.00 (-3.00 to -3.00) worse</td>' in text

@@ -9,8 +9,9 @@ import pytest
 
 from caliport_core.errors import InputError
 from tests.validation import examples
+from validation.budget_summary import lost_and_gained
 from validation.plots import size
-from validation.report import headline, write_report
+from validation.report import headline, marked, write_report
 from validation.results import (
     AUDIT,
     LATENCY,
@@ -137,7 +138,6 @@ def render(
     ("quality", "parity", "latency", "failing", "audited"),
     [
         (True, True, True, False, True),
-        (True, True, True, True, False),
         (True, False, False, False, False),
         (False, True, False, True, True),
         (False, False, True, False, False),
@@ -163,27 +163,97 @@ def test_any_set_of_files_makes_a_sound_self_contained_page(
     assert not re.search(r"url\((?!#)", text)
     assert max(page.ids.values()) == 1
     assert all(link.startswith("#") and link[1:] in page.ids for link in page.links)
-    assert page.tags["svg"] == 3 * quality + 2 * parity + 3 * latency + 3 * audited
+    assert page.tags["svg"] == 3 * quality + 6 * parity + 3 * latency + 3 * audited
     sections = ((AUDIT, audited), (QUALITY, quality), (PARITY, parity), (LATENCY, latency))
     for name, there in sections:
         assert (f"No <code>{name}</code>" in text) is not there
     assert not re.search(r"#0[1-4]0[0-4]0\d", text), "a plot's colour does not follow the page"
 
 
-def test_text_of_models_is_shown_and_never_run(tmp_path: Path) -> None:
-    text = render(tmp_path, quality=True, parity=True, latency=False, failing=True)
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, str]:
+    """A page with artifacts, by whether one failed; then with methods too."""
+    return {
+        failing: render(
+            tmp_path_factory.mktemp("page"),
+            quality=failing,
+            parity=True,
+            latency=False,
+            failing=failing,
+        )
+        for failing in (False, True)
+    }
+
+
+def test_text_of_models_is_shown_and_never_run(pages: dict[bool, str]) -> None:
+    text = pages[True]
     assert text.count("&lt;script&gt;alert(&#39;ß&#39;)&lt;/script&gt; &amp; $x^2$") >= 4
     assert "LC++ $5 (20 steps)" in text
 
 
-def test_a_failure_is_on_top_with_its_stage(tmp_path: Path) -> None:
-    text = render(tmp_path, quality=True, parity=True, latency=False, failing=True)
-    verdict = text[text.index('<section class="verdict') : text.index('<section id="methods"')]
+def test_a_failure_is_on_top_with_its_stage(pages: dict[bool, str]) -> None:
+    text = pages[True]
+    verdict = text[text.index('<section class="verdict') : text.index('<section id="budget"')]
     assert "1 of 2 artifacts failed" in verdict
     assert "<b>describe in German, ONNX int4</b> lost it at <b>lowering</b>" in verdict
     assert "(and 1 more)" in verdict
-    assert text.count('<tr class="failed"') == 1
+    budget, artifacts = (text.index(f'<section id="{name}"') for name in ("budget", "artifacts"))
+    assert text[budget:artifacts].count('<tr class="failed"') == 1
+    assert text[artifacts:].count('<tr class="failed"') == 1
     assert text.count('<tr class="why">') == 1
+
+
+@pytest.mark.parametrize(
+    ("failing", "finding"),
+    [
+        (False, "Most was lost at quantized eager, ExecuTorch int4: 1.4 points of ROUGE-L (KL 0."),
+        (True, "Most was lost at artifact, ONNX int4: 82.6 points of ROUGE-L (KL 2.5)."),
+    ],
+)
+def test_the_budget_says_draws_and_lists_what_was_lost_where(
+    pages: dict[bool, str], failing: bool, finding: str
+) -> None:
+    text = pages[failing]
+    section = text[text.index('<section id="budget"') : text.index('<section id="artifacts"')]
+    assert finding in section
+    assert "Most was gained at calibration: 83.1 points of ROUGE-L." in section
+    rows = re.findall(r"<tr.*?</tr>", section, flags=re.DOTALL)[1:]
+    assert [re.findall(r'<td class="name">([a-z ]+?) ?<', row)[0] for row in rows] == [
+        "exact sum",
+        "merge",
+        "calibration",
+        *["quantized eager", "artifact"] * 2,
+    ]
+    lost = ["failed a gate" in row for row in rows]
+    assert lost == [False] * 6 + [failing]
+    assert "ExecuTorch int4: how quantized eager &lt;script&gt;" in rows[3]
+    assert '<span>90.1 <span class="muted small">−1.4</span>' in rows[3]
+    assert ("✕ ONNX int4 8.1</text>" in section) is failing
+    assert section.count(">ExecuTorch int4 90.1</text>") == 1
+    assert section.count("<li><b>") == 5, "no device, so it is not explained"
+
+
+def test_a_budget_without_references_goes_by_the_loss(tmp_path: Path) -> None:
+    report = examples.parity().model_copy(update={"budgets": [examples.budget(task=False)]})
+    write_result(report, tmp_path / PARITY)
+    text = write_report(tmp_path).read_text(encoding="utf-8")
+    assert (
+        "Most was lost at quantized eager, ExecuTorch int4: 0.008 nats a token (KL 0.004). "
+        "Most was gained at calibration: 1.188 nats a token."
+    ) in text
+    assert Page(text).tags["svg"] == 4, "KL by stage, position and layer, and sizes"
+    shared = examples.budget().stages[2:3]
+    still = examples.stage("artifact", 1e-13, 91.5, form="onnx-fp32")
+    same = examples.budget().model_copy(update={"stages": (*shared, still)})
+    assert lost_and_gained(same) == "No stage lost anything."
+
+
+def test_only_words_that_differ_are_marked() -> None:
+    assert marked("Nina y Sofia  van <hoy>.", "Nina y Anna van <hoy>. & más") == (
+        "Nina y <del>Sofia</del>  van &lt;hoy&gt;.",
+        "Nina y <ins>Anna</ins> van &lt;hoy&gt;. <ins>&amp; más</ins>",
+    )
+    assert marked("", "<b>") == ("", "<ins>&lt;b&gt;</ins>")
 
 
 def test_sizes_by_part_and_what_was_left_out(tmp_path: Path) -> None:
@@ -200,7 +270,7 @@ def test_sizes_by_part_and_what_was_left_out(tmp_path: Path) -> None:
     assert "first &lt;b&gt; was not checked" in text
     assert "linear 2 MB, scales 500 kB, compositions 100 kB, rest 300 kB; 4.63 bits" in text
     assert text.count(">ONNX int4 bundle</text>") == 1
-    assert text.count("second, ONNX int4 bundle</text>") == 1
+    assert text.count("ONNX int4 bundle<br>") == 2
 
 
 def test_audit_alone_makes_a_page(tmp_path: Path) -> None:
@@ -208,7 +278,7 @@ def test_audit_alone_makes_a_page(tmp_path: Path) -> None:
     text = write_report(tmp_path / "mine").read_text(encoding="utf-8")
     assert "<title>mine: Nothing validated yet</title>" in text
     assert "describe in German: linear is far from the exact sum." in text
-    section = text[text.index('<section id="merges"') : text.index('<section id="artifacts"')]
+    section = text[text.index('<section id="merges"') : text.index('<section id="training"')]
     assert "0.5 × describe + 0.5 × to &lt;b&gt;German&lt;/b&gt;" in section
     assert '<td class="n bad" data-label="Relative error">0.98</td>' in section
     assert '<td class="n ok" data-label="Relative error">0</td>' in section

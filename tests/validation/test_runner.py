@@ -7,8 +7,15 @@ import numpy as np
 import pytest
 import torch
 
+from caliport.single import validate_one
 from caliport_core.checkpoints import load_base
 from caliport_core.errors import InputError
+from export import to_onnx_bundle
+from tests.validation.conftest import Scene
+from validation.foreign import validate_foreign
+from validation.gates import limits_for
+from validation.genai_runner import GenaiRunner
+from validation.onnx_runner import OnnxRunner
 from validation.parity import one_by_one, trace
 from validation.runner import EagerRunner, greedy, open_runner
 
@@ -71,3 +78,110 @@ def test_open_runner_names_what_is_wrong(
         (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(InputError, match=message):
         open_runner(tmp_path, threads=1)
+
+
+def test_genai_gives_the_logits_of_its_graph(onnx_dir: Path, prompts: list[list[int]]) -> None:
+    """Prefill, steps, tokens that end a text, and a whole context; nothing stays after it."""
+    plain, genai = OnnxRunner(onnx_dir, threads=1), GenaiRunner(onnx_dir, threads=1)
+    assert genai.context == plain.context == 128
+    for prompt in prompts:
+        targets = [0, 1, 2, 3, 9]
+        np.testing.assert_allclose(
+            trace(genai, prompt, targets), trace(plain, prompt, targets), atol=1e-4
+        )
+    whole = [5 + i % 300 for i in range(128)]
+    first = genai.prefill(whole[:20])
+    genai.prefill(whole[:64])
+    genai.extend(whole[64:127])
+    np.testing.assert_allclose(genai.step(whole[127]), plain.prefill(whole), atol=1e-4)
+    with pytest.raises(InputError, match="1 tokens after 128; expected 1 to 0"):
+        genai.step(5)
+    np.testing.assert_array_equal(genai.prefill(whole[:20]), first)
+
+
+def test_a_bundle_by_one_runner_against_the_other(
+    base_dir: Path, adapter_dirs: list[Path], tmp_path: Path
+) -> None:
+    """Each part of it, with its adapter on both sides: anything else would be far off."""
+    bundle = tmp_path / "bundle"
+    to_onnx_bundle(base_dir, {"one": adapter_dirs[0]}, bundle, precision="int8")
+    assert validate_one(
+        bundle,
+        str(base_dir),
+        None,
+        [f"one={adapter_dirs[0]}"],
+        [],
+        None,
+        "{input}",
+        1,
+        tmp_path / "checked",
+        latency=False,
+        against=bundle,
+        runner="genai",
+    )
+    base, one = json.loads((tmp_path / "checked" / "parity.json").read_text())["artifacts"]
+    assert (base["composition"], one["composition"]) == ("base alone", "one")
+    assert one["adapter"]["kl_base"] > 100 * one["adapter"]["kl_composition"]
+    assert base["total"]["kl"] < 1e-6
+    assert one["total"]["kl"] < 1e-6
+    assert "run by onnxruntime-genai" in one["notes"][0]
+    assert "stock runner" in [gate["name"] for gate in one["gates"]]
+
+
+REMOTE = """
+from validation.runner import open_runner
+
+class Remote:
+    name = "a remote device"
+
+    def __init__(self, *what):
+        self._there = open_runner(*what)
+        self.context = self._there.context
+
+    def prefill(self, tokens):
+        return self._there.prefill(tokens) + self.wrong
+
+    def step(self, token):
+        return self._there.step(token)
+
+    def reset(self):
+        self._there.reset()
+
+    wrong = 0
+
+def nothing(*what):
+    return list(what)
+
+class Wrong(Remote):
+    @property
+    def wrong(self):
+        import numpy
+        return 9 * numpy.sin(numpy.arange(384)).astype(numpy.float32)
+"""
+
+
+def test_anything_with_the_protocol_is_held_to_the_same_gates(
+    scene: Scene, onnx_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere.py").write_text(REMOTE)
+    monkeypatch.syspath_prepend(tmp_path)
+    found = {}
+    for name in ("Remote", "Wrong"):
+        result = validate_foreign(
+            onnx_dir,
+            scene.evaluation,
+            reference=scene.fp32,
+            base=scene.base_answers,
+            precision="int4",
+            limits=limits_for("int4"),
+            composition="both",
+            runner=open_runner(onnx_dir, 1, None, f"elsewhere:{name}"),
+        )
+        assert "run by a remote device" in result.notes[0]
+        found[name] = {gate.name for gate in result.gates if not gate.passed}
+    assert found["Remote"] == set()
+    assert {"one by one", "next-token distribution"} <= found["Wrong"]
+    with pytest.raises(InputError, match="elsewhere:REMOTE"):
+        open_runner(onnx_dir, 1, None, "elsewhere:REMOTE")
+    with pytest.raises(InputError, match="gave list, expected an object with name, context"):
+        open_runner(onnx_dir, 1, None, "elsewhere:nothing")

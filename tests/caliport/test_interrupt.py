@@ -1,0 +1,53 @@
+"""Ctrl-C ends a command with one line and code 130, and the same command goes on."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from caliport.data.examples import Example, write_jsonl
+from tests.commands import ENVIRONMENT
+
+
+@pytest.fixture
+def _heard() -> Iterator[None]:
+    """A shell starts its background jobs deaf to SIGINT, and what they start inherits that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_heard")
+def test_an_interrupted_calibration_goes_on(
+    base_dir: Path, adapter_dirs: list[Path], tmp_path: Path
+) -> None:
+    write_jsonl(tmp_path / "data.jsonl", [Example("tennis", "park"), Example("Tom", "Anna")])
+    flags = [f for adapter in adapter_dirs for f in ("--adapter", str(adapter))]
+    flags += ["--base", str(base_dir), "--method", "lc", "--data", "data.jsonl", "--out", "out/lc"]
+    command = [sys.executable, "-m", "caliport", "calibrate", *flags, "--steps"]
+    more = {"cwd": tmp_path, "env": {**ENVIRONMENT, "OMP_NUM_THREADS": "1"}, "text": True}
+    running = subprocess.Popen(
+        [*command, "100000"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        **more,
+    )
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("out/.lc.partial-*")):
+        assert running.poll() is None, running.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(0.5)
+    running.send_signal(signal.SIGINT)
+    _, errors = running.communicate(timeout=60)
+    assert running.returncode == 130
+    said = "caliport: interrupted; the same command goes on where it stopped"
+    assert errors.splitlines()[-1] == said
+    assert errors.count("caliport: ") == 1
+    assert not (tmp_path / "out" / "lc").exists()
