@@ -1,14 +1,17 @@
 # make setup   a virtual environment with everything in it
 # make demo    from nothing to validated artifacts and a report
-# make test    lint, types, layers and all tests
+# make test    lint, types, layers and all tests; those with adb daemons need root on Debian, and
+#              make test ANDROID=no leaves them out
+# make test-arm64   the ONNX runner on an emulated ARM64 machine; needs root on Debian
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 # pip prefers a CPU build of this torch where it knows of one (PIP_FIND_LINKS or
 # PIP_EXTRA_INDEX_URL); elsewhere it takes the default build, which on Linux brings CUDA.
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
+ANDROID ?= yes
 PACKAGES := caliport caliport_core calibrate export validation android_harness
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test android test-arm64 lint clean
 
 setup: .venv/ready
 
@@ -27,8 +30,23 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: lint
-	$(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadfile
+# Debian's adbd, which the tests run as devices, and the runner for this machine; fetched once.
+android: setup
+ifeq ($(ANDROID),yes)
+	$(BIN)/python tests/android/daemon.py
+	$(BIN)/caliport runner build --target host
+endif
+
+test: lint android
+	$(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadfile \
+		$(if $(filter yes,$(ANDROID)),,-m "not android")
+
+# On an ARM64 machine that QEMU emulates. Debian's packages are installed where they are missing.
+ARM64 := qemu-system-arm g++-aarch64-linux-gnu cpio
+test-arm64: setup
+	dpkg --status $(ARM64) > /dev/null 2>&1 || \
+		{ apt-get update && apt-get install --yes --no-install-recommends $(ARM64); }
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/android/arm64/on_arm64.py
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv build runs

@@ -11,6 +11,7 @@ import shlex
 import signal
 import subprocess
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -96,7 +97,7 @@ def adb(
     Raises:
         TimeoutError: It took longer.
     """
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [_binary(), *arguments],
         stdin=stdin,
         stdout=subprocess.PIPE,
@@ -104,16 +105,15 @@ def adb(
         text=True,
         errors="replace",
         start_new_session=True,
-    )
-    try:
-        out, err = process.communicate(timeout=seconds)
-    except BaseException as error:
-        # The whole group: a server that is still starting holds the pipes open as well.
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-        if isinstance(error, subprocess.TimeoutExpired):
-            raise TimeoutError(f"adb {shlex.join(arguments)}: over {seconds:g} s") from None
-        raise
+    ) as process:
+        try:
+            out, err = process.communicate(timeout=seconds)
+        except BaseException as error:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            if isinstance(error, subprocess.TimeoutExpired):
+                raise TimeoutError(f"adb {shlex.join(arguments)}: over {seconds:g} s") from None
+            raise
     return Completed(process.returncode, out, err)
 
 

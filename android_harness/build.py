@@ -161,8 +161,11 @@ def _wheel_library(version: str, cache: Path) -> Path:
         wheels = cache / "wheels"
         tags = [f"--platform={tag}" for tag in _WHEELS]
         _run(
-            [sys.executable, "-m", "pip", "download", "--quiet", "--only-binary=:all:", "--no-deps"]
-            + [*tags, f"--dest={wheels}", f"onnxruntime=={version}"]
+            [
+                *(sys.executable, "-m", "pip", "download", "--quiet"),
+                *("--only-binary=:all:", "--no-deps", *tags),
+                *(f"--dest={wheels}", f"onnxruntime=={version}"),
+            ]
         )
         (wheel,) = wheels.glob(f"onnxruntime-{version}-*aarch64.whl")
         library.parent.mkdir(parents=True, exist_ok=True)

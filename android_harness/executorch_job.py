@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from android_harness.job import Job, Result, Timing, Turn
 from android_harness.runners import answers
+from caliport_core.directories import check_recorded
 from caliport_core.errors import InputError
 from validation.latency_worker import memory
 
@@ -57,6 +58,7 @@ def run_job(job: Job) -> Result:
     from validation.executorch_runner import BASE_METHOD, ExecuTorchRunner, binding
 
     binding()
+    check_recorded(Path(job.directory))  # reads every file, so that all are in the page cache
     idle = _peak_bytes()
     start = time.perf_counter()
     runner = ExecuTorchRunner(Path(job.directory), job.threads, job.adapter or BASE_METHOD)

@@ -8,14 +8,14 @@ exits with 0, or says in one line on standard error what is wrong and exits with
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Final, Literal
 
 from pydantic import Field
 
 from validation.record import Record
 
 JOB, RESULT = "job.json", "result.json"
-VERSION = 1
+VERSION: Final = 1
 
 
 class Prompt(Record):
@@ -38,7 +38,8 @@ class Timing(Record):
 
     Attributes:
         prompt_lengths: Tokens of each prompt; each is read ``repetitions`` times in turns.
-        new_tokens: Tokens written after it, one step each.
+        new_tokens: Tokens written after it, ends ignored: the first with the prompt, each further
+            one by a step.
         warmup: Turns that are not recorded.
         repetitions: Turns that are.
     """

@@ -112,15 +112,15 @@ class LlamaMain(Record):
     Attributes:
         text: The new text, without the prompt that it repeats.
         prompt_tokens: Of the prompt.
-        new_tokens: Of the text.
+        decoded_tokens: After the first, which comes with the prompt.
         load_seconds: Of loading.
         first_token_seconds: From the start, which tokenizes the prompt, to the first token.
-        decode_seconds: From then to the end.
+        decode_seconds: From then to the end, in which the others came.
     """
 
     text: str
     prompt_tokens: int
-    new_tokens: int
+    decoded_tokens: int
     load_seconds: float
     first_token_seconds: float
     decode_seconds: float
@@ -171,7 +171,7 @@ def parse_llama_main(output: str, prompt: str) -> LlamaMain:
         return LlamaMain(
             text=text.removeprefix(prompt).removesuffix("\n"),
             prompt_tokens=told["prompt_tokens"],
-            new_tokens=told["generated_tokens"],
+            decoded_tokens=told["generated_tokens"],
             load_seconds=(told["model_load_end_ms"] - told["model_load_start_ms"]) / unit,
             first_token_seconds=(told["first_token_ms"] - told["inference_start_ms"]) / unit,
             decode_seconds=(told["inference_end_ms"] - told["first_token_ms"]) / unit,

@@ -74,12 +74,13 @@ code=$(cat code 2>/dev/null)
 exit "${code:-$ended}"
 """
 # In a process group of its own, which ends with the program, with the connection to the host (the
-# end of standard input), and after $1 seconds.
+# end of standard input), and after $1 seconds. Libraries write into a home too: ONNX Runtime leaves
+# an id of the device there.
 _GROUP = """
 limit=$1; shift
 echo $$ > pid
 exec 3<&0
-"$@" 3<&- > out 2> err < /dev/null &
+HOME=$PWD TMPDIR=$PWD "$@" 3<&- > out 2> err < /dev/null &
 program=$!
 { cat <&3 > /dev/null; kill -9 0; } &
 { sleep "$limit"; kill -9 0; } 3<&- &
@@ -185,7 +186,7 @@ class Session:
             raise InputError(
                 f"device {self.device.serial}: {HOME}: {reason}; expected to be able to write there"
             )
-        self._start = float(done.out)
+        self._start = float(done.out.split()[-1])
         self._ahead = self._start - time.time()
         stands = self.device.script(f"cat {_LEASE} 2>/dev/null").out
         other = _parse(stands)

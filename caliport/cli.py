@@ -13,7 +13,10 @@ import typer
 
 from caliport.comparing import BaselineOption, register, with_baseline
 from caliport.devices import register as register_devices
+from caliport.emulating import register as register_emulators
 from caliport.inspecting import register as register_inspecting
+from caliport.on_device import DeviceOption
+from caliport.on_device import register as register_on_device
 from caliport.running import register as register_runner
 from caliport_core.errors import InputError
 
@@ -277,11 +280,15 @@ def validate(
         bool, typer.Option("--by-layer", help="Also say in which layers the error budget goes.")
     ] = False,
     baseline: BaselineOption = None,
+    device: DeviceOption = None,
     out: Annotated[Path | None, typer.Option("--out", help="Also write the reports here.")] = None,
 ) -> None:
     """Hold artifacts against eager PyTorch; exit code 1 if a gate fails."""
     if recipe.is_dir():
         from caliport.single import validate_one
+
+        if device:
+            raise InputError("--device goes with a recipe; see caliport device validate")
 
         (base,) = _needed(base=base)
         parts = bundle or [], share or []
@@ -300,6 +307,10 @@ def validate(
         asked = ["validation.by_layer=true"] if by_layer else []
         space = _space(recipe, [*with_baseline(overrides, baseline), *asked], runs)
         passed = validate_all(space, latency=latency)
+        if device:
+            from caliport.on_device import validate_rows
+
+            passed = validate_rows(space, device) and passed
         _show(space.reports, recipe)
     raise typer.Exit(0 if passed else 1)
 
@@ -341,6 +352,8 @@ def doctor() -> None:
 register(app)
 register_inspecting(app)
 register_devices(app)
+register_on_device(app)
+register_emulators(app)
 register_runner(app)
 
 

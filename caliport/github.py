@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from caliport_core.errors import InputError
 
 if TYPE_CHECKING:
+    from validation.device_results import DeviceResult
     from validation.latency_results import LatencyResult
     from validation.results import ArtifactResult, ParityReport
 
@@ -42,12 +43,12 @@ def publish(
     if reports is not None:
         write_text(reports / SUMMARY, text)
     _append("GITHUB_STEP_SUMMARY", text)
-    outputs = f"verdict={headline(report.artifacts).state}\n"
+    outputs = f"verdict={headline(report.artifacts, devices=report.devices).state}\n"
     if reports is not None:
         outputs += f"reports={reports}\n"
     _append("GITHUB_OUTPUT", outputs)
     if os.environ.get("GITHUB_ACTIONS") == "true":
-        for line in workflow_commands(report.artifacts, source):
+        for line in workflow_commands([*report.artifacts, *report.devices], source):
             print(line)
 
 
@@ -67,7 +68,9 @@ def publish_run(reports: Path, source: Path) -> None:
     publish(parity, latency.artifacts if latency else [], source, reports)
 
 
-def workflow_commands(artifacts: Sequence[ArtifactResult], source: Path) -> Iterator[str]:
+def workflow_commands(
+    artifacts: Sequence[ArtifactResult | DeviceResult], source: Path
+) -> Iterator[str]:
     """A workflow command for each artifact that failed (error) or is undecided (warning).
 
     One an artifact, with all its reasons, since only ten of each kind are shown; the tenth stands

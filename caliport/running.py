@@ -26,11 +26,11 @@ def _only() -> None:
 def build(
     target: Annotated[str, typer.Option(help="host, aarch64 (any Linux) or android.")],
     out: Annotated[
-        Path | None, typer.Option("--out", help="The directory; default runners/TARGET.")
+        Path | None, typer.Option("--out", help="The directory; default build/TARGET.")
     ] = None,
-    cache: Annotated[
-        Path, typer.Option(help="Where headers and compiled parts are kept.")
-    ] = Path("build/runner"),
+    cache: Annotated[Path, typer.Option(help="Where headers and compiled parts are kept.")] = Path(
+        "build/runner"
+    ),
     ndk: Annotated[Path | None, typer.Option(help="Android's NDK, for android.")] = None,
     aar: Annotated[
         Path | None, typer.Option(help="onnxruntime-android-VERSION.aar, for android.")
@@ -40,6 +40,6 @@ def build(
     from android_harness.build import build_runner
     from caliport_core.directories import read_manifest
 
-    made = build_runner(target, out or Path("runners") / target, cache, ndk, aar)
+    made = build_runner(target, out or Path("build") / target, cache, ndk, aar)
     command = " ".join(read_manifest(made)["command"]).replace("{runner}", str(made))
     print(f"runner: {command} {{job.json}} {{result.json}}")

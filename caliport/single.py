@@ -161,20 +161,20 @@ def validate_one(
     )
     from validation.runner import check_choice
 
-    said = _said(artifact, precision, against)
+    said = said_precision(artifact, precision, against)
     check_choice(artifact, runner)
     if against is not None:
         check_choice(against, against_runner)
     if baseline is not None:
         read_baseline(baseline, this_machine())
     adapters = named("--share", shared)
-    parts, notes = _parts(artifact, adapter, named("--bundle", compositions), adapters)
+    parts, notes = parts_of(artifact, adapter, named("--bundle", compositions), adapters)
     examples = read_jsonl(prompts) if prompts is not None else None
     threads = threads or this_machine().cores
     results, budgets, longest = [], [], list[int]()
     for label, (bundled, path) in parts.items():
         with progress(f"validating {artifact}: {label}", None):
-            references = _references(base, path, adapters, examples, prompt, by_layer)
+            references = references_of(base, path, adapters, examples, prompt, by_layer)
             if said is not None:
                 result = check_foreign(
                     Run(artifact, runner, bundled),
@@ -221,7 +221,7 @@ def validate_one(
     return all(result.passed for result in report.artifacts)
 
 
-def _references(
+def references_of(
     base: str,
     adapter: Path | None,
     shared: Mapping[str, Path],
@@ -244,7 +244,7 @@ def _references(
     return References(evaluation, base, adapter, shared, by_layer)
 
 
-def _said(artifact: Path, precision: str | None, against: Path | None) -> str | None:
+def said_precision(artifact: Path, precision: str | None, against: Path | None) -> str | None:
     """The precision of another tool's artifact, or of one that is held to another.
 
     None for an artifact of ours against eager models; its files are checked here, before the
@@ -263,7 +263,7 @@ def _said(artifact: Path, precision: str | None, against: Path | None) -> str | 
     return None if against is None else artifact_form(artifact)[1]
 
 
-def _parts(
+def parts_of(
     artifact: Path,
     adapter: Path | None,
     compositions: Mapping[str, Path],

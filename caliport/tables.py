@@ -14,6 +14,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     from validation.audit_summary import Summary
     from validation.budget_results import Budget
+    from validation.device_results import DeviceResult
     from validation.latency_results import LatencyReport, LatencyResult, Spread
     from validation.results import (
         ArtifactResult,
@@ -48,6 +49,7 @@ def show_tables(reports: Path) -> None:
         _artifacts(parity, times)
         for budget in parity.budgets:
             show_budget(budget)
+        show_devices(parity)
         show_held(parity)
 
 
@@ -134,14 +136,14 @@ def show_budget(budget: Budget) -> None:
             stage.form or stage.label,
             f"{before.kl:.1e}" if before else "",
             f"{before.top1:.1%}" if before else "",
-            f"{stage.perplexity:.4g}",
+            f"{stage.perplexity:#.4g}",
             "" if stage.task is None else f"{stage.task:.1f}",
             end_section=not stage.form and stage.stage == "calibration",
         )
     _console.print(table)
 
 
-def _verdict(result: ArtifactResult) -> str:
+def _verdict(result: ArtifactResult | DeviceResult) -> str:
     if not result.passed:
         return f"[red]FAIL: {result.lost_at}[/red]"
     if not all(gate.decided for gate in result.gates):
@@ -237,10 +239,36 @@ def show_held(report: ParityReport) -> None:
             _console.print(Text(note, "yellow"))
 
 
-def show_gates(result: ArtifactResult) -> None:
+def show_devices(report: ParityReport) -> None:
+    """Each artifact on each device against itself on this machine; nothing without any."""
+    if not report.devices:
+        return
+    for device in {result.device.serial: result.device for result in report.devices}.values():
+        table = table_of(
+            f"on {device.shown}: parity with the host",
+            ("artifact", "runner", "same answers", "near ties", "KL", "task", "gates"),
+        )
+        for result in report.devices:
+            if result.device.serial == device.serial:
+                table.add_row(
+                    f"{result.composition}: {result.runtime} {result.form}",
+                    f"{result.runner} {result.runner_sha256[:8]}",
+                    f"{result.identical}/{result.examples}",
+                    str(result.ties),
+                    f"{result.measures.kl:.1e}" if result.measures else "",
+                    f"{result.task.difference:+.1f}" if result.task else "",
+                    _verdict(result),
+                )
+        _console.print(table)
+
+
+def show_gates(result: ArtifactResult | DeviceResult) -> None:
     """Every gate of one artifact with what was found and why it is held to that."""
+    from validation.device_results import DeviceResult
+
     name = f"{result.path}, {result.composition}" if result.bundle else result.path
-    table = Table(title=f"{name}: {result.runtime} {result.form}")
+    where = f" on {result.device.shown}" if isinstance(result, DeviceResult) else ""
+    table = Table(title=f"{name}: {result.runtime} {result.form}{where}")
     for name in ("gate", "found", "limit", "verdict", "reason"):
         table.add_column(name)
     for gate in result.gates:

@@ -189,7 +189,7 @@ def _begin_budget(space: Workspace, name: str, kept: dict[str, References]) -> N
         from validation.budget import measured
 
         with progress(title, None):
-            references = _references(space, name, composed, kept)
+            references = references_of(space, name, composed, kept)
             steps = _shared_steps(space, method, adapters, references)
             stages = measured(references.evaluation, steps, recipe.evaluation.metric)
         _write_stages(partial, stages)
@@ -225,7 +225,7 @@ def _shared_steps(
     return [*steps, Step("calibration", made.label, ships)]
 
 
-def _first(space: Workspace, name: str, evaluation: Evaluation) -> list[np.ndarray]:
+def first_logits(space: Workspace, name: str, evaluation: Evaluation) -> list[np.ndarray]:
     """Logits of the first stage of a composition's budget, [targets, vocab] a prompt."""
     import numpy as np
 
@@ -257,7 +257,7 @@ def _validate(space: Workspace, row: Row, kept: dict[str, References]) -> None:
 
     def build(partial: Path, extra: dict[str, Any], resume: Path) -> None:
         with progress(title, None):
-            references = _references(space, name, adapter, kept)
+            references = references_of(space, name, adapter, kept)
             result, stages = check_artifact(
                 row.artifact,
                 references,
@@ -268,7 +268,7 @@ def _validate(space: Workspace, row: Row, kept: dict[str, References]) -> None:
                 limits=limits,
                 bundled=row.bundled,
                 runner=runner,
-                first=None if alone else _first(space, name, references.evaluation),
+                first=None if alone else first_logits(space, name, references.evaluation),
             )
         (partial / _PARITY).write_text(result.model_dump_json())
         _write_stages(partial, stages)
@@ -300,7 +300,7 @@ def _asked(space: Workspace, composition: str) -> dict[str, Any]:
     }
 
 
-def _references(
+def references_of(
     space: Workspace, name: str, adapter: Path | None, kept: dict[str, References]
 ) -> References:
     """References on a composition's examples, made once; a base's are nobody's task."""

@@ -43,29 +43,34 @@ def in_groups(weight: Tensor) -> tuple[Tensor, Tensor]:
     return found[0].to(weight.device), found[1].to(weight.device)
 
 
-# Sums may be taken in any order, or they could not be vectorized.
-@numba.njit(
-    "void(float32[:, ::1], float32[::1])",
-    cache=True,
-    nogil=True,
-    error_model="numpy",
-    fastmath={"reassoc", "contract", "nsz"},
-)
+@numba.njit("float32(float32[::1])", cache=True, nogil=True, inline="always")
+def _sum(values: np.ndarray) -> np.float32:
+    """The sum of 32 values, which are overwritten."""
+    for lane in range(8):
+        values[lane] = (values[lane] + values[lane + 8]) + (values[lane + 16] + values[lane + 24])
+    low = (values[0] + values[4]) + (values[1] + values[5])
+    return low + ((values[2] + values[6]) + (values[3] + values[7]))
+
+
+# Products are summed in one order and never fused with their sums, so that all processors give the
+# same scales; in eight sums that run side by side, so that they are fast.
+@numba.njit("void(float32[:, ::1], float32[::1])", cache=True, nogil=True, error_model="numpy")
 def _fit(groups: np.ndarray, scales: np.ndarray) -> None:
+    products = np.empty(GROUP_SIZE, np.float32)
+    squares = np.empty(GROUP_SIZE, np.float32)
     for row in range(len(groups)):
         largest = np.float32(0)
         for column in range(GROUP_SIZE):
             largest = max(largest, abs(groups[row, column]))
         scale = max(largest / np.float32(8), _LEAST)
         for _ in range(_STEPS):
-            product, size = np.float32(0), np.float32(0)
             for column in range(GROUP_SIZE):
-                value = groups[row, column]
-                whole = np.rint(value / scale)
+                whole = np.rint(groups[row, column] / scale)
                 whole = min(max(whole, np.float32(-8)), np.float32(7))
-                product += value * whole
-                size += whole * whole
-            better = max(abs(product / size), _LEAST) if size > 0 else scale
+                products[column] = groups[row, column] * whole
+                squares[column] = whole * whole
+            product, square = _sum(products), _sum(squares)
+            better = max(abs(product / square), _LEAST) if square > 0 else scale
             still = abs(better - scale) <= _TOLERANCE * scale
             scale = better
             if still:
@@ -78,7 +83,7 @@ def _fit(groups: np.ndarray, scales: np.ndarray) -> None:
     cache=True,
     nogil=True,
     error_model="numpy",
-    fastmath={"contract", "nsz", "nnan"},
+    fastmath={"nsz", "nnan"},
 )
 def _pack(groups: np.ndarray, inverse: np.ndarray, data: np.ndarray) -> None:
     for row in range(len(groups)):

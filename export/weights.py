@@ -134,7 +134,8 @@ def store(
         directory: Where the files go.
 
     Raises:
-        InputError: A checkpoint that lacks a parameter or has one of another shape.
+        InputError: A checkpoint that lacks a parameter, or has one of another shape or with weights
+            that are NaN or infinite.
     """
     weights = Weights(directory)
     tied = {**(shell.all_tied_weights_keys or {})}
@@ -181,7 +182,10 @@ def _store_one(
 ) -> None:
     def rows(start: int, stop: int) -> Tensor:
         part = value[start:stop].float()
-        return part if delta is None else part + delta[start:stop]
+        part = part if delta is None else part + delta[start:stop]
+        if not part.sum().isfinite():
+            raise InputError(f"{name}: found NaN or infinite weights, expected finite ones")
+        return part
 
     count = value.shape[0] if value.dim() else 1
     if form is None:

@@ -15,6 +15,7 @@ from typing import Literal
 from pydantic import ValidationError
 
 from caliport_core.errors import InputError
+from validation.device_results import DeviceResult
 from validation.gates import bootstrap_interval
 from validation.latency_results import LatencyReport, LatencyResult, Spread
 from validation.latency_statistics import ratio
@@ -172,8 +173,10 @@ def compositions_of(quality: QualityReport | None) -> dict[str, BaselineComposit
     return found
 
 
-def name_of(result: ArtifactResult | LatencyResult) -> str:
+def name_of(result: ArtifactResult | DeviceResult | LatencyResult) -> str:
     """What tells an artifact from the others of a run, such as ``both: onnx int4 bundle``."""
+    if isinstance(result, DeviceResult):
+        return result.name
     return f"{result.composition}: {result.runtime} {result.form}"
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from validation.budget_results import Budget, BudgetStage
+from validation.device_results import DeviceResult
 from validation.plots import METRIC_NAMES, RUNTIMES
 from validation.results import ArtifactResult
 
@@ -24,6 +25,7 @@ _FAILS = {
     "quantization": "quantized eager",
     "lowering": "artifact",
     "adapter": "artifact",
+    "device": "device",
 }
 
 
@@ -77,13 +79,16 @@ def shown_form(form: str) -> str:
     return f"{RUNTIMES.get(runtime, runtime)} {rest.replace('-', ' ')}".strip()
 
 
-def form_of(artifact: ArtifactResult) -> str:
+def form_of(artifact: ArtifactResult | DeviceResult) -> str:
     """The form that an artifact has in budgets."""
     return f"{artifact.runtime}-{artifact.form.replace(' ', '-')}"
 
 
-def failed_at(budget: Budget, artifacts: Sequence[ArtifactResult]) -> dict[str, str]:
-    """For each form that failed a gate the stage of the budget where it was lost."""
+def failed_at(budget: Budget, artifacts: Sequence[ArtifactResult | DeviceResult]) -> dict[str, str]:
+    """For each form that failed a gate the stage of the budget where it was lost.
+
+    The last of several results of one form decides.
+    """
     return {
         form_of(artifact): _FAILS.get(artifact.lost_at or "", "")
         for artifact in artifacts

@@ -156,7 +156,7 @@ def compare_runs(first: Path, second: Path) -> Comparison:
         warnings.append("The prompts are not the same: KL and agreement are of other texts.")
     return Comparison(
         names=_names(first, second),
-        headlines=(headline(before.parity.artifacts), headline(after.parity.artifacts)),
+        headlines=(_headline(before.parity), _headline(after.parity)),
         differences=differences,
         artifacts=tuple(_artifacts(before, after)),
         budgets=_budgets(before.parity.budgets, after.parity.budgets),
@@ -182,6 +182,10 @@ def _read(run: Path) -> _Run:
         read_if_there(LatencyReport, reports / LATENCY),
         read_if_there(QualityReport, reports / QUALITY),
     )
+
+
+def _headline(report: ParityReport) -> Headline:
+    return headline(report.artifacts, devices=report.devices)
 
 
 def _names(first: Path, second: Path) -> tuple[str, str]:

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
+from validation.device_results import DeviceResult
 from validation.results import ArtifactResult
 
 # Characters that XML 1.0 forbids even escaped (XML 1.0, section 2.2).
 _FORBIDDEN = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
-def write_junit(artifacts: list[ArtifactResult], path: Path) -> None:
+def write_junit(artifacts: Sequence[ArtifactResult | DeviceResult], path: Path) -> None:
     """Write one test suite an artifact and one test case a gate; a failed gate is a failure."""
     root = ElementTree.Element("testsuites", name="caliport")
     for artifact in artifacts:
         failures = sum(not gate.passed for gate in artifact.gates)
+        name = f"{artifact.composition} {artifact.runtime} {artifact.form}"
+        if isinstance(artifact, DeviceResult):
+            name += f" on {artifact.device.shown}"
         suite = ElementTree.SubElement(
             root,
             "testsuite",
-            name=_clean(f"{artifact.composition} {artifact.runtime} {artifact.form}"),
+            name=_clean(name),
             tests=str(len(artifact.gates)),
             failures=str(failures),
             errors="0",

@@ -24,6 +24,7 @@ from validation.budget_summary import (
     shown_form,
     steps,
 )
+from validation.device_results import DeviceResult
 from validation.results import (
     AUDIT,
     LATENCY,
@@ -47,6 +48,7 @@ _MEANINGS = {
     "lowering": "the runtime computes something else than the quantized model in PyTorch",
     "quantization": "the smaller weights cost more than may be lost",
     "calibration": "the composed adapter itself got worse",
+    "device": "the device computes something else than this machine from the same file",
     "packaging": "tokenizer, template or settings are not the base's",
 }
 """What it means that a gate's stage lost accuracy."""
@@ -84,20 +86,22 @@ def write_report(reports_dir: Path) -> Path:
             f"{reports_dir}: no {AUDIT}, {QUALITY}, {PARITY} or {LATENCY}; run a stage first"
         )
     artifacts = parity.artifacts if parity else []
+    devices = parity.devices if parity else []
+    results: list[ArtifactResult | DeviceResult] = [*artifacts, *devices]
     html = (
         page_environment()
         .get_template("report.html.j2")
         .render(
             name=quality.name if quality else _name(reports_dir.resolve()),
-            headline=headline(artifacts, audit),
-            failed=[artifact for artifact in artifacts if not artifact.passed],
+            headline=headline(artifacts, audit, devices),
+            failed=[result for result in results if not result.passed],
             quality=quality,
             compositions=_compositions(quality) if quality else [],
             audits=_audits(audit) if audit else [],
             training=plots.training_curves(quality) if quality else "",
             parity=parity,
             meanings=_MEANINGS,
-            budgets=[_budget(budget, artifacts) for budget in parity.budgets] if parity else [],
+            budgets=[_budget(budget, parity) for budget in parity.budgets] if parity else [],
             stages=_stages(parity.budgets) if parity else {},
             examples=_examples(artifacts),
             size_plot=plots.sizes(artifacts),
@@ -114,25 +118,36 @@ def write_report(reports_dir: Path) -> Path:
     return path
 
 
-def headline(artifacts: Sequence[ArtifactResult], audit: AuditReport | None = None) -> Headline:
+def headline(
+    artifacts: Sequence[ArtifactResult],
+    audit: AuditReport | None = None,
+    devices: Sequence[DeviceResult] = (),
+) -> Headline:
     """The verdict over all artifacts in a few words; without any, that over the merges."""
-    if not artifacts:
+    results: list[ArtifactResult | DeviceResult] = [*artifacts, *devices]
+    if not results:
         text = " ".join(["No artifact has been checked in this run.", *_far(audit)])
         return Headline("none", "Nothing validated yet", text)
-    failed = [artifact for artifact in artifacts if not artifact.passed]
-    checks = sum(len(artifact.gates) for artifact in artifacts)
+    kinds: dict[str, Sequence[ArtifactResult | DeviceResult]] = {
+        "artifact": artifacts,
+        "run on a device": devices,
+    }
+    failed = [result for result in results if not result.passed]
+    checks = sum(len(result.gates) for result in results)
     if failed:
-        stages = sorted({artifact.lost_at or "unknown" for artifact in failed})
-        return Headline(
-            "fail",
-            f"{len(failed)} of {_count(len(artifacts), 'artifact')} failed",
-            f"Lost at: {', '.join(stages)}.",
-        )
-    unsure = sum(not gate.decided for artifact in artifacts for gate in artifact.gates)
+        stages = sorted({result.lost_at or "unknown" for result in failed})
+        counts = [
+            f"{sum(not result.passed for result in those)} of {_count(len(those), noun)}"
+            for noun, those in kinds.items()
+            if not all(result.passed for result in those)
+        ]
+        return Headline("fail", f"{' and '.join(counts)} failed", f"Lost at: {', '.join(stages)}.")
+    unsure = sum(not gate.decided for result in results for gate in result.gates)
     if unsure:
         text = f"{unsure} of {_count(checks, 'gate')} could not be decided; the others passed."
         return Headline("unsure", "No gate failed", text)
-    text = f"{_count(checks, 'gate')} passed on {_count(len(artifacts), 'artifact')}."
+    counts = [_count(len(those), noun) for noun, those in kinds.items() if those]
+    text = f"{_count(checks, 'gate')} passed on {' and '.join(counts)}."
     return Headline("pass", "Accuracy survived", text)
 
 
@@ -142,9 +157,10 @@ def _stages(budgets: Sequence[Budget]) -> dict[str, str]:
     return {stage: meaning for stage, meaning in STAGES.items() if stage in there}
 
 
-def _budget(budget: Budget, artifacts: Sequence[ArtifactResult]) -> dict[str, Any]:
+def _budget(budget: Budget, parity: ParityReport) -> dict[str, Any]:
     """What the template needs of one composition's budget."""
-    lost, metric = failed_at(budget, artifacts), metric_name(budget)
+    lost = failed_at(budget, [*parity.devices, *parity.artifacts])
+    metric = metric_name(budget)
     return {
         "name": budget.composition,
         "finding": lost_and_gained(budget),
@@ -316,4 +332,5 @@ def seconds(value: float) -> str:
 
 
 def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
+    first, _, rest = noun.partition(" ")
+    return f"{number} {first}{'' if number == 1 else 's'} {rest}".rstrip()

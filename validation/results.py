@@ -12,6 +12,7 @@ from pydantic import Field, ValidationError
 from caliport_core.directories import versions
 from caliport_core.errors import InputError
 from validation.budget_results import Budget
+from validation.device_results import DeviceResult
 from validation.gates import AdapterEffect, Gate, StockResult
 from validation.latency_results import LatencyReport
 from validation.parity import Measures
@@ -219,13 +220,17 @@ class BaselineUse(Record):
 
 
 class ParityReport(Record):
-    """``parity.json``: every artifact of a run against its references, and maybe a baseline."""
+    """``parity.json``: every artifact of a run against its references, and maybe a baseline.
+
+    ``devices`` are artifacts on a device against themselves on this machine.
+    """
 
     machine: Machine
     versions: dict[str, str]
     artifacts: list[ArtifactResult]
     baseline: BaselineUse | None = None
     budgets: list[Budget] = Field(default_factory=list)
+    devices: list[DeviceResult] = Field(default_factory=list)
 
 
 class AdapterPart(Record):

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from validation.baseline import name_of, speed_of, time_of
 from validation.budget_summary import lost_and_gained
+from validation.device_results import DeviceResult
 from validation.gates import Gate
 from validation.latency_results import LatencyResult
 from validation.plots import size
@@ -44,7 +45,7 @@ def summary(report: ParityReport, times: Sequence[LatencyResult] = ()) -> str:
 
 
 def _lines(report: ParityReport, times: Sequence[LatencyResult]) -> Iterator[str]:
-    found = headline(report.artifacts)
+    found = headline(report.artifacts, devices=report.devices)
     yield f"## {_MARKS[found.state]} {found.title}"
     yield ""
     yield found.text
@@ -55,18 +56,23 @@ def _lines(report: ParityReport, times: Sequence[LatencyResult]) -> Iterator[str
         yield "|---|---|---:|---:|---:|---:|---:|"
     for artifact in order:
         yield _row(artifact, times)
+    if report.devices:
+        yield from ("", "| on a device | verdict | identical answers | KL from the host | task |")
+        yield "|---|---|---:|---:|---:|"
+    yield from map(_device_row, sorted(report.devices, key=lambda result: result.passed))
     if report.budgets:
         yield from ("", "### What was lost where", "")
     for budget in report.budgets:
         yield f"- **{plain(budget.composition)}**: {plain(lost_and_gained(budget))}"
+    results: list[ArtifactResult | DeviceResult] = [*order, *report.devices]
     for title, wrong in (("Failed", _failed), ("Undecided", _unsure)):
-        those = [artifact for artifact in order if wrong(artifact)]
+        those = [result for result in results if wrong(result)]
         if those:
             yield from ("", f"### {title}", "")
-        for artifact in those:
-            where = f", lost at **{plain(artifact.lost_at or '')}**" if title == "Failed" else ""
-            yield f"- **{plain(name_of(artifact))}**{where}"
-            for gate in wrong(artifact):
+        for result in those:
+            where = f", lost at **{plain(result.lost_at or '')}**" if title == "Failed" else ""
+            yield f"- **{plain(name_of(result))}**{where}"
+            for gate in wrong(result):
                 yield f"  - {plain(gate.name)}: {plain(_cut(gate.reason))}"
     if report.baseline is not None:
         machine = report.baseline.machine
@@ -110,11 +116,23 @@ def _row(artifact: ArtifactResult, times: Sequence[LatencyResult]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _failed(artifact: ArtifactResult) -> list[Gate]:
+def _device_row(result: DeviceResult) -> str:
+    label = f", {result.device.label}" if result.device.label else ""
+    cells = (
+        plain(f"{result.name}{label}"),
+        "✓ pass" if result.passed else "✕ lost at device",
+        f"{result.identical} of {result.examples}",
+        f"{result.measures.kl:.2g}" if result.measures else "–",
+        f"{result.task.difference:+.2f}" if result.task else "–",
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def _failed(artifact: ArtifactResult | DeviceResult) -> list[Gate]:
     return [gate for gate in artifact.gates if not gate.passed]
 
 
-def _unsure(artifact: ArtifactResult) -> list[Gate]:
+def _unsure(artifact: ArtifactResult | DeviceResult) -> list[Gate]:
     return [gate for gate in artifact.gates if gate.passed and not gate.decided]
 
 

@@ -17,6 +17,13 @@ from tests.android.standins import ARM, BATTERY, THERMAL, clients, properties
 from tests.commands import ENVIRONMENT
 
 
+def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
+    """Mark what ``make test ANDROID=no`` leaves out."""
+    for item in items:
+        if "adb_server" in getattr(item, "fixturenames", ()):
+            item.add_marker("android")
+
+
 @pytest.fixture(scope="session")
 def adb_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """An adb server in a network of this process's own; it is gone afterwards."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -335,7 +336,6 @@ def reconnect(daemon: Daemon) -> None:
 @contextmanager
 def untrusting() -> Iterator[str]:
     """Speaks adb's protocol as far as to refuse every key; its address."""
-    import struct
 
     def message(command: bytes, first: int, data: bytes) -> bytes:
         number = int.from_bytes(command, "little")
@@ -350,9 +350,10 @@ def untrusting() -> Iterator[str]:
                 return
             with link, link.makefile("rb") as stream:
                 while head := stream.read(24):
-                    command, _, _, size, _, _ = struct.unpack("<6I", head)
+                    command, kind, _, size, _, _ = struct.unpack("<6I", head)
                     stream.read(size)
-                    if command in (0x4E584E43, 0x48545541):  # CNXN, AUTH
+                    # To CNXN and to a signature; a key (AUTH 3) waits for the user.
+                    if command == 0x4E584E43 or kind == 2:
                         link.sendall(message(b"AUTH", 1, bytes(20)))
 
     with socket.create_server(("127.0.0.1", 0)) as server:

@@ -46,9 +46,7 @@ def artifact(
     base_dir: Path, adapter_dirs: list[Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     out = tmp_path_factory.mktemp("jobs") / "executorch"
-    return to_executorch(
-        base_dir, out, adapter=adapter_dirs[0], precision="int8", context=CONTEXT
-    )
+    return to_executorch(base_dir, out, adapter=adapter_dirs[0], precision="int8", context=CONTEXT)
 
 
 def run(place: Path, command: list[str]) -> subprocess.CompletedProcess[str]:
@@ -113,7 +111,7 @@ def test_llama_mains_flags_give_the_stock_text_and_figures(artifact: Path, base_
     found = parse_llama_main(done.stdout, prompt)
     assert found.text == generate(artifact, prompt, 8) == text
     assert found.prompt_tokens == len(ids)
-    assert found.new_tokens == 8
+    assert found.decoded_tokens == 7
     assert 0 <= found.first_token_seconds < 10
     assert 0 <= found.decode_seconds < 10
 
@@ -132,7 +130,7 @@ def test_figures_are_seconds() -> None:
     text = f"Ask me\nIt\nis so\nPyTorchObserver {json.dumps(FIGURES)}\nlog\n"
     found = parse_llama_main(text, "Ask me\n")
     assert found.text == "It\nis so"
-    assert (found.prompt_tokens, found.new_tokens) == (9, 7)
+    assert (found.prompt_tokens, found.decoded_tokens) == (9, 7)
     assert (found.load_seconds, found.first_token_seconds) == (0.25, 0.1)
     assert found.decode_seconds == 0.5
 

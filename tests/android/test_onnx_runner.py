@@ -235,7 +235,7 @@ def test_a_runner_that_was_changed_is_refused(runner: JobRunner, tmp_path: Path)
     assert read_runner(tmp_path).command == runner.command
     (tmp_path / "caliport-onnx").unlink()
     (tmp_path / "caliport-onnx").write_bytes(b"\x7fELF")
-    with pytest.raises(InputError, match="caliport-onnx: 4 bytes, manifest.json records"):
+    with pytest.raises(InputError, match=r"caliport-onnx: 4 bytes, manifest.json records"):
         read_runner(tmp_path)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from os import chown
 from pathlib import Path
 
 import pytest
@@ -92,3 +93,30 @@ def test_a_lease_is_honoured_until_it_expires(
         monkeypatch.undo()
         with session(device), pytest.raises(InputError, match="another session took it"):
             first.put({})
+
+
+def test_another_computer_s_lease_is_honoured_until_it_expires(phone: Daemon) -> None:
+    device = Device(phone.address)
+    now = time.time()
+    theirs = sessions.Lease(
+        session="theirs",
+        host="elsewhere",
+        pid=1,
+        created=now,
+        start=now,
+        heartbeat=now,
+        expiry=now + 90,
+    )
+    place = phone.path(sessions.HOME)
+    (place / "store").mkdir(parents=True)
+    (place / "theirs").mkdir()
+    chown(place, 2000, 2000)
+    for path in place.rglob("*"):
+        chown(path, 2000, 2000)
+    (place / "lease").write_text(theirs.model_dump_json(), encoding="utf-8")
+    with pytest.raises(InputError, match="in use by process 1 on elsewhere, for at most"):
+        session(device).__enter__()
+    expired = theirs.model_copy(update={"expiry": now - 1})
+    (place / "lease").write_text(expired.model_dump_json(), encoding="utf-8")
+    with session(device) as held:
+        assert {path.name for path in place.iterdir()} == {"lease", "store", held.name}

@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 from commands import caliport
+from safetensors.torch import load_file, save_file
 
 from caliport_core.directories import check_files, file_hash, read_manifest
 from caliport_core.errors import InputError
+from export import to_onnx
 from tests.export.conftest import export_both
 from validation import executorch_runner, onnx_runner
 from validation.runner import open_runner, stock_generate
@@ -162,3 +164,18 @@ def test_a_file_changed_within_a_clock_tick_is_seen(tmp_path: Path) -> None:
     for content in (b"one", b"two", b"six"):
         path.write_bytes(content)
         assert file_hash(path) == hashlib.sha256(content).hexdigest()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int4"])
+def test_weights_that_are_not_finite_are_refused(
+    base_dir: Path, tmp_path: Path, precision: str
+) -> None:
+    """Rounded to 4 bits, they would look like any others."""
+    shutil.copytree(base_dir, tmp_path / "base")
+    file = tmp_path / "base" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = float("nan")
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"1\.mlp\.up_proj\.weight: found NaN or infinite weights"):
+        to_onnx(tmp_path / "base", tmp_path / "art", precision=precision)
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]

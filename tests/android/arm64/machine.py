@@ -62,15 +62,16 @@ def arm64_machine(cache: Path, cpu: str = "neoverse-n1") -> Iterator[str]:
         image.write_bytes(gzip.compress(_root(kernel, root, Path(folder) / "root"), 1))
         (start,) = kernel.glob("boot/vmlinuz-*")
         console = Path(folder) / "console"
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         machine = subprocess.Popen(
-            ["qemu-system-aarch64", "-M", "virt", "-cpu", cpu, "-smp", "2", "-m", "1024"]
-            + ["-display", "none", "-monitor", "none", "-serial", f"file:{console}"]
-            + ["-kernel", str(start), "-initrd", str(image), "-append", "console=ttyAMA0 quiet"]
-            + ["-netdev", f"user,id=net,restrict=on,hostfwd=tcp:127.0.0.1:{port}-:{_PORT}"]
-            + ["-device", "virtio-net-pci,netdev=net,romfile="],
+            [
+                *("qemu-system-aarch64", "-M", "virt", "-cpu", cpu, "-smp", "2", "-m", "1024"),
+                *("-display", "none", "-monitor", "none", "-serial", f"file:{console}"),
+                *("-kernel", str(start), "-initrd", str(image), "-append", "console=ttyAMA0 quiet"),
+                "-netdev",
+                f"user,id=net,restrict=on,hostfwd=tcp:127.0.0.1:{port}-:{_PORT}",
+                *("-device", "virtio-net-pci,netdev=net,romfile="),
+            ],
             stdin=subprocess.DEVNULL,
         )
         try:
@@ -79,6 +80,13 @@ def arm64_machine(cache: Path, cpu: str = "neoverse-n1") -> Iterator[str]:
         finally:
             machine.kill()
             machine.wait()
+
+
+def free_port() -> int:
+    """A port of the loopback that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 def _files(cache: Path) -> tuple[Path, Path]:

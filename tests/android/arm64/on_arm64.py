@@ -5,7 +5,6 @@ Not named ``test_``, so that ``make test`` leaves it out: it needs packages that
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from android_harness.session import session
 from caliport_core.directories import read_manifest
 from caliport_core.errors import InputError
 from export.artifact import to_onnx
-from tests.android.arm64.machine import arm64_machine
+from tests.android.arm64.machine import arm64_machine, free_port
 from validation.onnx_runner import OnnxRunner
 
 BUILD = ROOT / "build"
@@ -70,10 +69,8 @@ def runner() -> JobRunner:
 
 @pytest.fixture(scope="module")
 def device() -> Iterator[Device]:
-    with pytest.MonkeyPatch.context() as patch, socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        patch.setenv("ANDROID_ADB_SERVER_PORT", str(free.getsockname()[1]))
-        free.close()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ANDROID_ADB_SERVER_PORT", str(free_port()))
         try:
             with arm64_machine(CACHE) as address:
                 connect(address)
@@ -119,7 +116,7 @@ def test_arm64_says_what_this_machine_says(
     expected = answers(OnnxRunner(artifact, threads=1), job)
     with session(device) as held:
         found = run_job(held, job, artifact, runner, SECONDS).result
-        with pytest.raises(InputError, match="exit code 2: .* token 384, expected 0 to 383"):
+        with pytest.raises(InputError, match=r"exit code 2: .* token 384, expected 0 to 383"):
             run_job(held, bad, artifact, runner, SECONDS)
     for answer, prompt in zip(found.answers, asked, strict=True):
         assert answer.tokens == prompt.targets
