@@ -1,1 +1,1 @@
-"""The same checks on a device over adb. Empty until the harness lands."""
+"""The same proof on a device over adb: devices, sessions, runners, parity and latency."""

@@ -7,13 +7,14 @@ start it, in which ``{runner}`` stands for the directory.
 from __future__ import annotations
 
 import os
+import platform
 import re
 import shutil
 import subprocess
 import sys
 import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from android_harness.packages import fetch_packages
 from caliport_core.directories import content_hash, key, new_directory, up_to_date
 from caliport_core.errors import InputError
 
-TARGETS = ("host", "aarch64", "android")
+TARGETS = ("host", "x86_64", "aarch64", "android")
 PROGRAM = "caliport-onnx"
 CACHE = Path("build/runner")
 """Where what is fetched and compiled is kept; git ignores it."""
@@ -65,8 +66,8 @@ def build_runner(
     """Compile the runner and lay what it needs beside it; skipped where ``out`` is up to date.
 
     Args:
-        target: ``host``; ``aarch64``, any Linux on ARM64, with its own loader and C library; or
-            ``android``, with the NDK.
+        target: ``host``; ``x86_64`` or ``aarch64``, any Linux on such a processor, with its own
+            loader and C library; or ``android``, with the NDK.
         out: The directory to make.
         cache: Where headers, wheels and compiled parts are kept.
         ndk: For ``android``: the NDK's directory.
@@ -80,7 +81,8 @@ def build_runner(
     if target == "android":
         parts = _for_android(cache, ndk, aar)
     else:
-        parts = _for_host(cache) if target == "host" else _for_aarch64(cache)
+        make = {"host": _for_host, "x86_64": _for_x86_64, "aarch64": _for_aarch64}
+        parts = make[target](cache)
     inputs = {"sources": content_hash(_SOURCES), "onnxruntime": content_hash(parts.library)}
     settings = {"target": target, **parts.settings}
     if up_to_date(out, key("runner", inputs, settings)):
@@ -109,6 +111,12 @@ def _for_host(cache: Path) -> _Parts:
 
     (library,) = (Path(onnxruntime.__file__).parent / "capi").glob("libonnxruntime.so.*")
     return _Parts(library, *_headers(cache), version, {})
+
+
+def _for_x86_64(cache: Path) -> _Parts:
+    if platform.machine() != "x86_64":
+        raise InputError(f"x86_64: found {platform.machine()}, expected to be built on x86-64")
+    return replace(_for_host(cache), compiler="g++")
 
 
 def _for_aarch64(cache: Path) -> _Parts:

@@ -166,6 +166,8 @@ def noise_of(report: LatencyReport) -> list[str]:
     lines = [
         f"{r.composition} {r.runtime} {r.form}: {r.noise}" for r in report.artifacts if r.noise
     ]
+    if conditions is None:  # on a device
+        return lines
     if conditions.noise is not None:
         lines = [conditions.noise]
     if lines:

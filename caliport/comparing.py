@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from caliport.on_device import DeviceOption, LlamaMainOption, RunnerOption
+from caliport_core.errors import InputError
 
 if TYPE_CHECKING:
     from validation.baseline import BaselineArtifact
@@ -85,7 +88,10 @@ def show(
     machine = baseline.machine
     console = Console()
     console.print(Text(f"{path}: {machine.cpu}, {machine.cores} cores, {machine.os}"))
-    for line in differences(baseline, this_machine(), environment()):
+    if baseline.device is not None:
+        device = baseline.device
+        console.print(Text(f"timed on {device.cpu}, {device.cores} cores, {device.os}"))
+    for line in differences(machine, baseline.versions, this_machine(), environment()):
         console.print(Text(line, "yellow"))
     for name, composition in baseline.compositions.items():
         loss = "" if composition.loss is None else f", loss {composition.loss:.4f}"
@@ -195,8 +201,41 @@ def bench(
     out: Annotated[
         Path | None, typer.Option("--out", help="Also write latency.json and the report here.")
     ] = None,
+    device: DeviceOption = None,
+    runner: RunnerOption = None,
+    llama_main: LlamaMainOption = None,
+    length: Annotated[
+        list[int] | None,
+        typer.Option(help="On a device: tokens of a prompt; repeatable; default 32, 128, 512."),
+    ] = None,
+    core: Annotated[
+        list[int] | None, typer.Option(help="On a device: a core to stay on; repeatable.")
+    ] = None,
+    celsius: Annotated[
+        float, typer.Option(help="On a device: as cool its battery is to be before a turn.")
+    ] = 35.0,
+    cool: Annotated[
+        float, typer.Option(help="On a device: most seconds to wait for that.", min=0)
+    ] = 300.0,
+    baseline: BaselineOption = None,
 ) -> None:
-    """Measure artifacts side by side: load, first token, decode rate, memory; never a pass."""
+    """Measure artifacts side by side: load, first token, decode rate, memory.
+
+    Never a pass; but with --device and --baseline exit code 1 where memory or speed got worse.
+    """
+    if device:
+        from caliport.device_benching import bench_on
+
+        numbers: dict[str, Any] = {"new_tokens": new_tokens, "rounds": repetitions}
+        numbers |= {"celsius": celsius, "cool_seconds": cool, "cores": tuple(core or ())}
+        numbers |= {"lengths": tuple(length)} if length else {}
+        numbers |= {"threads": threads} if threads else {}
+        passed = bench_on(artifacts, device, runner or (), llama_main, numbers, out, baseline)
+        raise typer.Exit(0 if passed else 1)
+    if any((runner, llama_main, length, core, baseline)):
+        raise InputError(
+            "--runner, --llama-main, --length, --core and --baseline go with --device SERIAL"
+        )
     from caliport.benching import bench as measure
 
     measure(artifacts, prompt_tokens, new_tokens, repetitions, threads, out)

@@ -3,36 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from caliport.devices_named import SECONDS, Where, chosen
 from caliport_core.directories import MANIFEST
 from caliport_core.errors import InputError
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from android_harness.adb import Device
-    from android_harness.devices import Facts
     from android_harness.parity import Subject
-    from android_harness.runners import JobRunner
+    from caliport.devices_named import Held
     from caliport.references import References
     from caliport.workspace import Workspace
     from validation.budget_results import BudgetStage
     from validation.device_results import DeviceResult
-    from validation.evaluation import Answers
     from validation.rounding import Expected
 
-    Held = tuple[DeviceResult, Answers]
-
-ANY = "any"
-_BUILT = ("android", "aarch64", "host")
 _THREADS = 4  # the fast cores of most phones
-_SECONDS = 3600.0
 
 on_device = typer.Typer(
     help="The same proof on a device, over adb.", no_args_is_help=True, rich_markup_mode=None
@@ -53,6 +44,14 @@ RunnerOption = Annotated[
         "--runner",
         metavar="DIR",
         help="What caliport runner build made; repeatable; default those in build.",
+    ),
+]
+LlamaMainOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--llama-main",
+        metavar="FILE",
+        help="ExecuTorch's own runner, for .pte files; default build/llama_main.",
     ),
 ]
 
@@ -94,6 +93,7 @@ def validate(
         str | None, typer.Option(help="Or the first device of this ABI, such as arm64-v8a.")
     ] = None,
     runner: RunnerOption = None,
+    llama_main: LlamaMainOption = None,
     prompts: Annotated[
         Path | None,
         typer.Option(help="JSON Lines with `input` and `output`; default a built-in set."),
@@ -105,7 +105,7 @@ def validate(
     threads: Annotated[int | None, typer.Option(help="Threads of the runtime.", min=1)] = None,
     timeout: Annotated[
         float, typer.Option(help="Most seconds that an artifact may take.", min=1)
-    ] = _SECONDS,
+    ] = SECONDS,
     out: Annotated[Path | None, typer.Option("--out", help="Also write the reports here.")] = None,
 ) -> None:
     """Hold artifacts on a device to themselves on this machine; exit code 1 if a gate fails."""
@@ -127,7 +127,8 @@ def validate(
     )
     from validation.runner import compositions_of
 
-    where = Where(tuple(chosen([*(serial or ()), *([abi] if abi else ())])), runner or (), timeout)
+    devices = chosen([*(serial or ()), *([abi] if abi else ())])
+    where = Where(tuple(devices), runner or (), llama_main, timeout)
     compositions, shared = named("--bundle", bundle or ()), named("--share", share or ())
     said = {artifact: said_precision(artifact, precision, None) for artifact in artifacts}
     examples = read_jsonl(prompts) if prompts is not None else None
@@ -164,112 +165,6 @@ def validate(
     if troubles:
         raise troubles[0]
     raise typer.Exit(0 if all(result.passed for result in results) else 1)
-
-
-@dataclass(frozen=True)
-class Where:
-    """Devices and what runs artifacts on them.
-
-    Attributes:
-        devices: At least one; they work at once.
-        runners: Directories that ``caliport runner build`` made; none for those in ``build``.
-        seconds: The longest that an artifact may take.
-    """
-
-    devices: tuple[Device, ...]
-    runners: Sequence[Path] = ()
-    seconds: float = _SECONDS
-
-    @property
-    def shown(self) -> str:
-        """The devices' names."""
-        return ", ".join(device.serial for device in self.devices)
-
-    def check(
-        self, subject: Subject
-    ) -> tuple[list[tuple[DeviceResult, Answers]], list[InputError]]:
-        """Hold an artifact on every device to itself here.
-
-        Returns:
-            The verdict of each device with what it answered, and why others gave none.
-        """
-        from android_harness.devices import facts
-        from android_harness.parity import check, job_of, same_processor
-        from android_harness.run import run_all
-
-        job = job_of(subject)
-        runners: dict[Device, JobRunner] = {}
-        troubles = []
-        for device in self.devices:
-            try:
-                runners[device] = runner_for(facts(device), job.runtime, self.runners)
-            except InputError as error:
-                troubles.append(error)
-        answers = run_all(dict.fromkeys(runners, job), subject.directory, runners, self.seconds)
-        found = []
-        for device, ran in answers.items():
-            try:
-                if isinstance(ran, InputError):
-                    raise ran
-                found.append(check(subject, ran, same_processor(device)))
-            except InputError as error:
-                troubles.append(error)
-        return found, troubles
-
-
-def chosen(wanted: Sequence[str]) -> list[Device]:
-    """The devices of serials or requirements, each once; of none the only one there is.
-
-    Raises:
-        InputError: One that is not there, or several and none was chosen.
-    """
-    from android_harness.adb import NO_DEVICE, Device
-    from android_harness.devices import all_facts, choose
-
-    found = []
-    for word in wanted or (None,):
-        if word == ANY:
-            usable, troubles = all_facts()
-            if not usable:
-                raise InputError(troubles[0] if troubles else NO_DEVICE)
-            found.append(Device(usable[0].serial))
-        else:
-            found.append(choose(word))
-    return list(dict.fromkeys(found))
-
-
-def runner_for(facts: Facts, runtime: str, runners: Sequence[Path] = ()) -> JobRunner:
-    """What runs artifacts of a runtime on a device.
-
-    Args:
-        facts: The device.
-        runtime: ``onnx`` or ``executorch``.
-        runners: Directories to choose from; none for those in ``build``.
-
-    Raises:
-        InputError: None of them suits the device, or one is no runner.
-    """
-    from android_harness.devices import check_abi
-    from android_harness.runners import executorch_runner, read_runner
-
-    there = runners or [p for p in map(Path("build").joinpath, _BUILT) if (p / MANIFEST).is_file()]
-    for directory in there:
-        runner = read_runner(directory)
-        with suppress(InputError):
-            check_abi(facts, sorted(path for path in directory.iterdir() if path.is_file()))
-            if runner.runtime == runtime:
-                return runner
-    if runtime == "executorch" and facts.kind == "linux":
-        return executorch_runner()
-    if runtime == "executorch":
-        raise InputError(
-            f"device {facts.serial}: llama_main tells no logits; expected a runner of jobs for "
-            f"ExecuTorch and {facts.abi} (--runner DIR), or a Linux device"
-        )
-    raise InputError(
-        f"device {facts.serial}: no ONNX runner for {facts.abi}; expected --runner DIR, made by "
-        "caliport runner build"
-    )
 
 
 def _subject(
@@ -331,31 +226,36 @@ def _stages(subject: Subject, references: References, found: Sequence[Held]) -> 
     before = measured(
         subject.evaluation, steps, subject.metric, before=fp32, first=fp32.logits, form=form
     )
-    return [*before, _device_stage(subject, found, fp32.logits)]
+    return [*before, *_device_stage(subject, found, fp32.logits)]
 
 
 def _device_stage(
     subject: Subject, found: Sequence[Held], first: Sequence[np.ndarray]
-) -> BudgetStage:
-    """Of the device that is farthest from the artifact here."""
+) -> list[BudgetStage]:
+    """Of the device that is farthest from the artifact here; none where none told logits."""
     from validation.budget import Step, measured
 
-    def kl(pair: Held) -> float:
-        return pair[0].measures.kl if pair[0].measures else 0.0
-
-    result, answers = max(found, key=kl)
+    told = [
+        (result.measures.kl, number, result, answers)
+        for number, (result, answers) in enumerate(found)
+        if result.measures is not None and answers is not None
+    ]
+    if not told:
+        return []
+    _, _, result, answers = max(told)
     label = f"{subject.precision} on {result.device.shown}"
-    if len(found) > 1:
-        label += f", the farthest of {len(found)}"
-    (stage,) = measured(
-        subject.evaluation,
-        [Step("device", label, answers)],
-        subject.metric,
-        before=subject.answers,
-        first=first,
-        form=_form(subject),
+    if len(told) > 1:
+        label += f", the farthest of {len(told)}"
+    return list(
+        measured(
+            subject.evaluation,
+            [Step("device", label, answers)],
+            subject.metric,
+            before=subject.answers,
+            first=first,
+            form=_form(subject),
+        )
     )
-    return stage
 
 
 def _form(subject: Subject) -> str:
@@ -387,7 +287,8 @@ def validate_rows(space: Workspace, wanted: Sequence[str]) -> bool:
     from validation.junit import write_junit
     from validation.results import PARITY, ParityReport, read_result, write_result
 
-    where, kept = Where(tuple(chosen(wanted))), dict[str, References]()
+    where = Where(tuple(chosen(wanted)))
+    kept: dict[str, References] = {}
     report = read_result(ParityReport, space.reports / PARITY)
     budgets = {budget.composition: budget for budget in report.budgets}
     results: list[DeviceResult] = []
@@ -405,7 +306,8 @@ def validate_rows(space: Workspace, wanted: Sequence[str]) -> bool:
         troubles += wrong
         if found and name in budgets:
             first = first_logits(space, name, references.evaluation)
-            budgets[name] = with_stage(budgets[name], _device_stage(subject, found, first))
+            for stage in _device_stage(subject, found, first):
+                budgets[name] = with_stage(budgets[name], stage)
     more = {"budgets": list(budgets.values()), "devices": results}
     report = report.model_copy(update=more)
     write_result(report, space.reports / PARITY)

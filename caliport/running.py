@@ -24,7 +24,7 @@ def _only() -> None:
 
 @runners.command()
 def build(
-    target: Annotated[str, typer.Option(help="host, aarch64 (any Linux) or android.")],
+    target: Annotated[str, typer.Option(help="host, x86_64 or aarch64 (any Linux), or android.")],
     out: Annotated[
         Path | None, typer.Option("--out", help="The directory; default build/TARGET.")
     ] = None,

@@ -323,6 +323,37 @@ def show_latency(report: LatencyReport) -> None:
     _console.print(f"{read}; weights that fit the processor's cache have no share", highlight=False)
 
 
+def show_device_latency(report: LatencyReport) -> None:
+    """Times of every artifact on a device; only memory where its times are no results."""
+    assert report.device is not None
+    device, first = report.device.device, report.artifacts[0]
+    lengths = () if device.label else first.lengths
+    heads = ("load", *(f"first of {each.prompt_tokens}" for each in lengths), "tokens/s", "p90")
+    threads = f"{first.threads} thread{'s' if first.threads > 1 else ''}"
+    where = f"on cores {', '.join(map(str, report.cores))}" if report.cores else "on any core"
+    _console.print(Text(f"on {device.shown}", "yellow" if device.label else ""), soft_wrap=True)
+    title = "memory"
+    if not device.label:
+        title = f"latency: {first.new_tokens} new tokens, {threads} {where}; medians of "
+        title += f"{first.repetitions} rounds;\nfirst tokens and p90 (9 of 10 within) in ms"
+    table = table_of(title, ("artifact", *(() if device.label else heads), "peak MB"))
+    for result in report.artifacts:
+        cells = (
+            f"{result.load_seconds.median:.2f} s",
+            *(
+                f"{1e3 * each.first_token_seconds.median:.4g} ({1e3 * each.p90_seconds:.4g})"
+                for each in result.lengths
+            ),
+            _give_or_take(result.decode_rate),
+            f"{1e3 * result.token_p90_seconds:.3g}",
+        )
+        peak = "–" if result.peak_bytes is None else f"{result.peak_bytes / 1e6:.0f}"
+        table.add_row(result.composition, *(() if device.label else cells), peak)
+    _console.print(table)
+    if report.device.noise is not None and not device.label:
+        _console.print(Text(f"too warm to compare: {report.device.noise}", "yellow"))
+
+
 def _give_or_take(spread: Spread, scale: float = 1, unit: str = "") -> str:
     half = (spread.interval[1] - spread.interval[0]) / 2 / spread.median
     value = scale * spread.median

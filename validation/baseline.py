@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from caliport_core.errors import InputError
 from validation.device_results import DeviceResult
@@ -112,11 +112,14 @@ class BaselineComposition(Record):
 class Baseline(Record):
     """A baseline: one run's figures, by the machine and the versions that they come from.
 
-    ``compositions`` are by name, ``artifacts`` by ``name_of``.
+    ``compositions`` are by name, ``artifacts`` by ``name_of``. Where speed and memory are those of
+    a device, ``device`` is that and ``device_versions`` are of its runtimes.
     """
 
     format: Literal[1] = 1
     machine: Machine
+    device: Machine | None = None
+    device_versions: dict[str, str] = Field(default_factory=dict)
     versions: dict[str, str]
     compositions: dict[str, BaselineComposition]
     artifacts: dict[str, BaselineArtifact]
@@ -126,10 +129,10 @@ def reports_of(run: Path) -> Path:
     """The reports directory of a run, or ``run`` itself where that is one.
 
     Raises:
-        InputError: There is no ``parity.json`` in either.
+        InputError: There is neither a ``parity.json`` nor a ``latency.json`` in either.
     """
     for place in (run / "reports", run):
-        if (place / PARITY).is_file():
+        if (place / PARITY).is_file() or (place / LATENCY).is_file():
             return place
     raise InputError(
         f"{run}: no {PARITY}; expected a run directory or its reports, made by caliport validate"
@@ -149,8 +152,11 @@ def baseline_of(reports: Path) -> Baseline:
     latency = read_if_there(LatencyReport, reports / LATENCY)
     quality = read_if_there(QualityReport, reports / QUALITY)
     times = list(latency.artifacts) if latency else []
+    timed = latency if latency and latency.device else None
     return Baseline(
         machine=parity.machine,
+        device=timed.machine if timed else None,
+        device_versions=timed.versions if timed else {},
         versions=dict(sorted(parity.versions.items())),
         compositions=compositions_of(quality),
         artifacts={
@@ -221,7 +227,9 @@ def write_baseline(baseline: Baseline, place: Path) -> Path:
     Raises:
         InputError: The path cannot be written.
     """
-    path = place if place.suffix == ".json" else place / file_name(baseline.machine)
+    path = (
+        place if place.suffix == ".json" else place / file_name(baseline.device or baseline.machine)
+    )
     text = baseline.model_dump_json(indent=1)
     write_text(path, re.sub(r"\[[-\d.,e\s]+\]", _one_line, text) + "\n")
     return path

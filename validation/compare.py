@@ -6,15 +6,23 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 
 from validation.baseline import name_of, over_fp32, reports_of
 from validation.budget_results import Budget
 from validation.budget_summary import metric_name, shown_form, steps
+from validation.compare_figures import (
+    TONES,
+    Figure,
+    change_figure,
+    scientific,
+    shown_both,
+    timed_figure,
+)
+from validation.device_results import DeviceResult, DeviceUsed
 from validation.gates import Gate, bootstrap_interval
-from validation.latency_results import LatencyReport, LatencyResult, Spread
+from validation.latency_results import LatencyReport, LatencyResult
 from validation.plots import METRIC_NAMES, size
 from validation.report import Headline, headline, page_environment, seconds
 from validation.results import (
@@ -30,36 +38,8 @@ from validation.results import (
     write_text,
 )
 
-V = TypeVar("V")
 PAGE = "compare.html"
-TONES = {
-    "same": "",
-    "better": "better",
-    "worse": "worse",
-    "noise": "within noise",
-    "noisy": "too noisy to compare",
-    "other": "timed with other threads or lengths",
-}
-"""What is said of a difference, and how it is shown."""
 _CONFIDENCE = 0.95
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One figure in both runs, for people.
-
-    Attributes:
-        label: What it is, with its unit.
-        before, after: As shown; a dash where a run does not have it.
-        change: The difference, empty where there is none to speak of.
-        tone: Of ``TONES``; same where nothing is to be said.
-    """
-
-    label: str
-    before: str
-    after: str
-    change: str = ""
-    tone: str = "same"
 
 
 @dataclass(frozen=True)
@@ -133,21 +113,33 @@ class _Run:
     def times(self) -> list[LatencyResult]:
         return self.latency.artifacts if self.latency else []
 
+    @property
+    def device(self) -> DeviceUsed | None:
+        """That was timed, where it was one."""
+        return self.latency.device.device if self.latency and self.latency.device else None
+
+    @property
+    def timed_on(self) -> Machine:
+        return self.latency.machine if self.latency and self.device else self.parity.machine
+
 
 def compare_runs(first: Path, second: Path) -> Comparison:
     """Compare two runs, or their reports directories.
 
     Raises:
-        InputError: One has no ``parity.json``, or a report that is not valid.
+        InputError: One has no ``parity.json`` or ``latency.json``, or one that is not valid.
     """
     before, after = _read(first), _read(second)
-    machines = before.parity.machine, after.parity.machine
+    machines = before.timed_on, after.timed_on
     differences = tuple(_differences(before.parity, after.parity))
     warnings = []
     if any(_place(machine) != _place(machines[0]) for machine in machines):
         warnings.append(
             "The machines are not the same: times and memory say nothing about the code."
         )
+    for run in (before, after):
+        if run.device is not None and run.device.label:
+            warnings.append(f"{run.device.shown}: they are left out.")
     asked = [
         {artifact.asked.prompts for artifact in run.parity.artifacts if artifact.asked}
         for run in (before, after)
@@ -158,7 +150,7 @@ def compare_runs(first: Path, second: Path) -> Comparison:
         names=_names(first, second),
         headlines=(_headline(before.parity), _headline(after.parity)),
         differences=differences,
-        artifacts=tuple(_artifacts(before, after)),
+        artifacts=(*_artifacts(before, after), *_devices(before, after)),
         budgets=_budgets(before.parity.budgets, after.parity.budgets),
         methods=tuple(_methods(before.quality, after.quality)),
         warnings=tuple(warnings),
@@ -177,11 +169,12 @@ def write_page(comparison: Comparison, path: Path) -> None:
 
 def _read(run: Path) -> _Run:
     reports = reports_of(run)
-    return _Run(
-        read_result(ParityReport, reports / PARITY),
-        read_if_there(LatencyReport, reports / LATENCY),
-        read_if_there(QualityReport, reports / QUALITY),
-    )
+    latency = read_if_there(LatencyReport, reports / LATENCY)
+    if latency is not None and not (reports / PARITY).exists():
+        parity = ParityReport(machine=latency.machine, versions=latency.versions, artifacts=[])
+    else:
+        parity = read_result(ParityReport, reports / PARITY)
+    return _Run(parity, latency, read_if_there(QualityReport, reports / QUALITY))
 
 
 def _headline(report: ParityReport) -> Headline:
@@ -220,9 +213,33 @@ def _artifacts(before: _Run, after: _Run) -> Iterator[Pair]:
         old, new = was.get(name), now.get(name)
         figures = [*_accuracy(old, new), *_times(name, before, after)]
         yield Pair(name, (_verdict(old), _verdict(new)), tuple(_gates(old, new)), tuple(figures))
+    timed = [name_of(time) for run in (after, before) for time in run.times]
+    for name in dict.fromkeys(timed):
+        if name not in was and name not in now:
+            yield Pair(name, ("", ""), (), tuple(_times(name, before, after)))
 
 
-def _verdict(artifact: ArtifactResult | None) -> str:
+def _devices(before: _Run, after: _Run) -> Iterator[Pair]:
+    """Artifacts on devices, by model, against themselves on the host."""
+    was, now = (
+        {
+            f"{r.composition}: {r.runtime} {r.form} on {r.device.model}": r
+            for r in run.parity.devices
+        }
+        for run in (before, after)
+    )
+    for name in dict.fromkeys((*now, *was)):
+        old, new = was.get(name), now.get(name)
+        kl = [result.measures.kl if result and result.measures else None for result in (old, new)]
+        same = [result.identical / result.examples if result else None for result in (old, new)]
+        figures = (
+            change_figure("KL from the host, nats", kl, scientific),
+            change_figure("answers as on the host", same, "{:.1%}".format, more_is_better=True),
+        )
+        yield Pair(name, (_verdict(old), _verdict(new)), tuple(_gates(old, new)), figures)
+
+
+def _verdict(artifact: ArtifactResult | DeviceResult | None) -> str:
     if artifact is None:
         return "missing"
     if not artifact.passed:
@@ -231,7 +248,7 @@ def _verdict(artifact: ArtifactResult | None) -> str:
 
 
 def _gates(
-    old: ArtifactResult | None, new: ArtifactResult | None
+    old: ArtifactResult | DeviceResult | None, new: ArtifactResult | DeviceResult | None
 ) -> Iterator[tuple[str, str, str, str]]:
     """Gates whose verdict differs, but for those that pass in one run and are not in the other."""
     if old is None or new is None:
@@ -254,7 +271,9 @@ def _said(gate: Gate | None) -> str:
 
 def _accuracy(old: ArtifactResult | None, new: ArtifactResult | None) -> Iterator[Figure]:
     yield _task(old, new)
-    yield _exact("KL from fp32, nats", old, new, lambda a: a.total.kl if a.total else None, _sci)
+    yield _exact(
+        "KL from fp32, nats", old, new, lambda a: a.total.kl if a.total else None, scientific
+    )
     yield _exact(
         "top-1 agreement with fp32",
         old,
@@ -267,7 +286,7 @@ def _accuracy(old: ArtifactResult | None, new: ArtifactResult | None) -> Iterato
     parts = dict.fromkeys([*(old.parts if old else ()), *(new.parts if new else ())])
     for part in parts:
         sizes = [None if a is None else a.parts.get(part, 0) for a in (old, new)]
-        figure = _change(f"size of {part}", sizes, size, relative=True)
+        figure = change_figure(f"size of {part}", sizes, size, relative=True)
         if figure.tone != "same":
             yield figure
 
@@ -284,38 +303,14 @@ def _exact(
 ) -> Figure:
     """A figure without noise: the same artifact gives the same on the same prompts."""
     values = [None if a is None else pick(a) for a in (old, new)]
-    return _change(label, values, show, more_is_better=more_is_better, relative=relative)
-
-
-def _change(
-    label: str,
-    values: Sequence[float | None],
-    show: Callable[[float], str],
-    *,
-    more_is_better: bool = False,
-    relative: bool = False,
-) -> Figure:
-    """Two values, the same where they are shown alike."""
-    was, now = values
-    shown = _both(values, show)
-    if was is None or now is None or shown[0] == shown[1]:
-        return Figure(label, *shown)
-    change = f"{now / was - 1:+.1%}" if relative and was else f"{now - was:+.3g}"
-    tone = "better" if (now > was) is more_is_better else "worse"
-    return Figure(label, *shown, change=change, tone=tone)
-
-
-def _both(values: Sequence[V | None], show: Callable[[V], str]) -> tuple[str, str]:
-    """Two values as they are shown; a dash for one that is not there."""
-    first, second = ("–" if value is None else show(value) for value in values)
-    return first, second
+    return change_figure(label, values, show, more_is_better=more_is_better, relative=relative)
 
 
 def _task(old: ArtifactResult | None, new: ArtifactResult | None) -> Figure:
     was, now = (a.task if a else None for a in (old, new))
     named = now or was
     metric = METRIC_NAMES.get(named.metric, named.metric) if named else "task metric"
-    shown = _both((was, now), lambda task: f"{task.artifact:.2f}")
+    shown = shown_both((was, now), lambda task: f"{task.artifact:.2f}")
     if old is None or new is None or was is None or now is None or was.metric != now.metric:
         return Figure(metric, *shown)
     scores = [np.asarray(task.artifact_scores) for task in (was, now)]
@@ -339,49 +334,22 @@ def _times(name: str, before: _Run, after: _Run) -> Iterator[Figure]:
     both = [next((t for t in run.times if name_of(t) == name), None) for run in runs]
     if both == [None, None]:
         return
-    loads = [time.load_seconds if time else None for time in both]
-    firsts = [time.first_token_seconds if time else None for time in both]
-    rates = [time.decode_rate if time else None for time in both]
+    # Times of an emulator, or of what stands in for a device, are no results.
+    timed = [
+        None if run.device and run.device.label else time
+        for run, time in zip(runs, both, strict=True)
+    ]
+    loads = [time.load_seconds if time else None for time in timed]
+    firsts = [time.first_token_seconds if time else None for time in timed]
+    rates = [time.decode_rate if time else None for time in timed]
     ratios = [over_fp32(t, run.times) if t else None for t, run in zip(both, runs, strict=True)]
-    yield _timed("load", both, loads, seconds)
-    yield _timed("first token", both, firsts, seconds)
-    yield _timed("decode, tokens/s", both, rates, "{:.0f}".format, more_is_better=True)
+    yield timed_figure("load", both, loads, seconds)
+    yield timed_figure("first token", both, firsts, seconds)
+    yield timed_figure("decode, tokens/s", both, rates, "{:.0f}".format, more_is_better=True)
     if any(ratios):
-        yield _timed("decode over fp32's", both, ratios, "{:.2f}".format, more_is_better=True)
+        yield timed_figure("decode over fp32's", both, ratios, "{:.2f}".format, more_is_better=True)
     peaks = [time.peak_bytes if time else None for time in both]
-    yield _change("peak memory", peaks, size, relative=True)
-
-
-def _timed(
-    label: str,
-    both: Sequence[LatencyResult | None],
-    spreads: Sequence[Spread | None],
-    show: Callable[[float], str],
-    *,
-    more_is_better: bool = False,
-) -> Figure:
-    """A measured time or rate: within noise where the intervals of both medians explain it."""
-    shown = _both(
-        spreads, lambda s: f"{show(s.median)} ({show(s.interval[0])} to {show(s.interval[1])})"
-    )
-    (old, new), (was, now) = both, spreads
-    if old is None or new is None or was is None or now is None or was == now:
-        return Figure(label, *shown)
-    change = now.median / was.median - 1
-    if _course(old) != _course(new):
-        return Figure(label, *shown, change=f"{change:+.1%}", tone="other")
-    if old.noisy or new.noisy:
-        return Figure(label, *shown, change=f"{change:+.1%}", tone="noisy")
-    widths = [(s.interval[1] - s.interval[0]) / 2 / s.median for s in (was, now)]
-    noise = math.hypot(*widths)
-    tone = "better" if (change > 0) is more_is_better else "worse"
-    if abs(change) <= noise:
-        tone = "noise"
-    return Figure(label, *shown, change=f"{change:+.1%} (noise {noise:.1%})", tone=tone)
-
-
-def _course(time: LatencyResult) -> tuple[int, int, int]:
-    return time.threads, time.prompt_tokens, time.new_tokens
+    yield change_figure("peak memory", peaks, size, relative=True)
 
 
 def _budgets(before: Sequence[Budget], after: Sequence[Budget]) -> dict[str, tuple[StagePair, ...]]:
@@ -401,8 +369,8 @@ def _budgets(before: Sequence[Budget], after: Sequence[Budget]) -> dict[str, tup
         rows = []
         for form, stage in dict.fromkeys((*both[1], *both[0])):
             pair = [stages.get((form, stage)) for stages in both]
-            kl = _both([s.previous.kl if s and s.previous else None for s in pair], _sci)
-            task = _both([s.task if s else None for s in pair], "{:.2f}".format)
+            kl = shown_both([s.previous.kl if s and s.previous else None for s in pair], scientific)
+            task = shown_both([s.task if s else None for s in pair], "{:.2f}".format)
             rows.append(StagePair(stage, shown_form(form), kl, task))
         found[name] = tuple(rows)
     return found
@@ -427,9 +395,5 @@ def _methods(before: QualityReport | None, after: QualityReport | None) -> Itera
             ("chrF", "chrf", "{:.2f}", True),
         ):
             values = [None if m is None else getattr(m, field) for m in (old, new)]
-            figures.append(_change(label, values, form.format, more_is_better=more_is_better))
+            figures.append(change_figure(label, values, form.format, more_is_better=more_is_better))
         yield Pair(name, ("", ""), (), tuple(figures))
-
-
-def _sci(value: float) -> str:
-    return f"{value:.3g}"

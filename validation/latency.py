@@ -237,7 +237,7 @@ def _check(subjects: Sequence[Subject], course: Course) -> None:
         artifact_form(subject.directory)
         if subject in subjects[:number]:
             raise InputError(f"{subject.directory}: found twice, expected each artifact once")
-        context = _manifest(subject.directory).get("context")
+        context = manifest_of(subject.directory).get("context")
         if isinstance(context, int) and length + new > context:
             raise InputError(
                 f"latency: {length} + {new} tokens exceed the context of {context} of "
@@ -258,7 +258,7 @@ def _result(
     bundle = compositions_of(subject.directory) is not None
     prompt, new = len(course.prompt), course.new_tokens
     first_token, decode_rate = spread(found.firsts), spread(found.rates)
-    read = token_bytes(_manifest(subject.directory), prompt + new / 2)
+    read = token_bytes(manifest_of(subject.directory), prompt + new / 2)
     return LatencyResult(
         composition=subject.composition,
         runtime=runtime,
@@ -275,7 +275,7 @@ def _result(
         load_seconds=spread(found.loads),
         first_token_seconds=first_token,
         decode_rate=decode_rate,
-        token_p90_seconds=_p90(found.tokens),
+        token_p90_seconds=p90(found.tokens),
         idle_bytes=_highest(found.idle),
         load_peak_bytes=_highest(found.load_peaks),
         peak_bytes=_highest(found.peaks),
@@ -285,12 +285,13 @@ def _result(
     )
 
 
-def _manifest(directory: Path) -> dict[str, Any]:
+def manifest_of(directory: Path) -> dict[str, Any]:
     """Of an artifact; empty for one of another tool."""
     return {} if is_foreign(directory) else read_manifest(directory)
 
 
-def _p90(times: list[float]) -> float:
+def p90(times: list[float]) -> float:
+    """Nine of ten of at least one time lie within this one."""
     return quantiles(times, n=10, method="inclusive")[-1] if len(times) > 1 else times[0]
 
 

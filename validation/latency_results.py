@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from validation.device_results import DeviceUsed
 from validation.record import Machine, Record, shown_form
 
 
@@ -25,8 +26,26 @@ class Spread(Record):
     values: tuple[float, ...]
 
 
+class LengthTimes(Record):
+    """Times to the first token after prompts of one length.
+
+    Attributes:
+        first_token_seconds: One a round.
+        p90_seconds: Nine of ten came within this time.
+    """
+
+    prompt_tokens: int
+    first_token_seconds: Spread
+    p90_seconds: float
+
+    @property
+    def prefill_rate(self) -> float:
+        """Prompt tokens a second, by the median."""
+        return self.prompt_tokens / self.first_token_seconds.median
+
+
 class LatencyResult(Record):
-    """Times and memory of one artifact on this machine.
+    """Times and memory of one artifact on one machine.
 
     Attributes:
         files: Bytes of each file; ``bytes`` is their sum.
@@ -47,6 +66,7 @@ class LatencyResult(Record):
         bandwidth_share: ``token_bytes`` times the decode rate, of the machine's read bandwidth;
             None where ``token_bytes`` is not known or fits the processor's cache.
         noise: Why the times cannot be compared; None where they can.
+        lengths: On a device, prompts of several lengths, ``prompt_tokens`` among them.
     """
 
     composition: str
@@ -71,6 +91,7 @@ class LatencyResult(Record):
     token_bytes: int | None
     bandwidth_share: float | None
     noise: str | None
+    lengths: tuple[LengthTimes, ...] = ()
 
     @property
     def form(self) -> str:
@@ -101,21 +122,85 @@ class Conditions(Record):
     noise: str | None
 
 
+class DeviceState(Record):
+    """A device at one moment.
+
+    Attributes:
+        battery: Level from 0 to 1; None where it has none.
+        celsius: The battery's temperature.
+        thermal: Android's thermal status, 0 (none) to 6 (shutdown).
+        waited_seconds: That it was left to cool before.
+        cool: Whether it was as cool as asked for.
+    """
+
+    battery: float | None
+    celsius: float | None
+    thermal: int | None
+    waited_seconds: float
+    cool: bool
+
+
+class DeviceConditions(Record):
+    """How artifacts were timed on a device.
+
+    Attributes:
+        device: Which.
+        runners: SHA-256 of what ran artifacts, by its name and version.
+        airplane: Whether it was in airplane mode; None where it does not say.
+        screen: Android's wakefulness, such as ``Awake``; None likewise.
+        celsius, thermal: As cool it was to be before each turn.
+        cool_seconds: The longest that it was given to cool, before each turn.
+        order: Of the artifacts in each round, drawn from the report's seed.
+        states: Before each turn in that order, and after the last.
+    """
+
+    device: DeviceUsed
+    runners: dict[str, str]
+    airplane: bool | None
+    screen: str | None
+    celsius: float
+    thermal: int
+    cool_seconds: float
+    order: tuple[tuple[int, ...], ...]
+    states: tuple[DeviceState, ...]
+
+    @property
+    def waited_seconds(self) -> float:
+        """All waiting for it to cool."""
+        return sum(state.waited_seconds for state in self.states)
+
+    @property
+    def noise(self) -> str | None:
+        """Why its times are no results; None where they are."""
+        if self.device.label:
+            return self.device.label
+        warm = sum(not state.cool for state in self.states[:-1])
+        if not warm:
+            return None
+        return (
+            f"{warm} of {len(self.states) - 1} turns began above {self.celsius:g} °C or thermal "
+            f"status {self.thermal}, after {self.cool_seconds:g} s to cool"
+        )
+
+
 class LatencyReport(Record):
-    """``latency.json``: times are reported and never gated.
+    """``latency.json``: times are reported and never gated but against a baseline.
 
     Attributes:
         seed: Of the order of the turns.
         cores: To which the processes were held; none where the system has no way to.
-        bandwidth_gbs: Highest rate of reading memory with as many threads, GB (1e9 bytes) a second.
+        bandwidth_gbs: Highest rate of reading memory with as many threads, GB (1e9 bytes) a second;
+            None on a device.
         cache_bytes: The processor's last-level cache; None where the system does not say.
+        conditions: Of this machine; None on a device, which has ``device`` instead.
     """
 
     machine: Machine
     versions: dict[str, str]
     seed: int
     cores: tuple[int, ...]
-    bandwidth_gbs: float
+    bandwidth_gbs: float | None
     cache_bytes: int | None
-    conditions: Conditions
+    conditions: Conditions | None
     artifacts: list[LatencyResult]
+    device: DeviceConditions | None = None

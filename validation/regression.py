@@ -111,7 +111,9 @@ def hold_to(
         baseline: What it holds.
         limits: Of the recipe.
     """
-    notes = differences(baseline, report.machine, report.versions)
+    notes = differences(baseline.machine, baseline.versions, report.machine, report.versions)
+    if baseline.device is not None:
+        notes.append(f"timed on a device: {baseline.device.cpu}, {baseline.device.os}")
     same_place = not notes
     if notes:
         notes.append("speed and memory are not held to it; accuracy and size are")
@@ -145,7 +147,41 @@ def hold_to(
     return report.model_copy(update={"artifacts": artifacts, "baseline": used})
 
 
-def differences(baseline: Baseline, machine: Machine, versions: Mapping[str, str]) -> list[str]:
+def hold_times(
+    report: LatencyReport, baseline: Baseline
+) -> tuple[dict[str, list[Gate]], list[str]]:
+    """Gates on memory and speed on a device, by ``name_of``, and notes on what was left out.
+
+    Args:
+        report: Of a device.
+        baseline: Of the same device and versions; of another one nothing is held to it.
+    """
+    limits = RegressionLimits()
+    if baseline.device is None:
+        return {}, ["not timed on a device"]
+    notes = differences(baseline.device, baseline.device_versions, report.machine, report.versions)
+    if notes:
+        return {}, notes
+    found = {}
+    for time in report.artifacts:
+        before = baseline.artifacts.get(name_of(time))
+        if before is None:
+            notes.append(f"{name_of(time)}: not in the baseline")
+            continue
+        found[name_of(time)] = _memory(before, time, limits)
+        if before.speed is not None:
+            speed, left_out = _speed(before.speed, speed_of(time, report.artifacts), limits)
+            found[name_of(time)] += speed
+            notes += [f"{name_of(time)}: {note}" for note in left_out]
+    return found, notes
+
+
+def differences(
+    before: Machine,
+    before_versions: Mapping[str, str],
+    machine: Machine,
+    versions: Mapping[str, str],
+) -> list[str]:
     """What makes a baseline one for another device or other major versions, one line each.
 
     Memory may differ: a virtual machine's varies by what its host keeps. Caliport's own version
@@ -153,11 +189,11 @@ def differences(baseline: Baseline, machine: Machine, versions: Mapping[str, str
     """
     found = []
     for field, name in (("cpu", "processor"), ("cores", "number of cores"), ("os", "system")):
-        was, now = getattr(baseline.machine, field), getattr(machine, field)
+        was, now = getattr(before, field), getattr(machine, field)
         if was != now:
             found.append(f"made with another {name}: {was}, here {now}")
-    for package in sorted((baseline.versions.keys() | versions.keys()) - {"caliport"}):
-        was, now = baseline.versions.get(package), versions.get(package)
+    for package in sorted((before_versions.keys() | versions.keys()) - {"caliport"}):
+        was, now = before_versions.get(package), versions.get(package)
         if _series(package, was) != _series(package, now):
             found.append(f"made with {package} {was or 'missing'}, here {now or 'missing'}")
     return found

@@ -304,17 +304,17 @@ def stock_of(
     plain = [
         (i, text)
         for i, text in enumerate(evaluation.texts)
-        if text is not None and _is_plain(evaluation, tokens[i])
+        if text is not None and is_plain(evaluation, tokens[i])
     ]
     known = [
-        (_clearness(runner, evaluation.prompts[i], tokens[i]), i, text)
+        (clearness_of(runner, evaluation.prompts[i], tokens[i]), i, text)
         for i, text in plain[: 4 * count]
     ]
     asked = sorted(known, reverse=True)[:count]
     matches, doubtful = 0, 0
     for clearness, i, text in asked:
         found = "\ufffd"
-        with contextlib.suppress(UnicodeDecodeError):  # see _is_plain; ours is plain: no match
+        with contextlib.suppress(UnicodeDecodeError):  # see is_plain; ours is plain: no match
             found = stock_generate(directory, text, evaluation.max_new_tokens, bundled)
         for special in evaluation.tokenizer.all_special_tokens:  # TextLLMRunner writes them
             found = found.replace(special, "")
@@ -327,7 +327,7 @@ def stock_of(
     return StockResult(runner=runner_name, matches=matches, examples=len(asked) - doubtful)
 
 
-def _clearness(runner: Runner, prompt: list[int], answer: Sequence[int]) -> float:
+def clearness_of(runner: Runner, prompt: list[int], answer: Sequence[int]) -> float:
     """How far ahead the written token was, at least, relative to the spread of the logits."""
     try:
         rows = trace(runner, prompt, answer)
@@ -337,7 +337,7 @@ def _clearness(runner: Runner, prompt: list[int], answer: Sequence[int]) -> floa
     return float(((first - second) / spread(rows)).min())
 
 
-def _is_plain(evaluation: Evaluation, tokens: Sequence[int]) -> bool:
+def is_plain(evaluation: Evaluation, tokens: Sequence[int]) -> bool:
     """Whether there is text, every token of it whole characters, so that no stock runner stumbles.
 
     onnxruntime_genai 0.18 ends a text at a zero and at bytes that are no UTF-8, which is also what

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import re
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -239,10 +241,40 @@ def test_a_runner_that_was_changed_is_refused(runner: JobRunner, tmp_path: Path)
         read_runner(tmp_path)
 
 
+@pytest.mark.android
+def test_a_bundle_for_any_linux_needs_nothing_of_the_system(
+    artifact_of: Callable[[str], Path], prompts: list[list[int]], tmp_path: Path
+) -> None:
+    """In a root directory that holds the bundle and the artifact and nothing else."""
+    build = ("runner", "build", "--target", platform.machine(), "--out", tmp_path / "runner")
+    done = caliport(*build, "--cache", CACHE, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    artifact = artifact_of("int8")
+    shutil.copytree(artifact, tmp_path / "art")
+    job = Job(
+        runtime="onnx",
+        directory="art",
+        threads=1,
+        max_new_tokens=8,
+        prompts=(Prompt(tokens=tuple(prompts[0])),),
+    )
+    (tmp_path / "job.json").write_text(job.model_dump_json(), encoding="utf-8")
+    command = read_runner(tmp_path / "runner").started("/runner", "job.json", "result.json")
+    (tmp_path / "proc").mkdir()
+    alone = ["unshare", "--fork", "--pid", f"--mount-proc={tmp_path / 'proc'}", "chroot", tmp_path]
+    ran = subprocess.run([*alone, *command], capture_output=True, text=True)
+    assert (ran.returncode, ran.stderr) == (0, "")
+    found = Result.model_validate_json((tmp_path / "result.json").read_bytes())
+    assert found.answers[0].tokens == answers(OnnxRunner(artifact, threads=1), job)[0].tokens
+
+
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        (["--target", "phone"], "target is 'phone', expected one of host, aarch64, android"),
+        (
+            ["--target", "phone"],
+            "target is 'phone', expected one of host, x86_64, aarch64",
+        ),
         (["--target", "android"], "expected --ndk DIR, Android's NDK"),
     ],
 )

@@ -17,7 +17,11 @@ from commands import ENVIRONMENT, caliport
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from android_harness.build import build_runner
 from caliport_core.directories import content_hash, read_manifest
+from tests import commands
+from tests.android.conftest import adb_server, phone, three  # noqa: F401
+from tests.android.daemon import PROJECT
 from validation.results import ParityReport, read_result
 
 RECIPE = """
@@ -233,6 +237,25 @@ def test_a_recipe_ships_bundles(place: Path, tmp_path: Path) -> None:
         parts = ("summarize_es", "base alone")
         assert found == {(part, runtime, True) for part in parts for runtime in runtimes}
     assert "onnx int4 bundle" in done.stdout
+
+
+@pytest.mark.usefixtures("phone")
+def test_a_recipe_goes_on_to_a_device(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place, tmp_path / "copy")
+    (tmp_path / "copy/build").mkdir()
+    (tmp_path / "copy/build/host").symlink_to(
+        build_runner("host", PROJECT / "build/host", PROJECT / "build/runner")
+    )
+    change = ["--set", "export.runtimes=[onnx]", "--set", "export.precisions=[int4]"]
+    command = ["validate", "tiny.yaml", *change, "--no-latency", "--device", "any"]
+    done = commands.caliport(*command, cwd=tmp_path / "copy")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr.count("up to date, skipped") == 2
+    report = read_result(ParityReport, tmp_path / "copy/runs/tiny/reports/parity.json")
+    (found,) = report.devices
+    assert (found.composition, found.form, found.passed) == ("summarize_es", "int4", True)
+    assert report.budgets[0].stages[-1].stage == "device"
+    assert "parity with the host" in done.stdout
 
 
 @pytest.mark.slow
