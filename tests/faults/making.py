@@ -93,7 +93,7 @@ def make(fault: Fault | None, scene: Scene, runtime: str, out: Path, precision: 
     if fault is not None:
         if fault.after is not None:
             fault.after[runtime](out)
-        _agree(out, None if fault.recorded else scene)
+        agree(out, None if fault.recorded else scene)
     return out
 
 
@@ -137,7 +137,7 @@ def _copy(directory: Path, out: Path) -> Path:
     return out
 
 
-def _agree(directory: Path, scene: Scene | None) -> None:
+def agree(directory: Path, scene: Scene | None) -> None:
     manifest = read_manifest(directory)
     for name in manifest["files"]:
         path = directory / name

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from tests.faults.making import _agree
+from tests.faults.making import agree
 from tests.faults.table import FAULTS
 from validation.report import REPORT, write_report
 
@@ -36,7 +36,7 @@ def write_examples(recipe: Path, run: Path) -> None:
         shutil.copytree(run, copy)
         for artifact in copy.glob("artifacts/*/onnx-int4"):
             change(artifact)
-            _agree(artifact, None)
+            agree(artifact, None)
         command = [sys.executable, "-m", "caliport", "validate", str(recipe), "--runs", place]
         code = subprocess.run(command).returncode
         if code != 1:
