@@ -2,6 +2,7 @@
 # make demo    from nothing to validated artifacts and a report
 # make test    lint, types, layers and all tests; those with adb daemons need root on Debian, and
 #              make test ANDROID=no leaves them out
+# make test-benchmarks   the bundle benchmark at tiny scale, some minutes
 # make test-arm64   the ONNX runner on an emulated ARM64 machine; needs root on Debian
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 # pip prefers a CPU build of this torch where it knows of one (PIP_FIND_LINKS or
@@ -11,7 +12,7 @@ BIN := .venv/bin
 ANDROID ?= yes
 PACKAGES := caliport caliport_core calibrate export validation android_harness
 
-.PHONY: setup demo test android test-arm64 lint clean
+.PHONY: setup demo test android test-arm64 test-benchmarks lint clean
 
 setup: .venv/ready
 
@@ -39,7 +40,10 @@ endif
 
 test: lint android
 	$(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadfile \
-		$(if $(filter yes,$(ANDROID)),,-m "not android")
+		-m "not benchmark$(if $(filter yes,$(ANDROID)),, and not android)"
+
+test-benchmarks: setup
+	$(BIN)/pytest -m benchmark
 
 # On an ARM64 machine that QEMU emulates. Debian's packages are installed where they are missing.
 ARM64 := qemu-system-arm g++-aarch64-linux-gnu cpio

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -70,3 +72,11 @@ def prompts() -> list[list[int]]:
     """Three token sequences of different lengths within the tiny base's vocabulary."""
     draw = random.Random(0)
     return [[draw.randrange(5, 300) for _ in range(n)] for n in (5, 17, 33)]
+
+
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """A shell starts its background jobs deaf to SIGINT, and what they start inherits that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

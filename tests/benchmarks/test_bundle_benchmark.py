@@ -22,6 +22,7 @@ from caliport_core.directories import read_manifest
 from export.bundle import split
 from export.skeleton import empty
 
+pytestmark = pytest.mark.benchmark
 NAMES = list(COMPOSITIONS)[:2]
 RANK = 4  # of LC++
 

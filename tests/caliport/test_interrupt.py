@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,15 +14,7 @@ from caliport.data.examples import Example, write_jsonl
 from tests.commands import ENVIRONMENT
 
 
-@pytest.fixture
-def _heard() -> Iterator[None]:
-    """A shell starts its background jobs deaf to SIGINT, and what they start inherits that."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-@pytest.mark.usefixtures("_heard")
+@pytest.mark.usefixtures("ctrl_c")
 def test_an_interrupted_calibration_goes_on(
     base_dir: Path, adapter_dirs: list[Path], tmp_path: Path
 ) -> None:

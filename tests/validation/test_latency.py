@@ -142,6 +142,7 @@ def test_an_error_between_turns_leaves_no_process(onnx_dir: Path) -> None:
     assert workers() == []
 
 
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_a_killed_command_leaves_no_process(onnx_dir: Path, tmp_path: Path, how: int) -> None:
     command = [sys.executable, "-m", "caliport", "bench", str(onnx_dir), "--repetitions", "999"]
