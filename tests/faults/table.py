@@ -136,7 +136,8 @@ def _layers_exchanged(weights: Weights) -> None:
 def _in_doubled_groups(weight: Tensor) -> tuple[Tensor, Tensor]:
     """As ``export.hqq.in_groups``, which is compiled for its size, but by the largest weight."""
     groups = weight.reshape(-1, _BLOCK)
-    scales = (groups.abs().amax(1) / 8).bfloat16()
+    least = torch.finfo(torch.float32).eps
+    scales = (groups.abs().amax(1) / 8).clamp_min(least).bfloat16()
     whole = (
         (groups / scales.float()[:, None]).round().clamp(-8, 7).to(torch.int8).view(weight.shape)
     )
