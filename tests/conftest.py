@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.android.fixtures import adb_server, phone, phones, three  # noqa: F401
+
 # The models are tiny: more threads would wait for one another longer than they work.
 torch.set_num_threads(1)
 
@@ -18,6 +20,13 @@ TEXTS = [
     "Summarize the following text and translate it from English to Spanish:",
     "Anna y Tom quedan el viernes en el parque para jugar al tenis.",
 ]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
+    """Mark what ``make test ANDROID=no`` leaves out."""
+    for item in items:
+        if "adb_server" in getattr(item, "fixturenames", ()):
+            item.add_marker("android")
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,6 @@ from transformers import AutoModelForCausalLM
 from android_harness.build import build_runner
 from caliport_core.directories import content_hash, read_manifest
 from tests import commands
-from tests.android.conftest import adb_server, phone, three  # noqa: F401
 from tests.android.daemon import PROJECT
 from validation.results import ParityReport, read_result
 
