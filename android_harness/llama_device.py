@@ -66,7 +66,7 @@ def check_texts(held: Session, subject: Subject, program: Path, seconds: float) 
         raise InputError(f"{subject.directory}: no prompt with a plain text to hold llama_main to")
     before, command, there = _brought(held, subject.directory, program)
     limits = limits_for(subject.precision)
-    noise, _ = rounding_of(subject.expected, False, limits)
+    noise, _ = rounding_of(subject, "", False, limits)
     tie = limits.farthest * float(noise.max())
     same, ties, wrong = 0, 0, []
     started = time.monotonic()

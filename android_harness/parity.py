@@ -8,7 +8,7 @@ what rounding alone does to the eager reference (``validation.rounding``) is the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -23,7 +23,7 @@ from validation import gates, quality
 from validation.device_results import DeviceResult, DeviceTask, DeviceUsed
 from validation.evaluation import Answers, Evaluation, runner_answers, texts_of
 from validation.gates import DEFAULTS, Gate, Limits, limits_for
-from validation.parity import EXACT, Measures, compare, spread, trace
+from validation.parity import EXACT, Measures, compare, distances, spread, trace
 from validation.results import shown_path
 from validation.runner import Runner, artifact_form, compositions_of, open_runner
 
@@ -58,6 +58,9 @@ class Subject:
         precision: That decides the limits.
         metric: Task metric, where the evaluation has references.
         threads: Of the runtime, here and there.
+        by_token: The eager reference's answers where it rounds inputs by token, as ONNX Runtime
+            does for 4-bit products on Arm (KleidiAI) and nowhere else; None where it makes no
+            difference.
     """
 
     directory: Path
@@ -70,6 +73,7 @@ class Subject:
     precision: str
     metric: str
     threads: int
+    by_token: Callable[[], Answers] | None = None
 
 
 def subject_of(
@@ -82,6 +86,7 @@ def subject_of(
     threads: int,
     bundled: str | None = None,
     precision: str | None = None,
+    by_token: Callable[[], Answers] | None = None,
 ) -> Subject:
     """Open an artifact on this machine and let it answer; ``precision`` if no manifest says it.
 
@@ -103,6 +108,7 @@ def subject_of(
         precision,
         metric,
         threads,
+        by_token,
     )
 
 
@@ -191,7 +197,7 @@ def check(subject: Subject, ran: Ran, same: bool) -> tuple[DeviceResult, Answers
     version = metadata.version(PACKAGES[runtime])
     exact = same and ran.result.runtime_version == version
     limits = limits_for(subject.precision)
-    noise, rounding = rounding_of(subject.expected, exact, limits)
+    noise, rounding = rounding_of(subject, ran.device.abi, exact, limits)
     apart = np.concatenate(
         [_distances(rows, a.rows) for rows, a in zip(host.logits, said, strict=True)]
     )
@@ -294,10 +300,14 @@ def _distances(host: np.ndarray, rows: Sequence[Row]) -> np.ndarray:
 
 
 def rounding_of(
-    expected: Expected | None, exact: bool, limits: Limits
+    subject: Subject, abi: str, exact: bool, limits: Limits
 ) -> tuple[np.ndarray, Measures]:
-    """Distances that rounding alone makes, and their measures over all positions."""
+    """Distances that rounding alone makes on a device, and their measures over all positions."""
+    expected = subject.expected
     if expected is not None and not exact:
+        if abi.startswith("arm") and subject.by_token is not None:
+            ours, theirs = expected.said.answers.logits, subject.by_token().logits
+            return distances(ours, theirs), compare(ours, theirs, subject.evaluation.targets)
         # Prefill's also has sequences too short to meet much rounding.
         noise = expected.noise.get("decode", expected.noise["prefill"])
         return noise, expected.rounding

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from caliport.workspace import Workspace
     from validation.budget_results import BudgetStage
     from validation.device_results import DeviceResult
+    from validation.evaluation import Answers
     from validation.rounding import Expected
 
 _THREADS = 4  # the fast cores of most phones
@@ -181,33 +183,38 @@ def _subject(
     from validation.parity import NotFinite
     from validation.results import this_machine
 
+    expected, by_token = (None, None) if precision else _expected(artifact, references)
     try:
         return subject_of(
             artifact,
             references.evaluation,
-            expected=None if precision else _expected(artifact, references),
+            expected=expected,
             composition=composition,
             metric=metric,
             threads=threads or min(_THREADS, this_machine().cores),
             bundled=bundled,
             precision=precision,
+            by_token=by_token,
         )
     except NotFinite as problem:
         raise InputError(f"{artifact}: {problem}; expected a sound artifact") from None
 
 
-def _expected(artifact: Path, references: References) -> Expected:
+def _expected(
+    artifact: Path, references: References
+) -> tuple[Expected, Callable[[], Answers] | None]:
+    """What an artifact should say, and ``Subject.by_token``."""
     from caliport_core.directories import read_manifest
     from export.artifact import Quantization
     from validation.runner import artifact_form, compositions_of
 
     manifest = read_manifest(artifact)
-    return references.expected(
-        Quantization.of(manifest),
-        artifact_form(artifact)[0],
-        int(manifest["context"]),
-        beside=compositions_of(artifact) is not None,
-    )
+    how, (runtime, precision) = Quantization.of(manifest), artifact_form(artifact)
+    beside = compositions_of(artifact) is not None
+    expected = references.expected(how, runtime, int(manifest["context"]), beside=beside)
+    if (runtime, precision) != ("onnx", "int4"):
+        return expected, None
+    return expected, partial(references.answers, how, runtime, beside=beside, rounds="executorch")
 
 
 def _stages(subject: Subject, references: References, found: Sequence[Held]) -> list[BudgetStage]:

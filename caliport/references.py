@@ -41,22 +41,30 @@ class References:
         self._base = base
         self._shared = shared
         self._by_layer = by_layer
-        self._kept: dict[tuple[Path | None, Quantization, str, bool], Answers] = {}
+        self._kept: dict[tuple[Path | None, Quantization, str, bool, str | None], Answers] = {}
         self._expected: dict[tuple[Quantization, str, int, bool], Expected] = {}
 
     def answers(
-        self, how: Quantization, runtime: str, *, alone: bool = False, beside: bool = False
+        self,
+        how: Quantization,
+        runtime: str,
+        *,
+        alone: bool = False,
+        beside: bool = False,
+        rounds: str | None = None,
     ) -> Answers:
         """Of the composition, quantized, as a runtime rounds it; or of the base ``alone``.
 
-        ``beside``: as in a bundle, with the composition beside the quantized base.
+        ``beside``: as in a bundle, with the composition beside the quantized base. ``rounds``:
+        inputs are rounded as this runtime does it.
         """
         from validation.evaluation import eager_answers
 
         adapter = None if alone else self.adapter
-        wanted = (adapter, how, "executorch" if how.precision == "fp32" else runtime, beside)
+        same = how.precision == "fp32"
+        wanted = (adapter, how, "executorch" if same else runtime, beside, None if same else rounds)
         if wanted not in self._kept:
-            model = self._model(adapter, how, runtime, beside)
+            model = self._model(adapter, how, runtime, beside, rounds)
             name = f"eager {how.precision}{' base' if alone else ''}"
             streams = self._by_layer and not alone
             self._kept[wanted] = eager_answers(
@@ -104,13 +112,18 @@ class References:
         return expected_of(model, answers, few, probes)
 
     def _model(
-        self, adapter: Path | None, how: Quantization, runtime: str, beside: bool
+        self,
+        adapter: Path | None,
+        how: Quantization,
+        runtime: str,
+        beside: bool,
+        rounds: str | None = None,
     ) -> PreTrainedModel:
         from export import artifact, bundle
 
         if beside:
-            return bundle.reference(self._base, adapter, how, runtime, self._shared)
-        return artifact.reference(self._base, adapter, how, runtime)
+            return bundle.reference(self._base, adapter, how, runtime, self._shared, rounds)
+        return artifact.reference(self._base, adapter, how, rounds or runtime)
 
     @property
     def source(self) -> Source:

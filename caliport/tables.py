@@ -246,19 +246,20 @@ def show_devices(report: ParityReport) -> None:
     for device in {result.device.serial: result.device for result in report.devices}.values():
         table = table_of(
             f"on {device.shown}: parity with the host",
-            ("artifact", "runner", "same answers", "near ties", "KL", "task", "gates"),
+            ("artifact", "same", "near ties", "KL", "task", "gates"),
         )
-        for result in report.devices:
-            if result.device.serial == device.serial:
-                table.add_row(
-                    f"{result.composition}: {result.runtime} {result.form}",
-                    f"{result.runner} {result.runner_sha256[:8]}",
-                    f"{result.identical}/{result.examples}",
-                    str(result.ties),
-                    f"{result.measures.kl:.1e}" if result.measures else "",
-                    f"{result.task.difference:+.1f}" if result.task else "",
-                    _verdict(result),
-                )
+        results = [each for each in report.devices if each.device.serial == device.serial]
+        for result in results:
+            table.add_row(
+                f"{result.composition}: {result.runtime} {result.form}",
+                f"{result.identical}/{result.examples}",
+                str(result.ties),
+                f"{result.measures.kl:.1e}" if result.measures else "",
+                f"{result.task.difference:+.1f}" if result.task else "",
+                _verdict(result),
+            )
+        runners = dict.fromkeys(f"{each.runner} ({each.runner_sha256[:8]})" for each in results)
+        table.caption = f"same: greedy answers; run by {', '.join(runners)}"
         _console.print(table)
 
 

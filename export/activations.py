@@ -23,7 +23,7 @@ def reference(model: PreTrainedModel, precision: str) -> PreTrainedModel:
     inner dimension, torchao's tensors by token, so a quantized model as ``quantize`` leaves it is
     not what the artifact computes. This one holds the same integers and quantizes its inputs as
     the x86 kernels of ONNX Runtime 1.31 do (AVX2 and later). On Arm, builds with KleidiAI quantize
-    4-bit products' inputs by row instead; there this reference is only near.
+    4-bit products' inputs by token, as torchao's tensors do; there this reference is only near.
 
     Args:
         model: As loaded (``fp32``) or as ``export.quantize.quantize`` left it.

@@ -133,6 +133,7 @@ def reference(
     how: Quantization,
     runtime: str,
     shared: Mapping[str, Path] | None = None,
+    rounds: str | None = None,
 ) -> PreTrainedModel:
     """The eager model whose logits a bundle's composition should give: terms beside the base.
 
@@ -145,11 +146,12 @@ def reference(
         how: How the base is quantized.
         runtime: ``executorch`` or ``onnx``.
         shared: For ExecuTorch, the PEFT LoRA directories that the bundle shares.
+        rounds: Of which runtime the rounding of the base's activations is; None for ``runtime``.
 
     Raises:
         InputError: A base or adapter that cannot be read, or do not fit.
     """
-    model = artifact.reference(base, None, how, runtime)
+    model = artifact.reference(base, None, how, rounds or runtime)
     if adapter is None:
         return model
     updates = read_updates(base, {**(shared or {}), "": adapter})

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import ROOT
+from commands import ENVIRONMENT, ROOT, caliport
 from conftest import TEXTS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -25,12 +25,27 @@ from caliport_core.errors import InputError
 from export.artifact import to_onnx
 from tests.android.arm64.machine import arm64_machine, free_port
 from validation.onnx_runner import OnnxRunner
+from validation.results import PARITY, ParityReport, read_result
 
 BUILD = ROOT / "build"
 CACHE = BUILD / "runner"
 CONTEXT = 96
 PROMPT = 4  # tokens of each text that are given
 SECONDS = 100.0
+SHORT = {
+    "data.train": 1000,
+    "base.train.steps": 60,
+    "lora.train.steps": 5,
+    "calibration.methods": "[lc++]",
+    "calibration.examples": 500,
+    "calibration.lc++.steps": 20,
+    "evaluation.examples": 8,
+    "evaluation.max_new_tokens": 16,
+    "export.runtimes": "[onnx]",
+    "export.precisions": "[int8,int4]",
+    "validation.examples": 6,
+}
+"""The demo, trained for seconds."""
 
 # Largest difference of a logit; measured 3e-6, 0.017 and 0.053. Both machines round the inputs of
 # quantized products to 8 bits, but not alike: docs/android.md.
@@ -70,7 +85,9 @@ def runner() -> JobRunner:
 @pytest.fixture(scope="module")
 def device() -> Iterator[Device]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ANDROID_ADB_SERVER_PORT", str(free_port()))
+        port = str(free_port())
+        patch.setenv("ANDROID_ADB_SERVER_PORT", port)
+        patch.setitem(ENVIRONMENT, "ANDROID_ADB_SERVER_PORT", port)
         try:
             with arm64_machine(CACHE) as address:
                 connect(address)
@@ -132,3 +149,24 @@ def test_arm64_says_what_this_machine_says(
     assert runner.directory is not None
     assert found.runtime_version == read_manifest(runner.directory)["runtime_version"]
     assert 2e6 < found.idle_bytes < found.loaded_bytes <= found.peak_bytes
+
+
+@pytest.mark.usefixtures("runner")
+def test_the_demo_passes_its_gates_on_arm64(device: Device, tmp_path: Path) -> None:
+    """By a user's commands: the recipe's shape and text, held in units of rounding."""
+    (tmp_path / "build").symlink_to(BUILD)
+    change = [word for name, value in SHORT.items() for word in ("--set", f"{name}={value}")]
+    recipe = ROOT / "recipes/demo.yaml"
+    for command in (["calibrate"], ["export"], ["validate", "--no-latency", "--device", "any"]):
+        done = caliport(command[0], recipe, *command[1:], *change, cwd=tmp_path)
+        assert done.returncode == 0, done.stdout + done.stderr
+    print(done.stdout)
+    report = read_result(ParityReport, tmp_path / "runs/demo/reports" / PARITY)
+    assert [result.form for result in report.devices] == ["int8", "int4"]
+    for result in report.devices:
+        assert result.passed
+        assert result.identical + result.ties == result.examples == 6
+        assert not result.exact
+        assert (result.device.serial, result.device.abi) == (device.serial, "arm64-v8a")
+        assert "emulated CPU" in result.device.label
+    assert report.budgets[0].stages[-1].stage == "device"
