@@ -245,8 +245,8 @@ def fill_with(
     with lean(base, adapter, how, directory, check=check) as decoder:
         model = decoder.whole
         tokenizer = load_tokenizer(base, model)
-        sizes = decoder.sizes()
         lowered = lower(decoder, length(model), tokenizer)
+        sizes = decoder.sizes()
     save_tokenizer(tokenizer, directory)
     save_generation_config(base, model.config, directory, eos_ids(model), tokenizer.bos_token_id)
     extra |= {

@@ -74,12 +74,13 @@ def whole_program(
     Raises:
         CannotRepeat: See ``export.repeat.repeat``.
     """
+    names = decoder.names()
     model = furnish(skeleton(decoder.whole.config, layers), layers, decoder.forms)
     lowered = lower_skeleton(
         model,
         layers,
         context,
-        lambda name: layers.whole_name(name) in decoder.weights,
+        lambda name: layers.whole_name(name) in names,
         cache_bits=decoder.cache_bits,
     )
     program, used = repeat(lowered, layers, decoder.weights)

@@ -114,13 +114,14 @@ def _methods(
     context: int,
 ) -> tuple[Lowered, dict[str, tuple[ExportedProgram, set[str]]]]:
     """Lower one structure, and repeat it for each of its methods."""
+    stored = decoder.names()
     model = furnish(skeleton(decoder.whole.config, layers), layers, decoder.forms)
     terms.attach(model, layers)
     lowered = lower_skeleton(
         model,
         layers,
         context,
-        lambda name: ".low_rank." in name or layers.whole_name(name) in decoder.weights,
+        lambda name: ".low_rank." in name or layers.whole_name(name) in stored,
         cache_bits=decoder.cache_bits,
     )
     return lowered, {

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import copy_context
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import Event
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -14,7 +18,7 @@ from torch import nn
 from export.artifact import Quantization
 from export.quantize import Form, plan
 from export.skeleton import Layers, empty, group_layers
-from export.weights import Weights, store
+from export.weights import Weights, can_stream, store
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,14 +31,27 @@ class Lean:
     Attributes:
         whole: All its modules, parameters on the ``meta`` device.
         forms: How each linear layer and embedding ships.
-        weights: The parameters, folded and quantized.
+        stored: Will be the parameters, folded and quantized.
         cache_bits: 8 for keys and values in int8, None for float32.
     """
 
     whole: PreTrainedModel
     forms: dict[str, Form]
-    weights: Weights
+    stored: Future[Weights]
     cache_bits: int | None = None
+
+    @property
+    def weights(self) -> Weights:
+        """The parameters, folded and quantized; waits until all of them are."""
+        return self.stored.result()
+
+    def names(self) -> set[str]:
+        """Names in ``weights``, known before they are there."""
+        found: set[str] = set()
+        for name, _ in self.whole.named_parameters(remove_duplicate=False):
+            quantized = name.removesuffix(".weight") in self.forms and name.endswith(".weight")
+            found |= {f"{name}.data", f"{name}.scale"} if quantized else {name}
+        return found
 
     def sizes(self) -> dict[str, Any]:
         """Bytes by part, what is stored once counted once, and bits for each weight.
@@ -53,10 +70,11 @@ class Lean:
             if isinstance(module, nn.Linear | nn.Embedding)
         }
         seen: set[Path] = set()
+        ours = self.names()  # a bundle's terms are beside them
         for name, stored in self.weights.items():
-            if stored.path not in seen:
+            if name in ours and stored.path not in seen:
                 seen.add(stored.path)
-                module = name.removesuffix(".data").removesuffix(".weight")
+                module = name.removesuffix(".data").removesuffix(".scale").removesuffix(".weight")
                 part = kinds.get(module, "other")
                 parts["scales" if name.endswith(".scale") else part] += stored.nbytes
         weights = sum(parameter.numel() for parameter in self.whole.parameters())
@@ -91,6 +109,8 @@ def lean(
 ) -> Iterator[Lean]:
     """Fold an adapter into a base and quantize, without ever holding the model in memory.
 
+    The body runs meanwhile, up to where it asks for ``Lean.weights``: tracing needs none of them.
+
     Args:
         base: A Hugging Face directory or hub name of a decoder.
         adapter: A PEFT LoRA directory or None.
@@ -115,5 +135,17 @@ def lean(
     if update is not None and adapter is not None:
         update.check_fits(whole, adapter)
     with TemporaryDirectory(dir=scratch, prefix="weights-") as directory:
-        weights = store(base, whole, forms, update, Path(directory))
-        yield Lean(whole, forms, weights, how.cache_bits)
+        fill = partial(store, base, whole, forms, update, Path(directory))
+        if not can_stream(base, whole):
+            # Loading builds modules, which the body does too, in ways that change them all.
+            stored: Future[Weights] = Future()
+            stored.set_result(fill())
+            yield Lean(whole, forms, stored, how.cache_bits)
+            return
+        stop = Event()
+        with ThreadPoolExecutor(1) as pool:
+            stored = pool.submit(copy_context().run, fill, stop)
+            try:
+                yield Lean(whole, forms, stored, how.cache_bits)
+            finally:
+                stop.set()

@@ -55,19 +55,19 @@ def _give(module: nn.Module, key: str, value: Tensor) -> None:
 def _layouts(decoder: Lean) -> dict[str, Layout]:
     """How each quantized layer of the whole decoder is stored."""
     found: dict[str, Layout] = {}
-    products: dict[Any, Layout] = {}  # by the file of the integers
+    products: dict[tuple[int, str], Layout] = {}  # by the parameter, and its form
     for name, form in decoder.forms.items():
         if not form.startswith("rows"):
             module = decoder.whole.get_submodule(name)
             assert isinstance(module, nn.Linear)
             layout = product_layout(module.out_features, module.in_features, form)
             found[name] = layout
-            products[decoder.weights[f"{name}.weight.data"].path] = layout
+            products[id(module.weight), f"rows {form}"] = layout
     for name, form in decoder.forms.items():
         if form.startswith("rows"):
             module = decoder.whole.get_submodule(name)
             assert isinstance(module, nn.Embedding)
-            tied = products.get(decoder.weights[f"{name}.weight.data"].path)
+            tied = products.get((id(module.weight), form))
             found[name] = lookup_layout(module.num_embeddings, module.embedding_dim, form, tied)
     return found
 

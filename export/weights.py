@@ -22,6 +22,8 @@ from caliport_core.progress import at
 from export.quantize import GROUP_SIZE, Form, integers
 
 if TYPE_CHECKING:
+    from threading import Event
+
     from transformers import PreTrainedModel
 
     from calibrate.low_rank import LowRankUpdate
@@ -122,6 +124,7 @@ def store(
     forms: Mapping[str, Form],
     update: LowRankUpdate | None,
     directory: Path,
+    stop: Event | None = None,
 ) -> Weights:
     """Fold, quantize and store every parameter of a decoder.
 
@@ -132,6 +135,7 @@ def store(
             (``export.quantize.plan``); the other parameters ship in float32.
         update: ΔW to add, or None.
         directory: Where the files go.
+        stop: Once it is set, no more are stored.
 
     Raises:
         InputError: A checkpoint that lacks a parameter, or has one of another shape or with weights
@@ -143,6 +147,8 @@ def store(
         modules = list(shell.named_modules())
         for index, (name, module) in enumerate(modules):
             for key, parameter in module.named_parameters(recurse=False):
+                if stop is not None and stop.is_set():
+                    return weights
                 at(f"quantizing {name}", index, len(modules))
                 full = f"{name}.{key}" if name else key
                 value = read(tied.get(full, full))
@@ -159,6 +165,16 @@ def store(
                 form = forms.get(name) if key == "weight" else None
                 _store_one(weights, full, value, delta, form)
     return weights
+
+
+def can_stream(source: str | Path, shell: PreTrainedModel) -> bool:
+    """Whether a checkpoint is local and has every parameter under its own name."""
+    directory = Path(source)
+    files = _files(directory) if directory.is_dir() else None
+    if files is None:
+        return False
+    tied = shell.all_tied_weights_keys or {}
+    return all(tied.get(name, name) in files for name, _ in shell.named_parameters())
 
 
 def put_matrix(weights: Weights, name: str, value: Tensor, form: Form | None) -> int:
