@@ -39,7 +39,7 @@ ifeq ($(ANDROID),yes)
 endif
 
 test: lint android
-	$(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadfile \
+	$(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadfile --durations 15 \
 		-m "not benchmark$(if $(filter yes,$(ANDROID)),, and not android)"
 
 test-benchmarks: setup

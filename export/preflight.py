@@ -6,7 +6,7 @@ the headers of the safetensors files:
     artifact = every matrix as its runtime stores it + graph + tokenizer + adapters beside the base
     disk     = artifact + all weights as they ship, which lie in files until the program is written
     memory   = adapters + the larger of
-               READING + the largest matrix as read + the largest ΔW
+               READING + TOKENIZER · tokenizer + the largest matrix as read + the largest ΔW
                LOWERING[runtime] + TOKENIZER · tokenizer
                    + the largest matrix as it ships (ONNX), or
                    + CONSTANTS[precision] · embeddings as they ship (ExecuTorch)
@@ -37,10 +37,10 @@ if TYPE_CHECKING:
     from export.artifact import Quantization
     from export.quantize import Form
 
-READING = 0.6e9
-"""Python, the libraries and slices of a matrix, while weights are read and quantized; bytes."""
+READING = 0.75e9
+"""Python, the libraries, slices of matrices, and a skeleton that is traced meanwhile; bytes."""
 LOWERING = {"executorch": 0.9e9, "onnx": 0.63e9}
-"""The same with a graph, while it is traced, lowered and written."""
+"""Python and the libraries with a graph, while it is lowered and written."""
 TOKENIZER = 13
 """Bytes in memory for one of ``tokenizer.json``."""
 CONSTANTS = {"fp32": 2.3, "int8": 1.5, "int4": 1.5}
@@ -224,7 +224,11 @@ def needs(
     stored += beside.shipped if runtime == "executorch" else 0
 
     values = sum(part.values for part in parts if not part.is_tied)
-    reading = READING + max(_BYTES.get(t, 4) * math.prod(s) for t, s in read.values())
+    reading = (
+        READING
+        + TOKENIZER * tokenizer
+        + max(_BYTES.get(t, 4) * math.prod(s) for t, s in read.values())
+    )
     reading += 4 * beside.largest
     if not Path(base).is_dir() or not _has_names(whole, read):
         reading += 4 * values
