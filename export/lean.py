@@ -142,6 +142,9 @@ def lean(
             stored.set_result(fill())
             yield Lean(whole, forms, stored, how.cache_bits)
             return
+        # torch.export 2.13 replaces math.pow while it traces, which numba must not see as it loads.
+        import export.hqq  # noqa: F401
+
         stop = Event()
         with ThreadPoolExecutor(1) as pool:
             stored = pool.submit(copy_context().run, fill, stop)
