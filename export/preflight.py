@@ -204,7 +204,6 @@ def needs(
     """The estimate that stands at the top of this file; arguments are ``preflight``'s."""
     from export.quantize import plan
     from export.skeleton import empty
-    from export.weights import can_stream
 
     directory = _local(base)
     read = {} if directory is None else {n: (t, s) for n, t, s in _headers(directory)}
@@ -231,7 +230,7 @@ def needs(
         + max(_BYTES.get(t, 4) * math.prod(s) for t, s in read.values())
     )
     reading += 4 * beside.largest
-    if not can_stream(base, whole):
+    if not Path(base).is_dir() or not _has_names(whole, read):
         reading += 4 * values
     if runtime == "onnx":
         largest = float(max(part.shipped(runtime) for part in parts))
@@ -298,6 +297,13 @@ class _Beside:
         exact = runtime == "onnx" or precision == "fp32"  # else float16, and 8 bits if shared
         shipped = (4 if exact else 2) * sum(rest) + (4 if exact else 1) * sum(under)
         return cls(1 + len(own) if runtime == "executorch" else 1, held, shipped, 0)
+
+
+def _has_names(whole: PreTrainedModel, read: Mapping[str, object]) -> bool:
+    """Whether a checkpoint's tensors are named as the parameters."""
+    tied = {**(whole.all_tied_weights_keys or {})}
+    names = (name for name, _ in whole.named_parameters(remove_duplicate=False))
+    return all(tied.get(name, name) in read for name in names)
 
 
 def _cache(whole: PreTrainedModel, context: int | None, bits: int | None) -> int:
