@@ -1,16 +1,15 @@
-# make setup   a virtual environment with everything in it
-# make demo    from nothing to validated artifacts and a report
-# make test    lint, types, layers and all tests; those with adb daemons need root on Debian, and
-#              make test ANDROID=no leaves them out
-# make test-benchmarks   the bundle benchmark at tiny scale, some minutes
-# make test-arm64   the ONNX runner on an emulated ARM64 machine; needs root on Debian
+# make setup   create a virtual environment with everything installed
+# make demo    go from nothing to validated artifacts and a report
+# make test    lint, type checks, layer checks and all tests; the tests that use adb daemons need
+#              root on Debian, and make test ANDROID=no skips them
+# make test-benchmarks   run the bundle benchmark at tiny scale; takes some minutes
+# make test-arm64   test the ONNX runner on an emulated ARM64 machine; needs root on Debian
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
-# pip prefers a CPU build of this torch where it knows of one (PIP_FIND_LINKS or
-# PIP_EXTRA_INDEX_URL); elsewhere it takes the default build, which on Linux brings CUDA.
+# pip prefers a CPU build of this torch if PIP_FIND_LINKS or PIP_EXTRA_INDEX_URL offers one;
+# otherwise it installs the default build, which on Linux includes CUDA.
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 ANDROID ?= yes
-PACKAGES := caliport caliport_core calibrate export validation android_harness
 
 .PHONY: setup demo test android test-arm64 test-benchmarks lint clean
 
@@ -31,7 +30,7 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# Debian's adbd, which the tests run as devices, and the runner for this machine; fetched once.
+# Debian's adbd, which the tests run as devices (fetched once), and the runner for this machine.
 android: setup
 ifeq ($(ANDROID),yes)
 	$(BIN)/python tests/android/daemon.py
@@ -45,7 +44,7 @@ test: lint android
 test-benchmarks: setup
 	$(BIN)/pytest -m benchmark
 
-# On an ARM64 machine that QEMU emulates. Debian's packages are installed where they are missing.
+# Runs on an ARM64 machine emulated by QEMU. Missing Debian packages are installed first.
 ARM64 := qemu-system-arm g++-aarch64-linux-gnu cpio
 test-arm64: setup
 	dpkg --status $(ARM64) > /dev/null 2>&1 || \

@@ -15,32 +15,33 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from android_harness import llama_device
-from android_harness.devices import Facts, facts
-from android_harness.job import Job, Timing
-from android_harness.parity import PACKAGES, adapter_of, used
-from android_harness.run import run_job
-from caliport_core.errors import InputError
-from validation.bandwidth import token_bytes
-from validation.latency import Subject, manifest_of, orders, p90
-from validation.latency_results import (
+from caliport.android_harness import texts as llama_device
+from caliport.android_harness.device.facts import Facts, facts
+from caliport.android_harness.parity import PACKAGES, adapter_of, used
+from caliport.android_harness.run import run_job
+from caliport.android_harness.runners.job import Job, Timing
+from caliport.core.errors import InputError
+from caliport.validation.artifact import artifact_form, compositions_of
+from caliport.validation.latency.bandwidth import token_bytes
+from caliport.validation.latency.measure import Subject, manifest_of, orders, p90
+from caliport.validation.latency.statistics import artifact_noise, spread
+from caliport.validation.records.latency import (
     DeviceConditions,
     DeviceState,
     LatencyReport,
     LatencyResult,
     LengthTimes,
 )
-from validation.latency_statistics import artifact_noise, spread
-from validation.results import Machine, file_sizes, shown_path
-from validation.runner import artifact_form, compositions_of
+from caliport.validation.records.record import Machine
+from caliport.validation.records.reports import file_sizes, shown_path
 
 if TYPE_CHECKING:
-    from android_harness.adb import Device
-    from android_harness.job import Result, Turn
-    from android_harness.run import Ran
-    from android_harness.runners import JobRunner
-    from android_harness.session import Session
-    from caliport_core.progress import Advance
+    from caliport.android_harness.device.adb import Device
+    from caliport.android_harness.device.session import Session
+    from caliport.android_harness.run import Ran
+    from caliport.android_harness.runners.job import Result, Turn
+    from caliport.android_harness.runners.kinds import JobRunner
+    from caliport.core.progress import Advance
 
 LENGTHS = (32, 128, 512)
 _POLL = 5.0  # seconds between two looks whether it has cooled
@@ -94,7 +95,7 @@ def measure(
 
     Raises:
         InputError: No artifact, numbers below what can be timed, no room for any prompt, or see
-            ``android_harness.run.run_job``.
+            ``caliport.android_harness.run.run_job``.
     """
     if not subjects or course.rounds < 1 or course.new_tokens < 2 or not course.lengths:
         raise InputError(

@@ -3,7 +3,8 @@
 The host's runtime answers the prompts of an evaluation, the device's runner does so as a ``Job``,
 and the two are held together: greedy tokens, the largest logits at every target, checksums of all
 of them, and the task metric. Where processor and runtime are the host's, bits are expected; else
-what rounding alone does to the eager reference (``validation.rounding``) is the unit.
+what rounding alone does to the eager reference (``caliport.validation.gates.rounding``) is the
+unit.
 """
 
 from __future__ import annotations
@@ -16,23 +17,27 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from android_harness.job import Job, Prompt
-from caliport_core.directories import read_manifest
-from caliport_core.errors import InputError
-from validation import gates, quality
-from validation.device_results import DeviceResult, DeviceTask, DeviceUsed
-from validation.evaluation import Answers, Evaluation, runner_answers, texts_of
-from validation.gates import DEFAULTS, Gate, Limits, limits_for
-from validation.parity import EXACT, Measures, compare, distances, spread, trace
-from validation.results import shown_path
-from validation.runner import Runner, artifact_form, compositions_of, open_runner
+from caliport.android_harness.runners.job import Job, Prompt
+from caliport.core.directories import read_manifest
+from caliport.core.errors import InputError
+from caliport.validation.artifact import artifact_form, compositions_of
+from caliport.validation.evaluation import quality
+from caliport.validation.evaluation.evaluation import Answers, Evaluation, runner_answers, texts_of
+from caliport.validation.evaluation.measures import EXACT, compare, distances, spread, trace
+from caliport.validation.gates import limits as gates
+from caliport.validation.gates.limits import DEFAULTS, Limits, limits_for
+from caliport.validation.records.device import DeviceResult, DeviceTask, DeviceUsed
+from caliport.validation.records.gate import Gate, Measures
+from caliport.validation.records.reports import shown_path
+from caliport.validation.runners.open import open_runner
+from caliport.validation.runners.runner import Runner
 
 if TYPE_CHECKING:
-    from android_harness.adb import Device
-    from android_harness.devices import Facts
-    from android_harness.job import Row
-    from android_harness.run import Ran
-    from validation.rounding import Expected
+    from caliport.android_harness.device.adb import Device
+    from caliport.android_harness.device.facts import Facts
+    from caliport.android_harness.run import Ran
+    from caliport.android_harness.runners.job import Row
+    from caliport.validation.gates.rounding import Expected
 
 TOP = 64
 """Logits that a device tells at each position."""
@@ -91,7 +96,8 @@ def subject_of(
     """Open an artifact on this machine and let it answer; ``precision`` if no manifest says it.
 
     Raises:
-        InputError: See ``validation.runner.open_runner``, or a prompt that exceeds its context.
+        InputError: See ``caliport.validation.runners.open.open_runner``, or a prompt that exceeds
+            its context.
         NotFinite: Some logit is NaN or infinite.
     """
     runner = open_runner(directory, threads, bundled)

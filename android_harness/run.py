@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
-from android_harness.devices import Facts, artifact_files, check_abi, facts, obstacles
-from android_harness.job import JOB, RESULT, Job, Result
-from android_harness.session import Session, session
-from caliport_core.directories import content_hash
-from caliport_core.errors import InputError
+from caliport.android_harness.device.facts import Facts, artifact_files, check_abi, facts, obstacles
+from caliport.android_harness.device.session import Session, session
+from caliport.android_harness.runners.job import JOB, RESULT, Job, Result
+from caliport.core.directories import content_hash
+from caliport.core.errors import InputError
 
 if TYPE_CHECKING:
-    from android_harness.adb import Completed, Device
-    from android_harness.runners import JobRunner
+    from caliport.android_harness.device.adb import Completed, Device
+    from caliport.android_harness.runners.kinds import JobRunner
 
 _SIGNALS = {137: "killed (out of memory, or by somebody)", 139: "segmentation fault"}
 _FAULTS = {126: "cannot be executed", 127: "no such program on the device", **_SIGNALS}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from caliport_core.errors import InputError
+from caliport.core.errors import InputError
 
 
 def put(name: str, text: str, path: Path) -> None:

@@ -19,9 +19,9 @@ from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from calibrate.batches import Encoded
-from calibrate.flix import FeatureSet, FeatureSettings, train_features
-from calibrate.train import TrainSettings
+from caliport.calibrate.training.batches import Encoded
+from caliport.calibrate.training.flix import FeatureSet, FeatureSettings, train_features
+from caliport.calibrate.training.loop import TrainSettings
 
 LENGTH, TARGET = 64, 16
 

@@ -102,8 +102,8 @@ def _work(method: str, shape: dict[str, Any]) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    import calibrate.calibration
-    import calibrate.lora  # noqa: F401
+    import caliport.calibrate.corrections.train
+    import caliport.calibrate.training.lora  # noqa: F401
 
     config = LlamaConfig(
         vocab_size=shape["vocab"],
@@ -138,9 +138,9 @@ def _work(method: str, shape: dict[str, Any]) -> None:
 
 def _training(method: str, model: Any, shape: dict[str, Any]) -> Any:
     """What a turn does."""
-    from calibrate.batches import Encoded
-    from calibrate.lora import LoraSettings, train_lora
-    from calibrate.train import TrainSettings
+    from caliport.calibrate.training.batches import Encoded
+    from caliport.calibrate.training.loop import TrainSettings
+    from caliport.calibrate.training.lora import LoraSettings, train_lora
 
     draw = random.Random(0)
 
@@ -156,9 +156,9 @@ def _training(method: str, model: Any, shape: dict[str, Any]) -> Any:
     if method == "joint":
         lora = LoraSettings(shape["rank"], shape["rank"] / 2, shape["dropout"])
         return lambda: train_lora(model, examples, lora, settings, method, micro_batch=micro_batch)
-    from calibrate.calibration import calibrate
-    from calibrate.correction import Composition
-    from calibrate.merge import linear
+    from caliport.calibrate.corrections.common import Composition
+    from caliport.calibrate.corrections.train import calibrate
+    from caliport.calibrate.merges.linear import linear
 
     adapters = {str(seed): _adapter(model, shape["rank"], seed) for seed in (1, 2)}
     composition = Composition(adapters, linear(list(adapters.values())))
@@ -176,8 +176,8 @@ def _training(method: str, model: Any, shape: dict[str, Any]) -> Any:
 def _adapter(model: Any, rank: int, seed: int) -> Any:
     import torch
 
-    from calibrate import LowRankUpdate
-    from calibrate.lora import COMPONENTS
+    from caliport.calibrate import LowRankUpdate
+    from caliport.calibrate.training.lora import COMPONENTS
 
     draw = torch.Generator().manual_seed(seed)
     weights = {

@@ -1,5 +1,5 @@
 """Adapters in, one composed adapter out: read, merge, calibrate, train."""
 
-from calibrate.low_rank import LowRankUpdate
+from caliport.calibrate.low_rank import LowRankUpdate
 
 __all__ = ["LowRankUpdate"]

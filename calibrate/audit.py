@@ -16,8 +16,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from calibrate.low_rank import LowRankUpdate
-from caliport_core.errors import InputError
+from caliport.calibrate.low_rank import LowRankUpdate
+from caliport.core.errors import InputError
 
 Merge = Callable[[Sequence[LowRankUpdate], Sequence[float] | None], LowRankUpdate]
 Verdict = Literal["exact", "close", "approximate", "far", "does not apply", "undefined"]
@@ -254,7 +254,7 @@ def audit_merge(
     Args:
         updates: The adapters.
         weights: One an adapter.
-        wanted: Their weighted sum, from ``calibrate.merge.exact``.
+        wanted: Their weighted sum, from ``caliport.calibrate.merges.exact.exact``.
         name: The merge's, such as ``linear``.
         merge: The function; an ``InputError`` of its own means that it does not apply.
     """

@@ -1,5 +1,5 @@
 """``python -m caliport``."""
 
-from caliport.cli import main
+from caliport.cli.app import main
 
 main()

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from caliport_core.errors import InputError
+from caliport.core.errors import InputError
 
 if TYPE_CHECKING:
     import torch

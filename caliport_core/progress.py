@@ -20,7 +20,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from caliport_core.processes import is_main
+from caliport.core.processes import is_main
 
 console = Console(stderr=True, quiet=not is_main())
 

@@ -22,20 +22,19 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from caliport_core.checkpoints import check_safetensors, load_config
-from caliport_core.errors import InputError
+from caliport.core.checkpoints import check_safetensors, load_config
+from caliport.core.errors import InputError
+from caliport.core.machine import available_memory, free_disk
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from export.artifact import Quantization
-    from export.quantize import Form
+    from caliport.export.quantization.choices import Form, Quantization
 
 READING = 0.75e9
 """Python, the libraries, slices of matrices, and a skeleton that is traced meanwhile; bytes."""
@@ -55,8 +54,6 @@ LAYER = {"executorch": 0.5, "onnx": 0.1}
 """Seconds a layer of a method, to repeat it."""
 VALUE = {"fp32": 20e-9, "int8": 10e-9, "int4": 8e-9}
 """Seconds a value, to read, quantize, write and hash it."""
-
-_UNLIMITED = 1 << 60
 
 
 @dataclass(frozen=True)
@@ -98,7 +95,7 @@ class Part:
         return math.prod(self.shape)
 
     def stored(self) -> int:
-        """Bytes of its files while the program is made (``export.weights``)."""
+        """Bytes of its files while the program is made (``caliport.export.decoder.stored``)."""
         return 0 if self.is_tied else self._data() + self._scales(2)
 
     def shipped(self, runtime: str) -> int:
@@ -119,7 +116,7 @@ class Part:
 
     def _scales(self, size: int) -> int:
         """Bytes of scales, where those of a group take ``size`` and those of a row 4."""
-        from export.quantize import GROUP_SIZE
+        from caliport.export.quantization.choices import GROUP_SIZE
 
         if self.form is None:
             return 0
@@ -127,7 +124,7 @@ class Part:
 
     def _in_nodes(self, form: Form) -> int:
         """Bytes as ONNX Runtime's operators take them."""
-        from export.matmul_nbits import lookup_layout, product_layout
+        from caliport.export.onnx.layouts import lookup_layout, product_layout
 
         rows, columns = self.shape
         product = product_layout(rows, columns, "int8" if form.endswith("int8") else "int4")
@@ -202,8 +199,8 @@ def needs(
     shared: Sequence[Path] | None = None,
 ) -> Needs | None:
     """The estimate that stands at the top of this file; arguments are ``preflight``'s."""
-    from export.quantize import plan
-    from export.skeleton import empty
+    from caliport.export.decoder.skeleton import empty
+    from caliport.export.quantization.tensors import plan
 
     directory = _local(base)
     read = {} if directory is None else {n: (t, s) for n, t, s in _headers(directory)}
@@ -308,7 +305,7 @@ def _has_names(whole: PreTrainedModel, read: Mapping[str, object]) -> bool:
 
 def _cache(whole: PreTrainedModel, context: int | None, bits: int | None) -> int:
     """Bytes of one method's keys and values, which ExecuTorch holds until all are emitted."""
-    from export.onnx_trace import cache_shape
+    from caliport.export.decoder.checks import cache_shape
 
     config = whole.config.get_text_config()
     heads, dim = cache_shape(whole)
@@ -327,59 +324,6 @@ def _rotary_tables(whole: PreTrainedModel, context: int | None) -> int:
 
 
 _BYTES = {"F64": 8, "I64": 8, "F32": 4, "F16": 2, "BF16": 2}
-
-
-def available_memory(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes that this process may still use: the machine's, or less if a control group says so.
-
-    Args:
-        proc: Of the kernel, where ``self/cgroup`` names the groups.
-        groups: Where the control groups are mounted, version 1 or 2.
-    """
-    import psutil
-
-    left = int(psutil.virtual_memory().available)
-    try:
-        lines = (proc / "self/cgroup").read_text().splitlines()
-    except OSError:
-        return left
-    for line in lines:
-        _, kinds, path = line.split(":", 2)
-        if kinds == "":
-            left = min(left, _room(groups, path, "memory.max", "memory.current", "inactive_file"))
-        elif "memory" in kinds.split(","):
-            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-            left = min(left, _room(groups / "memory", path, *names))
-    return max(left, 0)
-
-
-def _room(root: Path, path: str, limit: str, usage: str, cache: str) -> int:
-    """What the tightest of a control group and those around it leaves free.
-
-    Pages of files that were not used lately count as used but can be given back at once. Where a
-    container mounts its own group as the root, its path is not below it, but the root's files are.
-    """
-    left = _UNLIMITED
-    place = root / path.strip("/")
-    for group in (place, *place.parents):
-        if not group.is_relative_to(root):
-            break
-        try:
-            most = (group / limit).read_text().strip()
-            used = int((group / usage).read_text())
-            facts = (line.split() for line in (group / "memory.stat").read_text().splitlines())
-            back = next((int(value) for name, value in facts if name == cache), 0)
-        except (OSError, ValueError):
-            continue
-        if most != "max":
-            left = min(left, int(most) - used + back)
-    return left
-
-
-def free_disk(out: Path) -> int:
-    """Free bytes where ``out`` will be written."""
-    out = out.absolute()
-    return shutil.disk_usage(next(p for p in (out, *out.parents) if p.is_dir())).free
 
 
 def _local(base: str | Path) -> Path | None:

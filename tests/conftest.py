@@ -32,7 +32,7 @@ def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
 @pytest.fixture(scope="session")
 def base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Hugging Face directory: a two-layer Llama with random weights and its tokenizer."""
-    from calibrate.base import BaseShape, build_model, build_tokenizer
+    from caliport.calibrate.training.small_base import BaseShape, build_model, build_tokenizer
 
     shape = BaseShape(
         vocab_size=384, hidden_size=64, intermediate_size=160, layers=2, heads=4, context=128

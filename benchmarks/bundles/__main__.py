@@ -30,9 +30,9 @@ from benchmarks.document import put
 from benchmarks.export.checkpoint import SHAPES, write_checkpoint
 from benchmarks.export.records import RESULTS, write_record
 from benchmarks.export.turns import Course
-from caliport_core.directories import read_manifest, versions
-from caliport_core.errors import InputError
-from validation.results import this_machine
+from caliport.core.directories import read_manifest, versions
+from caliport.core.errors import InputError
+from caliport.validation.records.reports import this_machine
 
 _HELP = (__doc__ or "").partition("\n")[0]
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=_HELP)

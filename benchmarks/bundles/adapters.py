@@ -15,13 +15,15 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from calibrate.correction import Composition, LCPlusPlus, frozen
-from calibrate.low_rank import LowRankUpdate
-from calibrate.merge import linear, none
+from caliport.calibrate.corrections.common import Composition, frozen
+from caliport.calibrate.corrections.lc_plus_plus import LCPlusPlus
+from caliport.calibrate.low_rank import LowRankUpdate
+from caliport.calibrate.merges.common import none
+from caliport.calibrate.merges.linear import linear
+from caliport.core.checkpoints import load_config
+from caliport.core.directories import content_hash, new_directory
 from caliport.data.pocket import LANGUAGES, TONES
-from caliport_core.checkpoints import load_config
-from caliport_core.directories import content_hash, new_directory
-from export.skeleton import empty
+from caliport.export.decoder.skeleton import empty
 
 RANK, ALPHA = 32, 16
 MAINS = ("summarize", "reply")

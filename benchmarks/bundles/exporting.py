@@ -12,8 +12,8 @@ from benchmarks.bundles.adapters import FAMILIES, needed
 from benchmarks.bundles.speed import PROGRAM
 from benchmarks.export.measuring import measured
 from benchmarks.export.records import Export, read_export, write_record
-from caliport_core.directories import read_manifest, versions
-from validation.results import file_sizes
+from caliport.core.directories import read_manifest, versions
+from caliport.validation.records.reports import file_sizes
 
 FOLDED = "folded"
 WAYS = ("methods", "inputs")

@@ -20,26 +20,26 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.export.graph_signature import InputKind
 
-from calibrate.low_rank import LowRankUpdate
-from caliport_core.checkpoints import eos_ids
-from caliport_core.directories import content_hash, new_directory, read_manifest
-from export.artifact import Quantization, fill_with
-from export.bundle import Composed, split
-from export.executorch import PROGRAM, constant_methods
-from export.executorch_bundle import halves
-from export.fast_lowering import fast_lowering, swapped
-from export.lean import Lean, group
-from export.lowering import count_delegated, finish, lower_skeleton, with_weights
-from export.quantize import integers
-from export.quiet import quiet
-from export.repeat import repeat
-from export.sharing import shared_tables
-from export.skeleton import Layers, furnish, skeleton
+from caliport.calibrate.low_rank import LowRankUpdate
+from caliport.core.checkpoints import eos_ids
+from caliport.core.directories import content_hash, new_directory, read_manifest
+from caliport.core.patching import quiet, swapped
+from caliport.export.artifact import fill_with
+from caliport.export.decoder.shipped import Lean, group
+from caliport.export.decoder.skeleton import Layers, furnish, skeleton
+from caliport.export.decoder.terms import Composed, halves, split
+from caliport.export.executorch.lower import PROGRAM, constant_methods
+from caliport.export.executorch.patches.skip_idle_passes import fast_lowering
+from caliport.export.executorch.patches.tied_tables import shared_tables
+from caliport.export.executorch.repeat import repeat
+from caliport.export.executorch.steps import count_delegated, finish, lower_skeleton, with_weights
+from caliport.export.quantization.choices import Quantization
+from caliport.export.quantization.quantizers.registry import integers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from export.lowering import Lowered
+    from caliport.export.executorch.steps import Lowered
 
 _PLACES, _INPUTS = "places", "inputs"
 
@@ -221,7 +221,7 @@ class Factors:
 
 
 def _save_rows(update: LowRankUpdate, path: Path) -> None:
-    """An adapter as 8-bit rows, the integers that ``export.executorch_bundle`` ships."""
+    """An adapter as 8-bit rows, the integers that ``caliport.export.executorch.bundle`` ships."""
     tensors = {}
     for module in update.modules:
         for side, matrix in (("A", update.a[module]), ("B", update.b[module])):

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.export.records import Export
-from validation.record import Record
-from validation.results import Machine
+from caliport.validation.records.record import Machine, Record
 
 
 class Way(Record):

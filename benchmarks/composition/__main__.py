@@ -26,13 +26,14 @@ from benchmarks.composition.plans import (
     rounds_of,
 )
 from benchmarks.composition.tables import write_tables
-from caliport.composing import compose, make_data, prepare_all
-from caliport.methods import parse
-from caliport.reading import read_recipe
-from caliport.scoring import score_method, variants_of
-from caliport.workspace import Workspace
-from caliport_core.directories import read_manifest
-from caliport_core.errors import InputError
+from caliport.core.directories import read_manifest
+from caliport.core.errors import InputError
+from caliport.recipe.methods import parse
+from caliport.recipe.read import read_recipe
+from caliport.run.compose import compose, make_data, prepare_all
+from caliport.run.resolve import variants_of
+from caliport.run.score import score_method
+from caliport.run.workspace import Workspace
 
 
 def main(

@@ -10,13 +10,13 @@ import numpy as np
 
 from benchmarks.composition.plans import TRAINED, Plan, fields_of, has
 from benchmarks.document import markdown, put
-from caliport.methods import KINDS, parse
-from caliport.scoring import FP32, read_score, variants_of
-from caliport.sweeping import seconds_of
-from caliport.workspace import Workspace
-from caliport_core.directories import read_manifest
-from validation.gates import bootstrap_interval
-from validation.results import this_machine
+from caliport.core.directories import read_manifest
+from caliport.recipe.methods import KINDS, parse
+from caliport.run.resolve import FP32, read_score, variants_of
+from caliport.run.workspace import Workspace
+from caliport.stages.sweep import seconds_of
+from caliport.validation.evaluation.bootstrap import bootstrap_interval
+from caliport.validation.records.reports import this_machine
 
 CONFIDENCE = 0.95
 

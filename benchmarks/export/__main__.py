@@ -28,9 +28,9 @@ from benchmarks.export.exporting import export
 from benchmarks.export.records import RESULTS, Results, read_export, read_results, write_record
 from benchmarks.export.tables import render, write_tables
 from benchmarks.export.turns import Course, speeds
-from caliport_core.directories import read_manifest, versions
-from caliport_core.errors import InputError
-from validation.results import this_machine
+from caliport.core.directories import read_manifest, versions
+from caliport.core.errors import InputError
+from caliport.validation.records.reports import this_machine
 
 PEERS = Path("runs/peers")
 

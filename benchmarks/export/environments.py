@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.export.exporters import EXPORTERS, interpreter
-from caliport_core.errors import InputError
+from caliport.core.errors import InputError
 
 _READY = "ready.json"
 _VERSIONS = """

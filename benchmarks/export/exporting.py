@@ -10,8 +10,8 @@ from benchmarks.export.environments import installed
 from benchmarks.export.exporters import EXPORTERS, Job, fresh, interpreter
 from benchmarks.export.measuring import measured
 from benchmarks.export.records import Export, read_export, write_record
-from caliport_core.directories import read_manifest
-from validation.results import file_sizes
+from caliport.core.directories import read_manifest
+from caliport.validation.records.reports import file_sizes
 
 
 def export(

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from caliport_core.errors import InputError
+from caliport.core.errors import InputError
 
 _INTERVAL = 0.1
 _TAIL = 2000

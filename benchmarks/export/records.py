@@ -6,9 +6,8 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from caliport_core.errors import InputError
-from validation.record import Record
-from validation.results import Machine
+from caliport.core.errors import InputError
+from caliport.validation.records.record import Machine, Record
 
 RESULTS = "results.json"
 

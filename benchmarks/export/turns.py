@@ -24,7 +24,7 @@ import numpy as np
 from benchmarks.export.exporters import EXPORTERS
 from benchmarks.export.records import Speed
 from benchmarks.export.speed import Turn, prompt_of
-from caliport_core.errors import InputError
+from caliport.core.errors import InputError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -175,8 +175,8 @@ def reference_logits(checkpoint: Path, prompt: list[int]) -> NDArray[np.float32]
     """Logits of the float32 checkpoint after the prompt, float32 [vocab]."""
     import torch
 
-    from caliport_core.checkpoints import load_base
-    from export.quiet import quiet
+    from caliport.core.checkpoints import load_base
+    from caliport.core.patching import quiet
 
     with quiet():
         model = load_base(checkpoint)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from caliport_core.errors import InputError
+from caliport.core.errors import InputError
 
 FIELDS = ("input", "output")
 

@@ -20,8 +20,8 @@ import unicodedata
 import zlib
 from pathlib import Path
 
+from caliport.core.errors import InputError
 from caliport.data.examples import Example
-from caliport_core.errors import InputError
 
 LANGUAGES = {"de": "German", "fr": "French", "cs": "Czech"}
 TASKS = ("describe", *(f"translate_{code}" for code in LANGUAGES))

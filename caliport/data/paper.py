@@ -19,10 +19,10 @@ import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from caliport.core.errors import InputError
+from caliport.core.progress import console
 from caliport.data.examples import Example
 from caliport.data.published import Row, find, read_lines, read_rows
-from caliport_core.errors import InputError
-from caliport_core.progress import console
 
 Rewrite = Callable[[str, Sequence[str]], list[str]]
 """Gives each English text in a form: a code of LANGUAGES or a tone of TONES."""

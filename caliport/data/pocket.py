@@ -12,6 +12,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
+from caliport.core.errors import InputError
 from caliport.data.examples import Example
 from caliport.data.pocket_phrases import (
     CLOSINGS,
@@ -26,7 +27,6 @@ from caliport.data.pocket_phrases import (
     Phrase,
     Shape,
 )
-from caliport_core.errors import InputError
 
 LANGUAGES = {"es": "Spanish", "fr": "French", "de": "German"}
 TONES = ("professional", "casual", "witty", "paraphrase")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from caliport_core.errors import InputError
+from caliport.core.errors import InputError
 
 # More than the largest published file (TED's training table, 0.8 GB), less than fills a disk.
 LARGEST_FILE = 4 << 30

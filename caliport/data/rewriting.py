@@ -19,12 +19,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from caliport.core.checkpoints import encode_prompt, eos_ids, load_base, load_tokenizer
+from caliport.core.directories import content_hash
+from caliport.core.errors import InputError
+from caliport.core.progress import progress
 from caliport.data.paper import LANGUAGES, TONES
 from caliport.data.published import read_rows
-from caliport_core.checkpoints import encode_prompt, eos_ids, load_base, load_tokenizer
-from caliport_core.directories import content_hash
-from caliport_core.errors import InputError
-from caliport_core.progress import progress
 
 if TYPE_CHECKING:
     import torch

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import psutil
 
-from android_harness.packages import fetch_packages
+from caliport.android_harness.toolchain.packages import fetch_packages
 
 PROJECT = Path(__file__).parents[2]
 CACHE = PROJECT / "build/adbd"

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import pytest
 from adbutils import adb_path
 
-from android_harness import adb as client
+from caliport.android_harness.device import adb as client
 from tests.android.daemon import Daemon, fetch, private_network, wait_for
 from tests.android.standins import ARM, BATTERY, THERMAL, clients, properties
 from tests.commands import ENVIRONMENT

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import psutil
 
-from android_harness.job import Answer, Job, Prompt, Result
-from android_harness.runners import JobRunner
+from caliport.android_harness.runners.job import Answer, Job, Prompt, Result
+from caliport.android_harness.runners.kinds import JobRunner
 from tests.android.daemon import Daemon
 
 PHONE = {

@@ -8,9 +8,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from android_harness.adb import Device
-from android_harness.devices import check_abi, choose, facts, obstacles
-from caliport_core.errors import InputError
+from caliport.android_harness.device.adb import Device
+from caliport.android_harness.device.facts import check_abi, choose, facts, obstacles
+from caliport.core.errors import InputError
 from tests.android.daemon import Daemon
 from tests.android.standins import properties
 from tests.commands import caliport

@@ -20,10 +20,10 @@ import psutil
 import pytest
 import yaml
 
-from android_harness import emulator, sdk
-from android_harness.emulator import Process, Running, create, native_abi, running
-from android_harness.sdk import Image, Sdk
-from caliport_core.errors import InputError
+from caliport.android_harness.emulator import emulator, sdk
+from caliport.android_harness.emulator.emulator import Process, Running, create, native_abi, running
+from caliport.android_harness.emulator.sdk import Image, Sdk
+from caliport.core.errors import InputError
 from tests.android.daemon import wait_for
 from tests.commands import ENVIRONMENT, ROOT, caliport
 

@@ -18,15 +18,15 @@ from pathlib import Path
 
 import pytest
 
-from android_harness import adb as client
-from android_harness import run as running
-from android_harness import session as sessions
-from android_harness.adb import Device
-from android_harness.devices import choose
-from android_harness.run import run_job
-from android_harness.runners import JobRunner
-from android_harness.session import session
-from caliport.cli import guarded
+from caliport.android_harness import run as running
+from caliport.android_harness.device import adb as client
+from caliport.android_harness.device import session as sessions
+from caliport.android_harness.device.adb import Device
+from caliport.android_harness.device.facts import choose
+from caliport.android_harness.device.session import session
+from caliport.android_harness.run import run_job
+from caliport.android_harness.runners.kinds import JobRunner
+from caliport.cli.app import guarded
 from tests.android.daemon import Daemon, wait_for
 from tests.android.standins import ANSWER, JOB, properties, runner
 from tests.commands import ENVIRONMENT, ROOT, caliport
@@ -281,10 +281,10 @@ def test_the_port_of_the_adb_server_is_taken(
 _HOST = """
 import sys
 from pathlib import Path
-from android_harness.adb import Device
-from android_harness.run import run_job
-from android_harness.runners import JobRunner
-from android_harness.session import session
+from caliport.android_harness.device.adb import Device
+from caliport.android_harness.run import run_job
+from caliport.android_harness.runners.kinds import JobRunner
+from caliport.android_harness.device.session import session
 from tests.android.standins import JOB
 with session(Device(sys.argv[1])) as held:
     made = JobRunner("onnx", Path(sys.argv[3]), ("{runner}/run",))

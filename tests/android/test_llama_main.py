@@ -12,18 +12,18 @@ import pytest
 from commands import ENVIRONMENT
 from conftest import TEXTS
 
-from android_harness.job import Job, Prompt, Result, Timing
-from android_harness.runners import (
+from caliport.android_harness.runners.job import Job, Prompt, Result, Timing
+from caliport.android_harness.runners.kinds import (
     answers,
     executorch_runner,
     llama_main_flags,
     parse_llama_main,
 )
-from caliport_core.checkpoints import load_tokenizer, render_prompt
-from caliport_core.errors import InputError
-from export.artifact import to_executorch
-from validation.executorch_runner import ExecuTorchRunner, generate
-from validation.runner import greedy
+from caliport.core.checkpoints import load_tokenizer, render_prompt
+from caliport.core.errors import InputError
+from caliport.export.api import to_executorch
+from caliport.validation.runners.executorch import ExecuTorchRunner, generate
+from caliport.validation.runners.runner import greedy
 
 CONTEXT = 96
 # As ExecuTorch 1.5.1 prints it.
@@ -105,7 +105,7 @@ def test_llama_mains_flags_give_the_stock_text_and_figures(artifact: Path, base_
         if text.isascii() and text.isprintable():
             break
     flags = llama_main_flags("model.pte", "tokenizer.json", prompt, 8, 1)
-    command = [sys.executable, "-m", "android_harness.llama_main", *flags]
+    command = [sys.executable, "-m", "caliport.android_harness.runners.llama_main", *flags]
     done = run(artifact, command)
     assert done.returncode == 0, done.stderr
     found = parse_llama_main(done.stdout, prompt)

@@ -17,12 +17,11 @@ from commands import ROOT, caliport
 from hypothesis import given
 from hypothesis import strategies as st
 
-from android_harness.job import Answer, Job, Prompt, Result, Row, Timing, Turn
-from android_harness.runners import JobRunner, answers, read_runner
-from caliport_core.errors import InputError
-from export.artifact import to_onnx
-from export.onnx_bundle import to_onnx_bundle
-from validation.onnx_runner import OnnxRunner
+from caliport.android_harness.runners.job import Answer, Job, Prompt, Result, Row, Timing, Turn
+from caliport.android_harness.runners.kinds import JobRunner, answers, read_runner
+from caliport.core.errors import InputError
+from caliport.export.api import to_onnx, to_onnx_bundle
+from caliport.validation.runners.onnx import OnnxRunner
 
 CONTEXT = 96
 CACHE = ROOT / "build" / "runner"

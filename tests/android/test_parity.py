@@ -14,35 +14,44 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from android_harness import latency, llama_device
-from android_harness.adb import Device
-from android_harness.build import PROGRAM, build_runner
-from android_harness.devices import Facts, facts
-from android_harness.parity import check, estimated, job_of, subject_of
-from android_harness.run import Ran, run_job
-from android_harness.runners import JobRunner, read_runner, row_of
-from android_harness.session import session
-from caliport.cli import app
-from caliport.devices_named import Where, runner_for
-from caliport.single import references_of
-from caliport_core.checkpoints import load_tokenizer
-from caliport_core.errors import InputError
-from export import to_executorch, to_onnx
-from export.artifact import Quantization, eager
+from caliport.android_harness import latency
+from caliport.android_harness import texts as llama_device
+from caliport.android_harness.device.adb import Device
+from caliport.android_harness.device.facts import Facts, facts
+from caliport.android_harness.device.session import session
+from caliport.android_harness.parity import check, estimated, job_of, subject_of
+from caliport.android_harness.run import Ran, run_job
+from caliport.android_harness.runners.kinds import JobRunner, read_runner, row_of
+from caliport.android_harness.toolchain.build import PROGRAM, build_runner
+from caliport.cli.app import app
+from caliport.core.checkpoints import load_tokenizer
+from caliport.core.errors import InputError
+from caliport.export import to_executorch, to_onnx
+from caliport.export.quantization.choices import Quantization
+from caliport.export.reference.folded import eager
+from caliport.flags.validate import references_of
+from caliport.on_devices.where import Where, runner_for
+from caliport.validation.baseline.baseline import read_baseline
+from caliport.validation.baseline.regression import RegressionLimits, hold_times, hold_to
+from caliport.validation.evaluation.evaluation import make_evaluation
+from caliport.validation.evaluation.measures import kl_divergence
+from caliport.validation.records.device import DeviceUsed
+from caliport.validation.records.latency import DeviceConditions, LatencyReport
+from caliport.validation.records.record import Machine
+from caliport.validation.records.reports import (
+    LATENCY,
+    PARITY,
+    ParityReport,
+    read_result,
+    write_result,
+)
+from caliport.validation.report.junit import write_junit
+from caliport.validation.report.page import write_report
+from caliport.validation.report.summary import summary
 from tests.android.daemon import PROJECT, Daemon
 from tests.android.standins import THERMAL, properties
 from tests.conftest import TEXTS
 from tests.validation.runs import run_of, times, write_run
-from validation.baseline import read_baseline
-from validation.device_results import DeviceUsed
-from validation.evaluation import make_evaluation
-from validation.junit import write_junit
-from validation.latency_results import DeviceConditions, LatencyReport
-from validation.parity import kl_divergence
-from validation.regression import RegressionLimits, hold_times, hold_to
-from validation.report import write_report
-from validation.results import LATENCY, PARITY, Machine, ParityReport, read_result, write_result
-from validation.summary import summary
 
 FORMS = [("onnx", "int8"), ("onnx", "int4"), ("executorch", "int4")]
 LABEL = "Linux stand-in: times are no results"
@@ -227,7 +236,7 @@ def test_llama_main_is_held_by_its_texts_and_timed(
 ) -> None:
     """ExecuTorch's flags and output by its Python binding, as if it had been built for a phone."""
     program = tmp_path / "llama_main"
-    command = f'{sys.executable} -m android_harness.llama_main "$@"'
+    command = f'{sys.executable} -m caliport.android_harness.runners.llama_main "$@"'
     program.write_text(f"#!/bin/sh\nexec {command}\n")
     program.chmod(0o755)
     model = eager(base_dir, adapter_dirs[0], "fp32")

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from android_harness import session as sessions
-from android_harness.adb import Device
-from android_harness.run import run_all, run_job
-from android_harness.session import session
-from caliport_core.directories import content_hash
-from caliport_core.errors import InputError
+from caliport.android_harness.device import session as sessions
+from caliport.android_harness.device.adb import Device
+from caliport.android_harness.device.session import session
+from caliport.android_harness.run import run_all, run_job
+from caliport.core.directories import content_hash
+from caliport.core.errors import InputError
 from tests.android.daemon import Daemon
 from tests.android.standins import ANSWER, JOB, runner
 

@@ -16,11 +16,11 @@ from benchmarks.bundles.inputs import Factors
 from benchmarks.bundles.records import Results
 from benchmarks.bundles.tables import added, render, whole
 from benchmarks.export.checkpoint import SHAPES, tensor_shapes, write_checkpoint
-from calibrate.low_rank import LowRankUpdate
-from caliport_core.checkpoints import load_config
-from caliport_core.directories import read_manifest
-from export.bundle import split
-from export.skeleton import empty
+from caliport.calibrate.low_rank import LowRankUpdate
+from caliport.core.checkpoints import load_config
+from caliport.core.directories import read_manifest
+from caliport.export.decoder.skeleton import empty
+from caliport.export.decoder.terms import split
 
 pytestmark = pytest.mark.benchmark
 NAMES = list(COMPOSITIONS)[:2]

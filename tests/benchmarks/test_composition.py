@@ -9,9 +9,9 @@ import pytest
 
 from benchmarks.composition import __main__ as benchmark
 from benchmarks.composition.plans import PLANS, Plan
-from caliport.reading import read_recipe
-from caliport.recipe import prompts_of
-from caliport_core.directories import read_manifest
+from caliport.core.directories import read_manifest
+from caliport.recipe.read import read_recipe
+from caliport.recipe.schema import prompts_of
 
 RECIPE = """
 name: tiny

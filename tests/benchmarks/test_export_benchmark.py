@@ -18,9 +18,9 @@ from benchmarks.export.records import Export, Results, Speed, read_results, writ
 from benchmarks.export.speed import prompt_of
 from benchmarks.export.tables import render, write_tables
 from benchmarks.export.turns import Course, Worker, reference_logits, with_threads
-from caliport_core.directories import content_hash
-from caliport_core.errors import InputError
-from validation.results import Machine
+from caliport.core.directories import content_hash
+from caliport.core.errors import InputError
+from caliport.validation.records.record import Machine
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.linalg import subspace_angles
 
-from calibrate import LowRankUpdate
-from calibrate.audit import (
+from caliport.calibrate import LowRankUpdate
+from caliport.calibrate.audit import (
     audit_merge,
     audit_module,
     check_one_base,
@@ -21,8 +21,10 @@ from calibrate.audit import (
     inner,
     norm_of,
 )
-from calibrate.merge import MERGES, exact, linear
-from caliport_core.errors import InputError
+from caliport.calibrate.merges.exact import exact
+from caliport.calibrate.merges.linear import linear
+from caliport.calibrate.merges.registry import MERGES
+from caliport.core.errors import InputError
 
 OUT, IN = 9, 12
 

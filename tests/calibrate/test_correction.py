@@ -13,16 +13,18 @@ from peft import PeftModel
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from calibrate import LowRankUpdate
-from calibrate.attach import Rows, attached, attached_rounded
-from calibrate.batches import Encoded
-from calibrate.calibration import calibrate
-from calibrate.correction import CORRECTIONS, Composition, component_of, frozen
-from calibrate.merge import linear, none
-from calibrate.train import TrainSettings, evaluate
-from caliport_core.checkpoints import load_base
-from export.fold import fold
-from export.quantize import as_shipped, dequantize, quantize, rounded
+from caliport.calibrate import LowRankUpdate
+from caliport.calibrate.corrections.common import Composition, component_of, frozen
+from caliport.calibrate.corrections.registry import CORRECTIONS
+from caliport.calibrate.corrections.train import calibrate
+from caliport.calibrate.merges.common import none
+from caliport.calibrate.merges.linear import linear
+from caliport.calibrate.training.attach import Rows, attached, attached_rounded
+from caliport.calibrate.training.batches import Encoded
+from caliport.calibrate.training.loop import TrainSettings, evaluate
+from caliport.core.checkpoints import load_base
+from caliport.export.decoder.fold import fold
+from caliport.export.quantization.tensors import as_shipped, dequantize, quantize, rounded
 
 METHODS = ("lc", "lc++", "scales")
 

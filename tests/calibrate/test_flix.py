@@ -8,13 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from calibrate import LowRankUpdate
-from calibrate.attach import attached
-from calibrate.batches import Encoded
-from calibrate.flix import FeatureSet, FeatureSettings, _Active, compose, train_features
-from calibrate.train import TrainSettings, evaluate
-from caliport_core.checkpoints import load_base
-from caliport_core.errors import InputError
+from caliport.calibrate import LowRankUpdate
+from caliport.calibrate.training.attach import attached
+from caliport.calibrate.training.batches import Encoded
+from caliport.calibrate.training.flix import (
+    FeatureSet,
+    FeatureSettings,
+    _Active,
+    compose,
+    train_features,
+)
+from caliport.calibrate.training.loop import TrainSettings, evaluate
+from caliport.core.checkpoints import load_base
+from caliport.core.errors import InputError
 
 RANKS = {"copy": 2, "de": 3, "fr": 2}
 SETTINGS = TrainSettings(steps=40, batch_size=16, learning_rate=1e-2)

@@ -20,11 +20,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
-from calibrate import LowRankUpdate, low_rank
-from calibrate.attach import attached
-from caliport_core.checkpoints import load_base
-from caliport_core.errors import InputError
-from export.fold import fold
+from caliport.calibrate import LowRankUpdate, peft_files
+from caliport.calibrate.training.attach import attached
+from caliport.core.checkpoints import load_base
+from caliport.core.errors import InputError
+from caliport.export.decoder.fold import fold
 
 
 def peft_delta(base: Path, adapter: Path, name: str) -> torch.Tensor:
@@ -348,7 +348,7 @@ def test_what_is_no_low_rank_update_is_refused_with_the_reason(
     assert str(adapter) in str(caught.value)
 
 
-@pytest.mark.parametrize("field", sorted(low_rank._REFUSED))
+@pytest.mark.parametrize("field", sorted(peft_files._REFUSED))
 def test_every_refused_field_has_a_reason(
     field: str, adapter_dirs: list[Path], tmp_path: Path
 ) -> None:
@@ -357,13 +357,13 @@ def test_every_refused_field_has_a_reason(
     config.write_text(json.dumps({**json.loads(config.read_text()), field: {"any": 1}}))
     with pytest.raises(InputError) as caught:
         LowRankUpdate.from_peft(out)
-    assert str(caught.value) == f"{config}: {field} = {{'any': 1}}: {low_rank._REFUSED[field]}"
+    assert str(caught.value) == f"{config}: {field} = {{'any': 1}}: {peft_files._REFUSED[field]}"
 
 
 def test_every_setting_of_this_peft_is_known() -> None:
     """Fails when a PEFT has new settings: read what they do, then sort them in."""
     fields = {field.name for field in dataclasses.fields(LoraConfig)}
-    known = [set(low_rank._REFUSED), set(low_rank._READ), set(low_rank._HARMLESS)]
+    known = [set(peft_files._REFUSED), set(peft_files._READ), set(peft_files._HARMLESS)]
     assert fields == set.union(*known)
     assert sum(map(len, known)) == len(fields), "a setting has one place"
 

@@ -13,10 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from calibrate import LowRankUpdate
-from calibrate.low_rank import check_same_base
-from calibrate.merge import MERGES, dare, exact, linear, none, slerp, svd, ties
-from caliport_core.errors import InputError
+from caliport.calibrate import LowRankUpdate
+from caliport.calibrate.merges.common import none
+from caliport.calibrate.merges.dare import dare
+from caliport.calibrate.merges.exact import exact
+from caliport.calibrate.merges.linear import linear
+from caliport.calibrate.merges.registry import MERGES
+from caliport.calibrate.merges.slerp import slerp
+from caliport.calibrate.merges.svd import svd
+from caliport.calibrate.merges.ties import ties
+from caliport.calibrate.peft_files import check_same_base
+from caliport.core.errors import InputError
 
 OUT, INTO = 7, 5
 FULL = min(OUT, INTO)

@@ -18,9 +18,14 @@ from conftest import random_adapter
 from peft import PeftModel
 from torch import Tensor
 
-from calibrate import LowRankUpdate
-from calibrate.merge import dare, exact, linear, slerp, svd, ties
-from caliport_core.checkpoints import load_base
+from caliport.calibrate import LowRankUpdate
+from caliport.calibrate.merges.dare import dare
+from caliport.calibrate.merges.exact import exact
+from caliport.calibrate.merges.linear import linear
+from caliport.calibrate.merges.slerp import slerp
+from caliport.calibrate.merges.svd import svd
+from caliport.calibrate.merges.ties import ties
+from caliport.core.checkpoints import load_base
 
 HALF = (0.5, 0.5)
 

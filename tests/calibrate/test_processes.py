@@ -19,13 +19,13 @@ from comparing import assert_same, losses
 LAUNCHED = """
     import json, sys, torch
     from pathlib import Path
-    import calibrate.train
-    from calibrate.batches import Encoded
-    from calibrate.flix import FeatureSet, FeatureSettings, train_features
-    from calibrate.lora import LoraSettings, train_lora
-    from calibrate.train import TrainSettings
-    from caliport_core.checkpoints import load_base
-    from caliport_core.processes import is_main, process_count
+    from caliport.calibrate.training import loop
+    from caliport.calibrate.training.batches import Encoded
+    from caliport.calibrate.training.flix import FeatureSet, FeatureSettings, train_features
+    from caliport.calibrate.training.lora import LoraSettings, train_lora
+    from caliport.calibrate.training.loop import TrainSettings
+    from caliport.core.checkpoints import load_base
+    from caliport.core.processes import is_main, process_count
 
     def examples():
         return [Encoded((5 + i, 6 + i), (7 + i, *range(8, 8 + i % 3), 2)) for i in range(64)]
@@ -42,20 +42,20 @@ LAUNCHED = """
         return {**sides, "curve": curve, "processes": process_count()}
 
     def trained(base, out, steps, batch, dropout=0.0, micro_batch=None, fails=None):
-        calibrate.train._CHECKPOINT_SECONDS = -1.0
-        collate, rank, calls = calibrate.train.collate, 0 if is_main() else 1, []
+        loop._CHECKPOINT_SECONDS = -1.0
+        collate, rank, calls = loop.collate, 0 if is_main() else 1, []
         def failing(*arguments):
             calls.append(arguments)
             if rank == fails and len(calls) == 3:
                 raise ValueError(f"process {rank} of {process_count()} fails")
             return collate(*arguments)
-        calibrate.train.collate = failing
+        loop.collate = failing
         update, curve = train_lora(
             load_base(base), examples(), LoraSettings(4, 8, dropout),
             TrainSettings(steps, batch, learning_rate=1e-3), "x",
             out.with_suffix(".resume"), micro_batch=micro_batch,
         )
-        calibrate.train.collate = collate
+        loop.collate = collate
         found = {"a": dict(update.a), "b": dict(update.b), "curve": curve}
         return {**found, "processes": process_count()}
 

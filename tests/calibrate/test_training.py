@@ -14,13 +14,13 @@ import torch
 from comparing import assert_same, losses
 from torch import nn
 
-import calibrate.train
-from calibrate.attach import attached
-from calibrate.batches import Encoded, Order, collate, encode
-from calibrate.lora import LoraSettings, train_lora
-from calibrate.train import TrainSettings, evaluate, fit, loss_of
-from caliport_core.checkpoints import load_base, load_tokenizer
-from caliport_core.errors import InputError
+from caliport.calibrate.training import loop
+from caliport.calibrate.training.attach import attached
+from caliport.calibrate.training.batches import Encoded, Order, collate, encode
+from caliport.calibrate.training.loop import TrainSettings, evaluate, fit, loss_of
+from caliport.calibrate.training.lora import LoraSettings, train_lora
+from caliport.core.checkpoints import load_base, load_tokenizer
+from caliport.core.errors import InputError
 
 LORA = LoraSettings(rank=4, alpha=8, dropout=0.0)
 DROPPING = LoraSettings(rank=4, alpha=8, dropout=0.1)
@@ -46,7 +46,7 @@ def interruptible() -> Iterator[None]:
 
 @pytest.fixture
 def always_save(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibrate.train, "_CHECKPOINT_SECONDS", -1.0)
+    monkeypatch.setattr(loop, "_CHECKPOINT_SECONDS", -1.0)
 
 
 def order_of(examples: Sequence[Encoded], batch_size: int, seed: int = 0) -> Order:
@@ -184,7 +184,7 @@ def test_interrupted_training_resumes_exactly(
             raise RuntimeError("stopped here")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(calibrate.train, "collate", lambda *a: (fail(), collate(*a))[1])
+        patch.setattr(loop, "collate", lambda *a: (fail(), collate(*a))[1])
         with pytest.raises(RuntimeError, match="stopped here"):
             train_lora(load_base(base_dir), examples, DROPPING, settings, "x", resume)
     resumed, again = train_lora(load_base(base_dir), examples, DROPPING, settings, "x", resume)
@@ -238,7 +238,7 @@ def interrupted(
         return collate(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(calibrate.train, "collate", at_third)
+        patch.setattr(loop, "collate", at_third)
         train_lora(load_base(base), examples, DROPPING, settings, "x", resume)
 
 

@@ -9,10 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from calibrate import LowRankUpdate
-from calibrate.merge import exact, linear
-from calibrate.weighted import lm_cocktail, lorahub
-from caliport_core.errors import InputError
+from caliport.calibrate import LowRankUpdate
+from caliport.calibrate.merges.by_loss import lm_cocktail, lorahub
+from caliport.calibrate.merges.exact import exact
+from caliport.calibrate.merges.linear import linear
+from caliport.core.errors import InputError
 
 
 def update(seed: int, rank: int = 2, module: str = "m") -> LowRankUpdate:

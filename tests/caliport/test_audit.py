@@ -10,11 +10,13 @@ import torch
 from commands import caliport
 from conftest import random_adapter
 
-from calibrate import LowRankUpdate
-from calibrate.merge import MERGES, exact, linear
-from caliport.auditing import audit_composition, write_audit
-from caliport_core.errors import InputError
-from validation.results import AUDIT, AuditReport, read_result
+from caliport.calibrate import LowRankUpdate
+from caliport.calibrate.merges.exact import exact
+from caliport.calibrate.merges.linear import linear
+from caliport.calibrate.merges.registry import MERGES
+from caliport.core.errors import InputError
+from caliport.run.audit import audit_composition, write_audit
+from caliport.validation.records.reports import AUDIT, AuditReport, read_result
 
 
 def test_command_end_to_end(adapter_dirs: list[Path], tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ import pytest
 import torch
 from commands import caliport
 
-from calibrate import LowRankUpdate
-from caliport_core.directories import read_manifest
+from caliport.calibrate import LowRankUpdate
+from caliport.core.directories import read_manifest
 
 RECIPE = """
 name: tiny

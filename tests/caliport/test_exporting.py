@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from caliport.validation.runners.executorch import ExecuTorchRunner, generate
+from caliport.validation.runners.onnx import OnnxRunner
 from tests.commands import caliport
-from validation.executorch_runner import ExecuTorchRunner, generate
-from validation.onnx_runner import OnnxRunner
 
 
 def test_bundle_from_flags(base_dir: Path, adapter_dirs: list[Path], tmp_path: Path) -> None:

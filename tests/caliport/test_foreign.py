@@ -10,7 +10,7 @@ from subprocess import CompletedProcess
 
 import pytest
 
-from export import to_executorch, to_onnx
+from caliport.export import to_executorch, to_onnx
 from tests.commands import caliport
 from tests.conftest import random_adapter
 

@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 from commands import ROOT, caliport
 
-from caliport.optimum_plugin import check_task
-from caliport_core.directories import read_manifest
-from caliport_core.errors import InputError
+from caliport.cli.optimum import check_task
+from caliport.core.directories import read_manifest
+from caliport.core.errors import InputError
 
 # Optimum must find the command by what is installed, not by where the tests run.
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"COLUMNS": "200"}
-PACKAGES = ("android_harness", "calibrate", "caliport", "caliport_core", "export", "validation")
+PACKAGES = ("caliport",)
 
 
 def optimum(*arguments: object, cwd: Path) -> subprocess.CompletedProcess:

@@ -8,8 +8,8 @@ import re
 import pytest
 from rich.console import Console
 
-from caliport_core import progress
-from caliport_core.progress import at, working
+from caliport.core import progress
+from caliport.core.progress import at, working
 
 
 def shown(monkeypatch: pytest.MonkeyPatch, *, terminal: bool) -> str:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from caliport.reading import read_recipe
-from caliport.recipe import prompts_of
-from caliport_core.errors import InputError
+from caliport.core.errors import InputError
+from caliport.recipe.read import read_recipe
+from caliport.recipe.schema import prompts_of
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = [*sorted((ROOT / "recipes").glob("*.yaml")), ROOT / "caliport" / "template.yaml"]

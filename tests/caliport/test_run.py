@@ -17,11 +17,11 @@ from commands import ENVIRONMENT, caliport
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from android_harness.build import build_runner
-from caliport_core.directories import content_hash, read_manifest
+from caliport.android_harness.toolchain.build import build_runner
+from caliport.core.directories import content_hash, read_manifest
+from caliport.validation.records.reports import ParityReport, read_result
 from tests import commands
 from tests.android.daemon import PROJECT
-from validation.results import ParityReport, read_result
 
 RECIPE = """
 name: tiny
@@ -133,7 +133,7 @@ def test_the_budget_says_where_accuracy_was_lost(place: Path) -> None:
 
 def test_composed_adapters_load_in_peft(place: Path) -> None:
     """PEFT's logits of the saved LC++ are those of the fp32 artifact's eager twin."""
-    from export.artifact import eager
+    from caliport.export.reference.folded import eager
 
     run = place / "runs" / "tiny"
     adapter = run / "composed/summarize_es/lc++"

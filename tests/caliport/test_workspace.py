@@ -13,13 +13,13 @@ import torch
 from commands import ENVIRONMENT, caliport
 from safetensors.torch import load_file
 
-from caliport_core.directories import content_hash, read_manifest
+from caliport.core.directories import content_hash, read_manifest
 
 STAGES = """
     import os, sys, time
     from pathlib import Path
     from caliport.workspace import stage
-    from caliport_core.errors import InputError
+    from caliport.core.errors import InputError
     place, fails, rank = Path(sys.argv[1]), sys.argv[2] == "fails", os.environ["RANK"]
 
     def build(name):

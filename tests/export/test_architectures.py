@@ -17,14 +17,16 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
-from export.artifact import RUNTIMES, reference, to_executorch, to_onnx
-from export.executorch_decoder import Decoder
-from export.quiet import quiet
-from export.support import check_exportable
+from caliport.core.patching import quiet
+from caliport.export.api import to_executorch, to_onnx
+from caliport.export.decoder.checks import check_exportable
+from caliport.export.executorch.decoder import Decoder
+from caliport.export.reference.folded import reference
+from caliport.export.runtime import RUNTIMES
+from caliport.validation.runners.executorch import ExecuTorchRunner
+from caliport.validation.runners.onnx import OnnxRunner, generate_ids
+from caliport.validation.runners.runner import greedy
 from tests.export.families import CONTEXT, FAMILIES, WINDOW, build, save
-from validation.executorch_runner import ExecuTorchRunner
-from validation.onnx_runner import OnnxRunner, generate_ids
-from validation.runner import greedy
 
 # Largest distance as a share of the largest logit; an order of sums away from eager.
 TOLERANCE = 1e-5

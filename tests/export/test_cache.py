@@ -13,16 +13,19 @@ from conftest import random_adapter
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from caliport_core.directories import read_manifest
-from caliport_core.errors import InputError
-from export import to_executorch
-from export.artifact import Quantization, fill, reference
-from export.bundle import reference as bundle_reference
-from export.bundling import fill_bundle
-from export.cache import SCHEME, round_cache, rounded
-from export.executorch_decoder import Decoder
+from caliport.core.directories import read_manifest
+from caliport.core.errors import InputError
+from caliport.export import to_executorch
+from caliport.export.artifact import fill
+from caliport.export.executorch.bundle import fill_bundle
+from caliport.export.executorch.decoder import Decoder
+from caliport.export.quantization.cache import SCHEME, rounded
+from caliport.export.quantization.choices import Quantization
+from caliport.export.reference.beside import reference as bundle_reference
+from caliport.export.reference.folded import reference
+from caliport.export.reference.int8_cache import round_cache
+from caliport.validation.runners.executorch import ExecuTorchRunner
 from tests.export.families import FAMILIES, build, save
-from validation.executorch_runner import ExecuTorchRunner
 
 CONTEXT = 64
 # How the tokens are cut into passes; each reads up to the last position.

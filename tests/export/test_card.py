@@ -14,10 +14,10 @@ from commands import ENVIRONMENT
 from huggingface_hub import ModelCard
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig
 
-from caliport_core.directories import read_manifest
-from export import to_executorch_bundle, to_onnx_bundle
-from export.card import describe, write_card
-from export.generation import save_generation_config
+from caliport.core.directories import read_manifest
+from caliport.export import to_executorch_bundle, to_onnx_bundle
+from caliport.export.package.card import describe, write_card
+from caliport.export.package.generation import save_generation_config
 
 RUNTIMES = ("onnx", "executorch")
 

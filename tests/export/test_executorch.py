@@ -16,16 +16,17 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from caliport_core.checkpoints import encode_prompt, load_base, load_tokenizer, render_prompt
-from caliport_core.errors import InputError
-from export import executorch, to_executorch
-from export.artifact import Quantization
-from export.fast_lowering import fast_lowering
-from export.lean import every, group, lean
-from export.lowering import finish
-from export.quantize import PRECISIONS, quantize
-from export.quiet import quiet
-from validation.executorch_runner import ExecuTorchRunner, generate
+from caliport.core.checkpoints import encode_prompt, load_base, load_tokenizer, render_prompt
+from caliport.core.errors import InputError
+from caliport.core.patching import quiet
+from caliport.export import to_executorch
+from caliport.export.decoder.shipped import every, group, lean
+from caliport.export.executorch import lower as executorch
+from caliport.export.executorch.patches.skip_idle_passes import fast_lowering
+from caliport.export.executorch.steps import finish
+from caliport.export.quantization.choices import PRECISIONS, Quantization
+from caliport.export.quantization.tensors import quantize
+from caliport.validation.runners.executorch import ExecuTorchRunner, generate
 
 CONTEXT = 96
 TEXT = "Anna and Tom meet in the park on Friday"
@@ -255,7 +256,7 @@ def test_repeated_layers_give_the_program_of_all_layers(
 
 @pytest.mark.slow
 def test_fast_lowering_gives_the_same_program(tmp_path: Path) -> None:
-    """Tells also when another executorch makes ``export.fast_lowering`` needless or wrong."""
+    """Tells when another executorch makes ``patches/skip_idle_passes.py`` needless or wrong."""
     base = _checkpoint(tmp_path / "base", 1)
     with lean(base, None, "int4", tmp_path) as decoder, quiet():
         constants = executorch.constant_methods(decoder.whole, 16, [2], 1)

@@ -13,17 +13,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GPT2Config, PreTrainedModel
 
-from calibrate.low_rank import LowRankUpdate
-from calibrate.merge import exact, linear
-from caliport_core.checkpoints import load_base
-from caliport_core.errors import InputError
-from export import to_executorch_bundle
-from export.bundle import Composed, beside, split
-from export.executorch_bundle import halves, lower_bundle
-from export.lean import lean
-from export.quantize import Form, quantize
-from export.quantized_once import join
-from validation.executorch_runner import ExecuTorchRunner
+from caliport.calibrate.low_rank import LowRankUpdate
+from caliport.calibrate.merges.exact import exact
+from caliport.calibrate.merges.linear import linear
+from caliport.core.checkpoints import load_base
+from caliport.core.errors import InputError
+from caliport.export import to_executorch_bundle
+from caliport.export.decoder.shipped import lean
+from caliport.export.decoder.terms import Composed, halves, split
+from caliport.export.executorch.bundle import lower_bundle
+from caliport.export.executorch.patches.quantize_once import join
+from caliport.export.quantization.choices import Form
+from caliport.export.quantization.tensors import quantize
+from caliport.export.reference.beside import beside
+from caliport.validation.runners.executorch import ExecuTorchRunner
 
 CONTEXT = 64
 

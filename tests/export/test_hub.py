@@ -19,9 +19,9 @@ from typing import Any
 import pytest
 from commands import ENVIRONMENT
 
-from caliport_core.directories import check_files, read_manifest
-from caliport_core.errors import InputError
-from export.hub import check_repo_id, push
+from caliport.core.directories import check_files, read_manifest
+from caliport.core.errors import InputError
+from caliport.export.package.hub import check_repo_id, push
 
 TOKEN = "stand-in"
 LARGE = 20_000

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from commands import ENVIRONMENT
 
-from calibrate.base import BaseShape, build_model, build_tokenizer
+from caliport.calibrate.training.small_base import BaseShape, build_model, build_tokenizer
 from tests.conftest import TEXTS
 
 # Forks a child for every export and kills it after a share of the time that one takes. Reports a
@@ -22,7 +22,7 @@ from pathlib import Path
 
 def survey(out):
     '''What a user finds: none, or the setting of a whole artifact; and what lies beside it.'''
-    from caliport_core.directories import check_files, key, read_manifest
+    from caliport.core.directories import check_files, key, read_manifest
     left = sorted(path.name.rpartition("-")[0] for path in out.parent.glob(".*"))
     if not out.exists():
         return None, left
@@ -58,14 +58,14 @@ def report(**facts):
 # What is written takes about as long as a child takes to be forked, so moments spread over it all.
 SMALL = """
 def work(value):
-    from caliport_core.directories import new_directory
+    from caliport.core.directories import new_directory
     with new_directory(out, "export", {}, {"context": value}) as (partial, extra):
         for index in range(6):
             (partial / str(index)).write_bytes(bytes([value % 256]) * 50_000)
 
 out = Path(sys.argv[1]) / "art"
 out.parent.mkdir()
-import caliport_core.directories
+import caliport.core.directories
 _, code, whole = child(lambda: work(0), 60)
 assert code == 0
 draw = random.Random(0)

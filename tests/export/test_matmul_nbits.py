@@ -10,15 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from export.activations import quantize_blocks
-from export.matmul_nbits import (
-    Layout,
-    lookup_layout,
-    product_layout,
-    row_scale_block,
-    unpack,
-    unsigned,
-)
+from caliport.export.onnx.layouts import Layout, lookup_layout, product_layout, unpack, unsigned
+from caliport.export.quantization.choices import row_scale_block
+from caliport.export.reference.activations import quantize_blocks
 
 FLOAT, INT64 = onnx.TensorProto.FLOAT, onnx.TensorProto.INT64
 

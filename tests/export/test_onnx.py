@@ -28,16 +28,19 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from caliport_core.checkpoints import eos_ids, load_base, load_tokenizer, render_prompt
-from caliport_core.directories import read_manifest
-from caliport_core.errors import InputError
-from export import onnx as lowering
-from export.activations import quantize_blocks, reference
-from export.artifact import eager, to_onnx
-from export.matmul_nbits import unpack
-from export.quantize import PRECISIONS, dequantize, quantized_weight
-from validation.onnx_runner import OnnxRunner, generate, generate_ids
-from validation.runner import EagerRunner, greedy
+from caliport.core.checkpoints import eos_ids, load_base, load_tokenizer, render_prompt
+from caliport.core.directories import read_manifest
+from caliport.core.errors import InputError
+from caliport.export.api import to_onnx
+from caliport.export.onnx import lower as lowering
+from caliport.export.onnx.layouts import unpack
+from caliport.export.quantization.choices import PRECISIONS
+from caliport.export.quantization.tensors import dequantize, quantized_weight
+from caliport.export.reference.activations import quantize_blocks, reference
+from caliport.export.reference.folded import eager
+from caliport.validation.runners.eager import EagerRunner
+from caliport.validation.runners.onnx import OnnxRunner, generate, generate_ids
+from caliport.validation.runners.runner import greedy
 
 CONTEXT = 96
 BITS = {"int8": 8, "int4": 4}

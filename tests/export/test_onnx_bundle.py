@@ -13,14 +13,16 @@ import pytest
 import torch
 from conftest import random_adapter
 
-from calibrate.low_rank import LowRankUpdate
-from caliport_core.directories import check_files, read_manifest
-from caliport_core.errors import InputError
-from export.artifact import eager
-from export.bundle import beside, split
-from export.onnx_bundle import add_to_onnx_bundle, to_onnx_bundle
-from export.quantize import dequantize
-from validation.onnx_runner import OnnxRunner, generate_ids
+from caliport.calibrate.low_rank import LowRankUpdate
+from caliport.core.directories import check_files, read_manifest
+from caliport.core.errors import InputError
+from caliport.export.api import to_onnx_bundle
+from caliport.export.decoder.terms import split
+from caliport.export.onnx.bundle import add_to_onnx_bundle
+from caliport.export.quantization.tensors import dequantize
+from caliport.export.reference.beside import beside
+from caliport.export.reference.folded import eager
+from caliport.validation.runners.onnx import OnnxRunner, generate_ids
 
 CONTEXT = 96
 TOKENS = [int(token) for token in np.random.default_rng(5).integers(5, 300, 40)]

@@ -13,14 +13,15 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
-from caliport_core.checkpoints import load_tokenizer
-from caliport_core.directories import read_manifest
-from caliport_core.errors import InputError
-from export import onnx as lowering
-from export.artifact import eager, to_onnx
-from export.lean import Lean, every
-from export.skeleton import Layers
-from validation.onnx_runner import OnnxRunner
+from caliport.core.checkpoints import load_tokenizer
+from caliport.core.directories import read_manifest
+from caliport.core.errors import InputError
+from caliport.export.api import to_onnx
+from caliport.export.decoder.shipped import Lean, every
+from caliport.export.decoder.skeleton import Layers
+from caliport.export.onnx import lower as lowering
+from caliport.export.reference.folded import eager
+from caliport.validation.runners.onnx import OnnxRunner
 
 CONTEXT = 48
 

@@ -18,12 +18,14 @@ from conftest import random_adapter
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from caliport_core.errors import InputError
-from export import lean, preflight, to_executorch, to_onnx
-from export.artifact import RUNTIMES, Quantization
-from export.bundling import to_executorch_bundle
-from export.onnx_bundle import to_onnx_bundle
-from export.preflight import Needs, available_memory, needs
+from caliport.core.errors import InputError
+from caliport.core.machine import available_memory
+from caliport.export import preflight, to_executorch, to_onnx
+from caliport.export.api import to_executorch_bundle, to_onnx_bundle
+from caliport.export.decoder import shipped as lean
+from caliport.export.preflight import Needs, needs
+from caliport.export.quantization.choices import Quantization
+from caliport.export.runtime import RUNTIMES
 
 INT4 = Quantization("int4")
 
@@ -242,7 +244,7 @@ def test_without_proc_the_machines_memory_counts(tmp_path: Path) -> None:
 _PEAK = """
 import atexit, sys
 from pathlib import Path
-from export import to_executorch, to_onnx
+from caliport.export import to_executorch, to_onnx
 atexit.register(lambda: print(Path("/proc/self/status").read_text()))
 base, runtime, precision = sys.argv[1:]
 export = to_onnx if runtime == "onnx" else to_executorch

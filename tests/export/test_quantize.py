@@ -10,13 +10,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from caliport_core.checkpoints import load_base
-from caliport_core.errors import InputError
-from export.quantize import (
-    GROUP_SIZE,
-    PRECISIONS,
+from caliport.core.checkpoints import load_base
+from caliport.core.errors import InputError
+from caliport.export.quantization.choices import GROUP_SIZE, PRECISIONS
+from caliport.export.quantization.quantizers.registry import integers
+from caliport.export.quantization.tensors import (
     dequantize,
-    integers,
     is_quantized,
     plan,
     quantize,

@@ -8,10 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from caliport_core.checkpoints import load_base
-from caliport_core.errors import InputError
-from export.quantize import dequantize, is_quantized, plan, quantize, quantized_weight
-from export.sensitivity import Sensitivity, keep_at_int8, sensitivities
+from caliport.core.checkpoints import load_base
+from caliport.core.errors import InputError
+from caliport.export.quantization.sensitivity import Sensitivity, keep_at_int8, sensitivities
+from caliport.export.quantization.tensors import (
+    dequantize,
+    is_quantized,
+    plan,
+    quantize,
+    quantized_weight,
+)
 
 
 def test_a_layer_with_outliers_is_the_most_sensitive_and_worth_its_bits(

@@ -11,15 +11,10 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from caliport_core.errors import InputError
-from export.executorch_decoder import Decoder
-from export.support import (
-    attended,
-    check_attended,
-    check_attention,
-    check_cache,
-    check_exportable,
-)
+from caliport.core.errors import InputError
+from caliport.export.decoder.attention import attended, check_attended, check_attention, check_cache
+from caliport.export.decoder.checks import check_exportable
+from caliport.export.executorch.decoder import Decoder
 
 _TINY = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 _WIDE = _TINY | {"intermediate_size": 32, "num_key_value_heads": 2, "pad_token_id": 0}

@@ -13,12 +13,13 @@ import pytest
 from commands import caliport
 from safetensors.torch import load_file, save_file
 
-from caliport_core.directories import check_files, file_hash, read_manifest
-from caliport_core.errors import InputError
-from export import to_onnx
+from caliport.core.directories import check_files, file_hash, read_manifest
+from caliport.core.errors import InputError
+from caliport.export import to_onnx
+from caliport.validation.runners import executorch as executorch_runner
+from caliport.validation.runners import onnx as onnx_runner
+from caliport.validation.runners.open import open_runner, stock_generate
 from tests.export.conftest import export_both
-from validation import executorch_runner, onnx_runner
-from validation.runner import open_runner, stock_generate
 
 RUNTIMES = ("onnx", "executorch")
 
@@ -145,7 +146,7 @@ def test_nothing_is_hashed_twice(
         return digest(stream, name)  # type: ignore[arg-type]
 
     monkeypatch.setattr(hashlib, "file_digest", count)
-    monkeypatch.setattr("caliport_core.directories._SETTLED", 0)
+    monkeypatch.setattr("caliport.core.directories._SETTLED", 0)
     check_files(copy)
     assert len(hashed) == len(read_manifest(copy)["files"])
     open_runner(copy, 1)

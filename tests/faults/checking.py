@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from caliport.validation.gates.verdict import validate_artifact
+from caliport.validation.records.reports import ArtifactResult
+from caliport.validation.runners.open import open_runner
 from tests.faults.making import Fault, make
 from tests.faults.scene import Scene
-from validation.results import ArtifactResult
-from validation.runner import open_runner
-from validation.validate import validate_artifact
 
 
 def check(
@@ -22,7 +22,8 @@ def check(
     with pytest.MonkeyPatch.context() as monkeypatch:
         if fault is not None and (change := fault.runner) is not None:
             monkeypatch.setattr(
-                "validation.validate.open_runner", lambda *args: change(open_runner(*args))
+                "caliport.validation.gates.verdict.open_runner",
+                lambda *args: change(open_runner(*args)),
             )
         return validate_artifact(
             directory,

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from caliport_core.directories import MANIFEST, content_hash, file_hash, read_manifest
-from export.artifact import to_executorch, to_onnx
-from export.lowering import Lowered
-from export.weights import Weights
+from caliport.core.directories import MANIFEST, content_hash, file_hash, read_manifest
+from caliport.export.api import to_executorch, to_onnx
+from caliport.export.decoder.stored import Weights
+from caliport.export.executorch.steps import Lowered
+from caliport.validation.runners.runner import Runner
 from tests.faults.scene import Scene, Tensors, edit_tensors
-from validation.runner import Runner
 
 Patch = Callable[[pytest.MonkeyPatch], None]
 EXPORT = {"executorch": to_executorch, "onnx": to_onnx}
@@ -98,7 +98,7 @@ def make(fault: Fault | None, scene: Scene, runtime: str, out: Path, precision: 
 
 
 def _change_weights(monkeypatch: pytest.MonkeyPatch, change: Callable[[Weights], None]) -> None:
-    from export import lean
+    from caliport.export.decoder import shipped as lean
 
     make = lean.store
 
@@ -114,7 +114,8 @@ def _lower_once(monkeypatch: pytest.MonkeyPatch, form: str) -> None:
     """Weights play no part in a graph until it is written, so that all of one shape share it."""
     import onnx_ir
 
-    from export import executorch, onnx
+    from caliport.export.executorch import lower as executorch
+    from caliport.export.onnx import lower as onnx
 
     lower, draw = executorch.lower_skeleton, onnx.graph_of
 

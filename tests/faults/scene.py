@@ -14,15 +14,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from caliport_core.checkpoints import load_tokenizer
-from export.artifact import eager, reference
-from export.quantize import dequantize
+from caliport.core.checkpoints import load_tokenizer
+from caliport.export.quantization.tensors import dequantize
+from caliport.export.reference.folded import eager, reference
+from caliport.validation.evaluation.evaluation import (
+    Answers,
+    Evaluation,
+    eager_answers,
+    make_evaluation,
+)
+from caliport.validation.evaluation.probes import Probes, make_probes
+from caliport.validation.gates.lowering import few_of
+from caliport.validation.gates.rounding import Expected, expected_of
+from caliport.validation.gates.weights import Source
 from tests.conftest import TEXTS, random_adapter
-from validation.composition import Source
-from validation.evaluation import Answers, Evaluation, eager_answers, make_evaluation
-from validation.lowering import few_of
-from validation.probes import Probes, make_probes
-from validation.rounding import Expected, expected_of
 
 Tensors = dict[str, Tensor]
 RANK = 5  # of which the last is the calibration's
@@ -31,7 +36,7 @@ CONTEXT = 96
 
 def build_base(out: Path, seed: int = 0, vocabulary: int = 384) -> Path:
     """A Hugging Face directory: a two-layer Llama with random weights and its tokenizer."""
-    from calibrate.base import BaseShape, build_model, build_tokenizer
+    from caliport.calibrate.training.small_base import BaseShape, build_model, build_tokenizer
 
     shape = BaseShape(vocabulary, 64, 192, 2, 4, 2, CONTEXT)
     tokenizer = build_tokenizer(TEXTS, shape.vocab_size)

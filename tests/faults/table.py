@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from export.weights import Weights
+from caliport.export.decoder.stored import Weights
+from caliport.validation.runners.runner import Runner
 from tests.conftest import TEXTS
 from tests.faults.making import Fault, Patch, everywhere, put
 from tests.faults.scene import RANK, Tensors, edit_json, edit_tensors
-from validation.runner import Runner
 
 _FIRST = "model.layers.0."
 _BLOCK = 64
@@ -94,7 +94,7 @@ def _ends_at_pad(base: Path) -> None:
 
 
 def _other_tokenizer(directory: Path) -> None:
-    from calibrate.base import build_tokenizer
+    from caliport.calibrate.training.small_base import build_tokenizer
 
     other = build_tokenizer([text[::-1] for text in TEXTS], 384)
     other.chat_template = (directory / "chat_template.jinja").read_text()
@@ -134,7 +134,7 @@ def _layers_exchanged(weights: Weights) -> None:
 
 
 def _in_doubled_groups(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """As ``export.hqq.in_groups``, which is compiled for its size, but by the largest weight."""
+    """As ``hqq.in_groups``, which is compiled for its size, but by the largest weight."""
     groups = weight.reshape(-1, _BLOCK)
     least = torch.finfo(torch.float32).eps
     scales = (groups.abs().amax(1) / 8).clamp_min(least).bfloat16()
@@ -146,7 +146,7 @@ def _in_doubled_groups(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _groups_doubled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("export.hqq.in_groups", _in_doubled_groups)
+    monkeypatch.setattr("caliport.export.quantization.quantizers.hqq.in_groups", _in_doubled_groups)
     for module in ("quantize", "skeleton", "matmul_nbits", "weights"):
         monkeypatch.setattr(f"export.{module}.GROUP_SIZE", _BLOCK)
 
@@ -161,7 +161,7 @@ def _zero_point_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
         data = (weight / scale + zero).round().clamp(-128, 127)
         return data.to(torch.int8), scale
 
-    monkeypatch.setattr("export.quantize._by_row", by_row)
+    monkeypatch.setattr("caliport.export.quantization.quantizers.per_row._by_row", by_row)
 
 
 def _in_llama(part: str, change: Callable[..., Any]) -> dict[str, Patch]:
@@ -209,7 +209,7 @@ def _mask(change: Callable[[Tensor, Tensor], Tensor]) -> Patch:
     """Give ExecuTorch's attention a mask: ``change`` gets keys and queries, both positions."""
 
     def patch(monkeypatch: pytest.MonkeyPatch) -> None:
-        from export import executorch_decoder as module
+        from caliport.export.executorch import decoder as module
 
         def mask(self: Any, **options: Any) -> Tensor:
             queries, keys = self.positions.transpose(0, 1), torch.arange(self.context)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from export.artifact import PRECISIONS
+from caliport.export.quantization.choices import PRECISIONS
 from tests.faults.checking import check, failed
 from tests.faults.scene import Scene
 from tests.faults.table import SEEDS

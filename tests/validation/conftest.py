@@ -10,12 +10,17 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from calibrate.low_rank import LowRankUpdate
-from caliport_core.checkpoints import load_base, load_tokenizer
-from export.fold import fold
-from validation.evaluation import Answers, Evaluation, eager_answers, make_evaluation
-from validation.probes import make_probes
-from validation.rounding import Expected, expected_of
+from caliport.calibrate.low_rank import LowRankUpdate
+from caliport.core.checkpoints import load_base, load_tokenizer
+from caliport.export.decoder.fold import fold
+from caliport.validation.evaluation.evaluation import (
+    Answers,
+    Evaluation,
+    eager_answers,
+    make_evaluation,
+)
+from caliport.validation.evaluation.probes import make_probes
+from caliport.validation.gates.rounding import Expected, expected_of
 
 INPUTS = [
     "Anna and Tom meet in the park.",
@@ -79,7 +84,7 @@ def onnx_dir(
     base_dir: Path, adapter_dirs: list[Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """The composition as a real ONNX artifact in int4."""
-    from export.artifact import to_onnx
+    from caliport.export.api import to_onnx
 
     out = tmp_path_factory.mktemp("artifacts") / "onnx-int4"
     return to_onnx(base_dir, out, adapter=adapter_dirs[0], precision="int4")

@@ -14,9 +14,9 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from caliport.validation.report.page import REPORT, write_report
 from tests.faults.making import agree
 from tests.faults.table import FAULTS
-from validation.report import REPORT, write_report
 
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 FAULT = "cache position off by one"

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from validation.budget_results import Budget, BudgetStage, StageName
-from validation.gates import AdapterEffect, Gate, StockResult, lost_at
-from validation.latency_results import Conditions, LatencyReport, LatencyResult
-from validation.latency_statistics import spread
-from validation.parity import Measures
-from validation.results import (
+from caliport.validation.gates.limits import lost_at
+from caliport.validation.latency.statistics import spread
+from caliport.validation.records.budget import Budget, BudgetStage, StageName
+from caliport.validation.records.gate import AdapterEffect, Gate, Measures, StockResult
+from caliport.validation.records.latency import Conditions, LatencyReport, LatencyResult
+from caliport.validation.records.record import Machine
+from caliport.validation.records.reports import (
     ArtifactResult,
     CompositionResult,
-    Machine,
     MethodResult,
     ParityReport,
     ParitySample,

@@ -5,21 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tests.validation import examples
-from validation.latency_results import LatencyReport, LatencyResult
-from validation.latency_statistics import spread
-from validation.parity import Measures
-from validation.results import (
+from caliport.validation.latency.statistics import spread
+from caliport.validation.records.gate import Measures
+from caliport.validation.records.latency import LatencyReport, LatencyResult
+from caliport.validation.records.record import Machine
+from caliport.validation.records.reports import (
     LATENCY,
     PARITY,
     QUALITY,
     ArtifactResult,
     Asked,
-    Machine,
     ParityReport,
     QualityReport,
     write_result,
 )
+from tests.validation import examples
 
 ASKED = Asked(prompts="a" * 64, targets="b" * 64, max_new_tokens=8, seeds={"bootstrap": 0})
 SCORES = tuple(90.0 + index % 7 for index in range(40))

@@ -12,15 +12,15 @@ import onnx
 import pytest
 import torch
 
-from calibrate.base import BaseShape, build_model, build_tokenizer
-from caliport.cli import app, guarded
-from caliport_core.errors import InputError
+from caliport.calibrate.training.small_base import BaseShape, build_model, build_tokenizer
+from caliport.cli.app import app, guarded
+from caliport.core.errors import InputError
+from caliport.validation.other_tools import open_tried
+from caliport.validation.runners.executorch import ExecuTorchRunner
+from caliport.validation.runners.genai import GenaiRunner
+from caliport.validation.runners.onnx import OnnxRunner
 from tests.commands import ROOT
 from tests.conftest import TEXTS
-from validation.executorch_runner import ExecuTorchRunner
-from validation.foreign import open_tried
-from validation.genai_runner import GenaiRunner
-from validation.onnx_runner import OnnxRunner
 
 Ended = tuple[int, str]
 """Exit code, and what was said: the errors where it is 2, else the tables."""

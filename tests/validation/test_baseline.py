@@ -11,10 +11,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from caliport_core.errors import InputError
-from tests.validation import examples
-from tests.validation.runs import ASKED, SCORES, artifact, run_of, times, write_run
-from validation.baseline import (
+from caliport.core.errors import InputError
+from caliport.validation.baseline.baseline import (
     MARK,
     Baseline,
     baseline_of,
@@ -23,11 +21,14 @@ from validation.baseline import (
     reports_of,
     write_baseline,
 )
-from validation.junit import write_junit
-from validation.latency_results import LatencyReport, LatencyResult
-from validation.regression import RegressionLimits, hold_to
-from validation.report import write_report
-from validation.results import ArtifactResult, Machine, ParityReport, QualityReport
+from caliport.validation.baseline.regression import RegressionLimits, hold_to
+from caliport.validation.records.latency import LatencyReport, LatencyResult
+from caliport.validation.records.record import Machine
+from caliport.validation.records.reports import ArtifactResult, ParityReport, QualityReport
+from caliport.validation.report.junit import write_junit
+from caliport.validation.report.page import write_report
+from tests.validation import examples
+from tests.validation.runs import ASKED, SCORES, artifact, run_of, times, write_run
 
 
 @pytest.fixture

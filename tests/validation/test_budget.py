@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from caliport_core.checkpoints import load_tokenizer
+from caliport.core.checkpoints import load_tokenizer
+from caliport.validation.evaluation.budget import Step, distance_by_layer, measured, with_stage
+from caliport.validation.evaluation.evaluation import Answers, Evaluation, eager_answers
+from caliport.validation.records.budget import Budget, BudgetStage
 from tests.validation.conftest import Scene
-from validation.budget import Step, distance_by_layer, measured, with_stage
-from validation.budget_results import Budget, BudgetStage
-from validation.evaluation import Answers, Evaluation, eager_answers
 
 THREE_TO_ONE = math.log(3)
 

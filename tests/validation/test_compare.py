@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from caliport.comparing import show_comparison
-from caliport_core.errors import InputError
+from caliport.cli.compare import show_comparison
+from caliport.core.errors import InputError
+from caliport.validation.records.reports import ArtifactResult
+from caliport.validation.report.compare import Comparison, compare_runs, write_page
+from caliport.validation.report.compare_figures import Figure
 from tests.validation import examples
 from tests.validation.runs import ASKED, SCORES, artifact, run_of, times, write_run
 from tests.validation.test_report import Page
-from validation.compare import Comparison, Figure, compare_runs, write_page
-from validation.results import ArtifactResult
 
 
 @pytest.fixture

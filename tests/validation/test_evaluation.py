@@ -8,12 +8,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from caliport_core.checkpoints import encode_prompt, load_base, load_tokenizer
-from caliport_core.errors import InputError
+from caliport.core.checkpoints import encode_prompt, load_base, load_tokenizer
+from caliport.core.errors import InputError
+from caliport.validation.evaluation.evaluation import eager_answers, make_evaluation, runner_answers
+from caliport.validation.evaluation.prompts import builtin_prompts
+from caliport.validation.runners.eager import EagerRunner
 from tests.validation.conftest import Scene
-from validation.evaluation import eager_answers, make_evaluation, runner_answers
-from validation.prompts import builtin_prompts
-from validation.runner import EagerRunner
 
 
 @given(st.integers(4, 200_000), st.sets(st.integers(0, 2)), st.integers(1, 100))

@@ -9,24 +9,23 @@ import numpy as np
 import pytest
 import torch
 
-from caliport_core.checkpoints import load_base
-from caliport_core.errors import InputError
-from tests.validation.conftest import Scene
-from validation.gates import (
-    AdapterEffect,
+from caliport.core.checkpoints import load_base
+from caliport.core.errors import InputError
+from caliport.validation.evaluation.bootstrap import bootstrap_interval
+from caliport.validation.evaluation.measures import compare
+from caliport.validation.gates.limits import (
     Limits,
-    StockResult,
     adapter_gate,
-    bootstrap_interval,
     limits_for,
     lost_at,
     stock_gate,
     task_gate,
 )
-from validation.parity import compare
-from validation.results import Findings
-from validation.runner import EagerRunner
-from validation.validate import check_runner
+from caliport.validation.gates.verdict import check_runner
+from caliport.validation.records.gate import AdapterEffect, StockResult
+from caliport.validation.records.reports import Findings
+from caliport.validation.runners.eager import EagerRunner
+from tests.validation.conftest import Scene
 
 
 def check(scene: Scene, runner: EagerRunner, limits: Limits | None = None) -> Findings:

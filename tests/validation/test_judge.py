@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from caliport_core.checkpoints import encode_prompt, load_base, load_tokenizer
-from caliport_core.errors import InputError
-from validation.judge import (
+from caliport.core.checkpoints import encode_prompt, load_base, load_tokenizer
+from caliport.core.errors import InputError
+from caliport.validation.evaluation.judge import (
     EndpointJudge,
     Judge,
     Judgement,
@@ -23,7 +23,7 @@ from validation.judge import (
     count,
     verdict,
 )
-from validation.quality import decode, generate
+from caliport.validation.evaluation.quality import decode, generate
 
 QUESTION = Question("Translate {output} into French", "Bonjour", "Salut")
 
@@ -195,7 +195,9 @@ def test_no_verdict_is_never_yes() -> None:
 def test_a_local_model_judges(base_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = load_base(base_dir), load_tokenizer(base_dir)
     question = Question("Hi", "a", "b")
-    monkeypatch.setattr("validation.judge._QUESTION", "{request} {reference} {output}?")
+    monkeypatch.setattr(
+        "caliport.validation.evaluation.judge._QUESTION", "{request} {reference} {output}?"
+    )
     prompts = [encode_prompt(tokenizer, question.text())]
     said = decode(tokenizer, generate(model, tokenizer, prompts, max_new_tokens=8, batch_size=1))
     judge: Judge = LocalJudge(str(base_dir))

@@ -16,26 +16,26 @@ import psutil
 import pytest
 from commands import ENVIRONMENT, caliport
 
-from caliport_core.checkpoints import load_base
-from caliport_core.directories import file_hash
-from caliport_core.errors import InputError
-from validation.latency import LOADS, Course, Subject, measure, orders, prompt_of
-from validation.latency_child import Child
-from validation.latency_results import LatencyReport
-from validation.results import read_result
+from caliport.core.checkpoints import load_base
+from caliport.core.directories import file_hash
+from caliport.core.errors import InputError
+from caliport.validation.latency.child import Child
+from caliport.validation.latency.measure import LOADS, Course, Subject, measure, orders, prompt_of
+from caliport.validation.records.latency import LatencyReport
+from caliport.validation.records.reports import read_result
 
 
 @pytest.fixture(scope="module")
 def pte_dir(base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny base as a real ExecuTorch artifact in fp32."""
-    from export.artifact import to_executorch
+    from caliport.export.api import to_executorch
 
     return to_executorch(base_dir, tmp_path_factory.mktemp("artifacts") / "executorch-fp32")
 
 
 def workers(parent: psutil.Process | None = None) -> list[psutil.Process]:
     children = (parent or psutil.Process()).children()
-    return [child for child in children if "validation.latency_worker" in child.cmdline()]
+    return [child for child in children if "caliport.validation.latency.worker" in child.cmdline()]
 
 
 def test_artifacts_are_measured_in_turns(pte_dir: Path, onnx_dir: Path, base_dir: Path) -> None:

@@ -8,11 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binom
 
-from tests.validation import examples
-from validation.bandwidth import bandwidth_share, token_bytes
-from validation.latency import orders
-from validation.latency_results import LatencyResult
-from validation.latency_statistics import (
+from caliport.validation.latency.bandwidth import bandwidth_share, token_bytes
+from caliport.validation.latency.measure import orders
+from caliport.validation.latency.statistics import (
     LEVEL,
     artifact_noise,
     machine_noise,
@@ -20,6 +18,8 @@ from validation.latency_statistics import (
     ratio,
     spread,
 )
+from caliport.validation.records.latency import LatencyResult
+from tests.validation import examples
 
 TIMES = st.lists(st.floats(1e-4, 1e3), min_size=1, max_size=40)
 

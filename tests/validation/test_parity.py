@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from validation.parity import (
+from caliport.validation.evaluation.measures import (
     EXACT,
     NotFinite,
     compare,

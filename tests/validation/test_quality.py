@@ -7,10 +7,11 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from caliport_core.checkpoints import load_base, load_tokenizer
-from caliport_core.errors import InputError
-from validation.quality import generate, judge, metric, score, weighted_rouge
-from validation.runner import EagerRunner, greedy
+from caliport.core.checkpoints import load_base, load_tokenizer
+from caliport.core.errors import InputError
+from caliport.validation.evaluation.quality import generate, judge, metric, score, weighted_rouge
+from caliport.validation.runners.eager import EagerRunner
+from caliport.validation.runners.runner import greedy
 
 
 @pytest.fixture(scope="module")

@@ -7,12 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from caliport_core.errors import InputError
-from tests.validation import examples
-from validation.budget_summary import lost_and_gained
-from validation.plots import size
-from validation.report import headline, marked, write_report
-from validation.results import (
+from caliport.core.errors import InputError
+from caliport.validation.records.reports import (
     AUDIT,
     LATENCY,
     PARITY,
@@ -27,6 +23,11 @@ from validation.results import (
     PairOverlap,
     write_result,
 )
+from caliport.validation.report.budget_summary import lost_and_gained
+from caliport.validation.report.headline import headline
+from caliport.validation.report.names import size
+from caliport.validation.report.page import marked, write_report
+from tests.validation import examples
 
 _VOID = {"meta", "br", "path", "use", "rect"}
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from commands import caliport
 
-from caliport_core.checkpoints import encode_prompt, load_tokenizer
-from export.artifact import to_executorch, to_onnx
+from caliport.core.checkpoints import encode_prompt, load_tokenizer
+from caliport.export.api import to_executorch, to_onnx
 
 EXAMPLES = [
     {"input": "Anna and Tom meet in the park.", "output": "Anna y Tom quedan."},

@@ -7,11 +7,9 @@ from xml.etree import ElementTree
 import pytest
 from pydantic import ValidationError
 
-from caliport_core.errors import InputError
-from tests.validation import examples
-from validation.junit import write_junit
-from validation.results import (
-    LatencyReport,
+from caliport.core.errors import InputError
+from caliport.validation.records.latency import LatencyReport
+from caliport.validation.records.reports import (
     ParityReport,
     Point,
     QualityReport,
@@ -21,6 +19,8 @@ from validation.results import (
     this_machine,
     write_result,
 )
+from caliport.validation.report.junit import write_junit
+from tests.validation import examples
 
 
 @pytest.mark.parametrize("report", [examples.quality(), examples.parity(True), examples.latency()])

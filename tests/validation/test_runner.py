@@ -7,17 +7,19 @@ import numpy as np
 import pytest
 import torch
 
-from caliport.single import validate_one
-from caliport_core.checkpoints import load_base
-from caliport_core.errors import InputError
-from export import to_onnx_bundle
+from caliport.core.checkpoints import load_base
+from caliport.core.errors import InputError
+from caliport.export import to_onnx_bundle
+from caliport.flags.validate import validate_one
+from caliport.validation.evaluation.measures import one_by_one, trace
+from caliport.validation.gates.limits import limits_for
+from caliport.validation.other_tools import validate_foreign
+from caliport.validation.runners.eager import EagerRunner
+from caliport.validation.runners.genai import GenaiRunner
+from caliport.validation.runners.onnx import OnnxRunner
+from caliport.validation.runners.open import open_runner
+from caliport.validation.runners.runner import greedy
 from tests.validation.conftest import Scene
-from validation.foreign import validate_foreign
-from validation.gates import limits_for
-from validation.genai_runner import GenaiRunner
-from validation.onnx_runner import OnnxRunner
-from validation.parity import one_by_one, trace
-from validation.runner import EagerRunner, greedy, open_runner
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +131,7 @@ def test_a_bundle_by_one_runner_against_the_other(
 
 
 REMOTE = """
-from validation.runner import open_runner
+from caliport.validation.runners.open import open_runner
 
 class Remote:
     name = "a remote device"

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from caliport.github import publish, workflow_commands
-from caliport_core.errors import InputError
+from caliport.core.errors import InputError
+from caliport.show.github import publish, workflow_commands
+from caliport.validation.records.gate import Gate
+from caliport.validation.records.reports import BaselineUse, ParityReport
+from caliport.validation.report.summary import LONGEST, plain, summary
 from tests.validation import examples
 from tests.validation.runs import artifact, run_of, times
-from validation.gates import Gate
-from validation.results import BaselineUse, ParityReport
-from validation.summary import LONGEST, plain, summary
 
 
 def report_of(*gates: Gate, count: int = 1) -> ParityReport:

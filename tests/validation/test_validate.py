@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from export.artifact import eager, reference
+from caliport.export.reference.folded import eager, reference
+from caliport.validation.evaluation.evaluation import eager_answers
+from caliport.validation.evaluation.probes import make_probes
+from caliport.validation.gates.rounding import Expected, expected_of
+from caliport.validation.gates.verdict import validate_artifact
+from caliport.validation.records.reports import ArtifactResult
 from tests.validation.conftest import Scene
-from validation.evaluation import eager_answers
-from validation.probes import make_probes
-from validation.results import ArtifactResult
-from validation.rounding import Expected, expected_of
-from validation.validate import validate_artifact
 
 
 def int4_of(scene: Scene, base: Path, adapter: Path) -> Expected:

@@ -6,6 +6,6 @@ parents here may have an ``__init__.py``.
 
 from optimum.commands.export.base import ExportCommand
 
-from caliport.optimum_plugin import CaliportExportCommand
+from caliport.cli.optimum import CaliportExportCommand
 
 REGISTER_COMMANDS = [(CaliportExportCommand, ExportCommand)]

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from android_harness.packages import fetch_packages
+from caliport.android_harness.toolchain.packages import fetch_packages
 
 KERNELS = "bookworm"  # its kernels are plain images, which QEMU 7.2 can start
 USERLAND = "trixie"  # the first with adbd

@@ -14,18 +14,18 @@ from commands import ENVIRONMENT, ROOT, caliport
 from conftest import TEXTS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from android_harness.adb import Device, adb, connect
-from android_harness.build import build_runner
-from android_harness.job import Answer, Job, Prompt
-from android_harness.run import run_job
-from android_harness.runners import JobRunner, answers, read_runner
-from android_harness.session import session
-from caliport_core.directories import read_manifest
-from caliport_core.errors import InputError
-from export.artifact import to_onnx
+from caliport.android_harness.device.adb import Device, adb, connect
+from caliport.android_harness.device.session import session
+from caliport.android_harness.run import run_job
+from caliport.android_harness.runners.job import Answer, Job, Prompt
+from caliport.android_harness.runners.kinds import JobRunner, answers, read_runner
+from caliport.android_harness.toolchain.build import build_runner
+from caliport.core.directories import read_manifest
+from caliport.core.errors import InputError
+from caliport.export.api import to_onnx
+from caliport.validation.records.reports import PARITY, ParityReport, read_result
+from caliport.validation.runners.onnx import OnnxRunner
 from tests.android.arm64.machine import arm64_machine, free_port
-from validation.onnx_runner import OnnxRunner
-from validation.results import PARITY, ParityReport, read_result
 
 BUILD = ROOT / "build"
 CACHE = BUILD / "runner"

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from caliport.core.errors import InputError
 from caliport.data.examples import Example, read_jsonl, write_jsonl
-from caliport_core.errors import InputError
 
 TEXT = st.text(st.characters(codec="utf-8"), max_size=30)
 

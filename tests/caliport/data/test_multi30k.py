@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from caliport.core.errors import InputError
 from caliport.data.examples import Example
 from caliport.data.multi30k import COMPOSITIONS, PROMPTS, TASKS, examples
-from caliport_core.errors import InputError
 
 SENTENCES = ["A dog runs.", "Two men sit.", "A girl sings.", "A boat floats."]
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from caliport.core.errors import InputError
 from caliport.data import paper, published
 from caliport.data.examples import Example
 from caliport.data.paper import COMPOSITIONS, PROMPTS, SIZES, TASKS, examples, set_of
-from caliport_core.errors import InputError
 
 ROOT = Path(__file__).parents[3]
 REAL = Path(os.environ.get("CALIPORT_DIALOGSUM", ROOT.parent / "shared" / "data" / "dialogsum"))

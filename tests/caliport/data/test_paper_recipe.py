@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from caliport.composing import make_data
+from caliport.core.errors import InputError
 from caliport.data.examples import read_jsonl
 from caliport.data.paper import COMPOSITIONS, PROMPTS, SIZES, TASKS
-from caliport.reading import read_recipe
-from caliport.recipe import prompts_of
-from caliport.workspace import Workspace
-from caliport_core.errors import InputError
+from caliport.recipe.read import read_recipe
+from caliport.recipe.schema import prompts_of
+from caliport.run.compose import make_data
+from caliport.run.workspace import Workspace
 
 RECIPE = Path(__file__).parents[3] / "benchmarks" / "composition" / "paper.yaml"
 

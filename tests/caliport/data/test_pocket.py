@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from caliport.core.errors import InputError
 from caliport.data import pocket, pocket_phrases
 from caliport.data.pocket import CHAT_COUNT, COMPOSITIONS, PROMPTS, TASKS, Chat, chat, examples
-from caliport_core.errors import InputError
 
 INDEXES = st.integers(0, CHAT_COUNT - 1)
 FORMS = ("en", *pocket.LANGUAGES, *pocket.TONES)

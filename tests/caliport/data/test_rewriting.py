@@ -18,9 +18,9 @@ from transformers import (
     MarianMTModel,
 )
 
+from caliport.core.errors import InputError
 from caliport.data import rewriting
 from caliport.data.rewriting import Rewriter, tone_changer, translator
-from caliport_core.errors import InputError
 
 TEXTS = ["Anna meets Tom.", "The train is late, so we wait at the station.", "I like tea!"]
 

@@ -1,0 +1,153 @@
+"""What a runner on a device is asked and what it answers: one JSON file each way.
+
+Any program that reads ``Job`` and writes ``Result`` can be the runner. It is started as
+``RUNNER job.json result.json`` in the directory that holds the job; every path in the job is
+relative to that directory. It writes the result whole or not at all (beside, then renamed) and
+exits with 0, or says in one line on standard error what is wrong and exits with 2.
+"""
+
+from __future__ import annotations
+
+from typing import Final, Literal
+
+from pydantic import Field
+
+from caliport.validation.records.record import Record
+
+JOB, RESULT = "job.json", "result.json"
+VERSION: Final = 1
+
+
+class Prompt(Record):
+    """One text to answer.
+
+    Attributes:
+        tokens: The prompt, at least one.
+        targets: Tokens that are fed after it whatever the model would say; logits are recorded
+            after the prompt and after each target but the last. Empty leaves that out.
+        write: Whether to answer it greedily too.
+    """
+
+    tokens: tuple[int, ...] = Field(min_length=1)
+    targets: tuple[int, ...] = ()
+    write: bool = True
+
+
+class Timing(Record):
+    """What to time, after the answers.
+
+    Attributes:
+        prompt_lengths: Tokens of each prompt; each is read ``repetitions`` times in turns.
+        new_tokens: Tokens written after it, ends ignored: the first with the prompt, each further
+            one by a step.
+        warmup: Turns that are not recorded.
+        repetitions: Turns that are.
+    """
+
+    prompt_lengths: tuple[int, ...] = Field(min_length=1)
+    new_tokens: int = Field(ge=1)
+    warmup: int = Field(default=1, ge=0)
+    repetitions: int = Field(default=5, ge=1)
+
+
+class Job(Record):
+    """What a runner is asked.
+
+    Attributes:
+        version: Of this schema.
+        runtime: Which kind of runner must take it.
+        directory: The artifact's.
+        adapter: Of a bundle, the ``.onnx_adapter`` file within ``directory`` (ONNX) or the method
+            (ExecuTorch) of a composition; None for what runs without one.
+        threads: Of the runtime's pool.
+        cores: Cores to stay on; empty leaves that to the system.
+        ends: Token ids that end an answer.
+        max_new_tokens: Longest answer.
+        top: Logits that are recorded at each position, the largest.
+        prompts: What to answer.
+        timing: What to time; None for nothing.
+    """
+
+    version: Literal[1] = VERSION
+    runtime: Literal["executorch", "onnx"]
+    directory: str
+    adapter: str | None = None
+    threads: int = Field(ge=1)
+    cores: tuple[int, ...] = ()
+    ends: tuple[int, ...] = ()
+    max_new_tokens: int = Field(ge=1)
+    top: int = Field(default=10, ge=1)
+    prompts: tuple[Prompt, ...] = ()
+    timing: Timing | None = None
+
+
+class Row(Record):
+    """Logits after one token.
+
+    Attributes:
+        ids: The tokens of the largest logits, largest first, lowest id first among equals.
+        logits: Theirs.
+        mean: Of all logits, in float64: a checksum.
+        logsumexp: ln Σ exp of all logits, so that probabilities can be told.
+    """
+
+    ids: tuple[int, ...]
+    logits: tuple[float, ...]
+    mean: float
+    logsumexp: float
+
+
+class Answer(Record):
+    """What a runner says to one prompt.
+
+    Attributes:
+        tokens: Greedy tokens, the ending one included; None where not asked for.
+        rows: One a target.
+    """
+
+    tokens: tuple[int, ...] | None
+    rows: tuple[Row, ...] = ()
+
+
+class Turn(Record):
+    """One timed answer.
+
+    Attributes:
+        prompt_tokens: Length of the prompt.
+        first_token_seconds: From its start until the first token was chosen.
+        step_seconds: Of each further token.
+    """
+
+    prompt_tokens: int
+    first_token_seconds: float
+    step_seconds: tuple[float, ...]
+
+
+class Result(Record):
+    """What a runner answers.
+
+    Attributes:
+        version: Of this schema.
+        runner: Its name and version, such as ``caliport-onnx 1``.
+        runtime_version: Of ONNX Runtime or ExecuTorch, as it tells.
+        threads: Of the runtime's pool, as used.
+        cores: Cores it may run on, as the system tells after pinning.
+        load_seconds: From the start of loading until ready.
+        peak_bytes: Resident memory at its highest (VmHWM).
+        loaded_bytes: The same, right after loading.
+        idle_bytes: The same, right before loading.
+        answers: One a prompt, in their order.
+        turns: Those of ``timing``, in the order they ran.
+    """
+
+    version: Literal[1] = VERSION
+    runner: str
+    runtime_version: str
+    threads: int
+    cores: tuple[int, ...]
+    load_seconds: float
+    peak_bytes: int
+    loaded_bytes: int
+    idle_bytes: int
+    answers: tuple[Answer, ...] = ()
+    turns: tuple[Turn, ...] = ()

@@ -1,0 +1,60 @@
+"""XXX."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from caliport.calibrate.low_rank import LowRankUpdate
+from caliport.calibrate.merges.common import (
+    _check_density,
+    _check_rank,
+    _check_same,
+    _of_modules,
+    _sum,
+    _targeting,
+    _weights,
+)
+from caliport.calibrate.merges.sparsify import drop, factor
+
+
+def dare(
+    updates: Sequence[LowRankUpdate],
+    weights: Sequence[float] | None = None,
+    density: float = 0.5,
+    seed: int = 0,
+    rank: int | None = None,
+) -> LowRankUpdate:
+    """DARE: drop values at random, rescale the others, sum (arXiv 2311.03099, Eq. 1).
+
+    Each value of the dense ΔWᵢ is kept with probability ``density`` and divided by it, so that the
+    expected merge is the exact sum Σ wᵢ·ΔWᵢ. Same seed, same result.
+
+    Args:
+        updates: Adapters of any ranks and modules.
+        weights: One a update; default 1/N each.
+        density: Share of values that are kept, in (0, 1].
+        seed: Decides which.
+        rank: The result is not low-rank, so its largest R singular values are kept; default
+            Σ rᵢ of the module, the cost of the exact sum. min(out, in) keeps all of it.
+
+    Raises:
+        InputError: A module has different shapes in two updates, or density or rank is out of
+            range.
+    """
+    weights = _weights(updates, weights)
+    _check_same(updates)
+    _check_rank(rank)
+    _check_density(density)
+    draw = torch.Generator().manual_seed(seed)
+
+    def merged(name: str) -> tuple[Tensor, Tensor]:
+        parts, shares = _targeting(name, updates, weights)
+        terms = [
+            w * drop(part.delta(name), density, draw) for w, part in zip(shares, parts, strict=True)
+        ]
+        return factor(_sum(terms), rank or sum(part.rank(name) for part in parts))
+
+    return _of_modules(updates, merged)

@@ -1,0 +1,55 @@
+"""XXX."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from caliport.calibrate.low_rank import LowRankUpdate
+from caliport.calibrate.merges.common import _check_same, _sum, _weights
+from caliport.core.errors import InputError
+
+
+def linear(
+    updates: Sequence[LowRankUpdate], weights: Sequence[float] | None = None
+) -> LowRankUpdate:
+    """Average A and B separately: A' = Σ wᵢAᵢ, B' = Σ wᵢBᵢ, ΔW' = B'·A'.
+
+    Eq. 5 of Learnable Calibration (arXiv 2507.16083), where wᵢ = 1/N. This is not the weighted
+    sum of the ΔWᵢ: it has cross terms Bᵢ·Aⱼ. The adapter's scaling is inside B, so adapters of
+    one α/r give exactly the paper's merge.
+
+    Args:
+        updates: Adapters of equal rank in every module.
+        weights: One a update; default 1/N each.
+
+    Raises:
+        InputError: The updates target different modules or have different ranks or shapes.
+    """
+    weights = _weights(updates, weights)
+    _check_equal(updates)
+    _check_same(updates)
+    pairs = list(zip(weights, updates, strict=True))
+    names = updates[0].modules
+    return LowRankUpdate(
+        {n: _sum([w * u.a[n] for w, u in pairs]) for n in names},
+        {n: _sum([w * u.b[n] for w, u in pairs]) for n in names},
+    )
+
+
+def _check_equal(updates: Sequence[LowRankUpdate]) -> None:
+    """Equal modules and ranks, which adding A and B apart needs."""
+    first = updates[0]
+    for index, other in enumerate(updates[1:], start=2):
+        if other.modules != first.modules:
+            odd = sorted(set(first.modules) ^ set(other.modules))[0]
+            raise InputError(
+                f"linear merge: {odd} is in only one of adapters 1 and {index}; "
+                "expected the same target modules (the exact merge takes any)"
+            )
+        for name in first.modules:
+            if first.rank(name) != other.rank(name):
+                raise InputError(
+                    f"linear merge: {name} has rank {first.rank(name)} in adapter 1 and "
+                    f"{other.rank(name)} in adapter {index}; expected equal ranks "
+                    "(the exact merge takes any)"
+                )

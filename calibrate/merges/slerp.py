@@ -1,0 +1,97 @@
+"""XXX."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from caliport.calibrate.low_rank import LowRankUpdate
+from caliport.calibrate.merges.common import (
+    _check_same,
+    _concatenated,
+    _of_modules,
+    _targeting,
+    _weights,
+)
+from caliport.core.errors import InputError
+
+# Above this |cosine| sinΩ is too small to divide by, and the arc is a line within 0.03 %.
+_PARALLEL = 0.9995
+
+
+def slerp(
+    updates: Sequence[LowRankUpdate], weights: Sequence[float] | None = None
+) -> LowRankUpdate:
+    """Spherical interpolation of the flattened ΔW, module by module (Shoemake, SIGGRAPH 1985).
+
+    For two, with t = w₂/(w₁ + w₂) and Ω the angle between ΔW₁ and ΔW₂,
+
+        ΔW = sin((1−t)Ω)/sinΩ · ΔW₁ + sin(tΩ)/sinΩ · ΔW₂.
+
+    The ΔW are interpolated as they are, not scaled to norm 1 first, so updates of equal norm keep
+    that norm and others get one in between. More than two are folded in one after another: the
+    third at t = w₃/(w₁ + w₂ + w₃), and so on, so their order matters a little. The result is a
+    concatenation with other weights, of rank Σ rᵢ; norms and angles come from the factors,
+    ⟨ΔW₁, ΔW₂⟩ = Σ (B₁ᵀB₂ ∘ A₁A₂ᵀ). Where Ω is undefined (a ΔW is 0 or not there) or sinΩ nearly 0
+    (|cosΩ| > 0.9995: parallel or opposite), the weights are the line's, 1−t and t.
+
+    Args:
+        updates: Adapters of any ranks and modules.
+        weights: One a update, none negative; only their ratios matter. Default equal.
+
+    Raises:
+        InputError: A module has different shapes in two updates, a weight is negative or all
+            are 0.
+    """
+    weights = _weights(updates, weights)
+    if min(weights) < 0 or sum(weights) <= 0:
+        raise InputError(
+            f"slerp merge: weights are {list(weights)}, expected none negative and not all 0"
+        )
+    _check_same(updates)
+
+    def merged(name: str) -> tuple[Tensor, Tensor]:
+        products = _inner_products(updates, name)
+        shares = torch.zeros(len(updates), dtype=torch.float64)
+        done = 0.0
+        for index, weight in enumerate(weights):
+            new = torch.zeros_like(shares)
+            new[index] = 1.0
+            done += weight
+            t = weight / done if done > 0 else 0.0
+            before, after = _arc(t, shares, new, products)
+            shares = before * shares + after * new
+        return _concatenated(*_targeting(name, updates, shares.tolist()), name)
+
+    return _of_modules(updates, merged)
+
+
+def _arc(t: float, one: Tensor, two: Tensor, products: Tensor) -> tuple[float, float]:
+    """What of two combinations of the ΔWᵢ lies at t on the arc between them.
+
+    Args:
+        t: 0 at the first, 1 at the second.
+        one, two: Coefficients [N].
+        products: ⟨ΔWᵢ, ΔWⱼ⟩ [N, N].
+    """
+    norms = math.sqrt(max(float((one @ products @ one) * (two @ products @ two)), 0.0))
+    cosine = float(one @ products @ two) / norms if norms > 0 else 1.0
+    if abs(cosine) > _PARALLEL:
+        return 1 - t, t
+    angle = math.acos(cosine)
+    return math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)
+
+
+def _inner_products(updates: Sequence[LowRankUpdate], name: str) -> Tensor:
+    """⟨ΔWᵢ, ΔWⱼ⟩ [N, N] of one module in float64, 0 where an update does not target it."""
+    products = torch.zeros(len(updates), len(updates), dtype=torch.float64)
+    present = [index for index, update in enumerate(updates) if name in update.a]
+    for i in present:
+        for j in present:
+            bb = updates[i].b[name].double().T @ updates[j].b[name].double()
+            aa = updates[i].a[name].double() @ updates[j].a[name].double().T
+            products[i, j] = (bb * aa).sum()
+    return products

@@ -1,0 +1,55 @@
+"""XXX."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from caliport.calibrate.low_rank import LowRankUpdate
+from caliport.calibrate.merges.common import (
+    _check_rank,
+    _check_same,
+    _concatenated,
+    _of_modules,
+    _targeting,
+    _weights,
+)
+
+
+def svd(
+    updates: Sequence[LowRankUpdate],
+    weights: Sequence[float] | None = None,
+    rank: int | None = None,
+) -> LowRankUpdate:
+    """The best approximation of the exact sum that has a given rank, in every module.
+
+    By Eckart–Young it keeps the largest singular values of Σ wᵢ·Bᵢ·Aᵢ; the squared error is the
+    sum of the squares of the others. Computed from the concatenated factors B = Q₁R₁, Aᵀ = Q₂R₂
+    and the small SVD of R₁·R₂ᵀ; ΔW is never formed.
+
+    Args:
+        updates: Adapters of any ranks and modules.
+        weights: One a update; default 1/N each.
+        rank: R of every module; default the largest single adapter's rank there, so that the
+            merge costs what one adapter costs. Σ rᵢ or more keeps the sum exactly.
+
+    Raises:
+        InputError: A module has different shapes in two updates, or rank is below 1.
+    """
+    weights = _weights(updates, weights)
+    _check_same(updates)
+    _check_rank(rank)
+
+    def truncated(name: str) -> tuple[Tensor, Tensor]:
+        parts, shares = _targeting(name, updates, weights)
+        a, b = (t.double() for t in _concatenated(parts, shares, name))
+        q1, r1 = torch.linalg.qr(b)
+        q2, r2 = torch.linalg.qr(a.T)
+        u, s, vt = torch.linalg.svd(r1 @ r2.T, full_matrices=False)
+        keep = min(rank or max(part.rank(name) for part in parts), len(s))
+        root = s[:keep].sqrt()
+        return (root[:, None] * (vt[:keep] @ q2.T)).float(), ((q1 @ u[:, :keep]) * root).float()
+
+    return _of_modules(updates, truncated)

@@ -1,0 +1,57 @@
+"""XXX."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from caliport.calibrate.low_rank import LowRankUpdate
+from caliport.calibrate.merges.common import (
+    _check_density,
+    _check_rank,
+    _check_same,
+    _of_modules,
+    _targeting,
+    _weights,
+)
+from caliport.calibrate.merges.sparsify import disjoint, factor, trim
+
+
+def ties(
+    updates: Sequence[LowRankUpdate],
+    weights: Sequence[float] | None = None,
+    density: float = 0.5,
+    rank: int | None = None,
+) -> LowRankUpdate:
+    """TIES: trim each ΔWᵢ, elect signs, average those that agree (arXiv 2306.01708, Section 3.2).
+
+    It acts on the dense ΔWᵢ = Bᵢ·Aᵢ, where signs mean something (those of A and B do not: −B·−A is
+    the same update), and trims module by module, as PEFT does, where the paper trims a whole model
+    at once. The scale is the paper's mean over those that agree times λ = Σ |wᵢ|, so that weights
+    1/N give λ = 1; ``caliport.calibrate.merges.sparsify.disjoint`` has the formula. Where all
+    values survive and agree it is the exact sum. (PEFT elects by the unweighted sum and divides by
+    the number that agree, which with 1/N scales by 1/N twice.)
+
+    Args:
+        updates: Adapters of any ranks and modules.
+        weights: One a update; default 1/N each.
+        density: Share of values that trimming keeps, in (0, 1].
+        rank: The result is not low-rank, so its largest R singular values are kept; default
+            Σ rᵢ of the module, the cost of the exact sum. min(out, in) keeps all of it.
+
+    Raises:
+        InputError: A module has different shapes in two updates, or density or rank is out of
+            range.
+    """
+    weights = _weights(updates, weights)
+    _check_same(updates)
+    _check_rank(rank)
+    _check_density(density)
+
+    def merged(name: str) -> tuple[Tensor, Tensor]:
+        parts, shares = _targeting(name, updates, weights)
+        dense = disjoint([trim(part.delta(name), density) for part in parts], shares)
+        return factor(dense, rank or sum(part.rank(name) for part in parts))
+
+    return _of_modules(updates, merged)

@@ -1,0 +1,102 @@
+"""How far a training has come, and the file that lets one killed at any moment go on exactly."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import get_scheduler
+
+from caliport.calibrate.training.processes import gathered, set_random_state
+from caliport.core.progress import console
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+_POINTS = 200
+
+
+@dataclass
+class State:
+    """All that a checkpoint holds but the random numbers.
+
+    Attributes:
+        parameters: What is trained, by name.
+        optimizer, scheduler: Adam over them and its learning rate.
+        steps: How many there will be.
+        step: How many there were.
+        curve: Up to 200 points of ``step`` and mean ``loss`` since the one before.
+        recent: Losses since the last point.
+    """
+
+    parameters: dict[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    steps: int
+    step: int = 0
+    curve: list[dict[str, float]] = field(default_factory=list)
+    recent: list[float] = field(default_factory=list)
+
+    @staticmethod
+    def new(
+        trained: nn.Module, learning_rate: float, schedule: str, warmup: int, steps: int
+    ) -> State:
+        """Before the first step; only what requires gradients has optimizer state."""
+        parameters = {n: p for n, p in trained.named_parameters() if p.requires_grad}
+        optimizer = torch.optim.Adam(parameters.values(), lr=learning_rate)
+        scheduler = get_scheduler(schedule, optimizer, warmup, steps)
+        return State(parameters, optimizer, scheduler, steps)
+
+    def advance(self, loss: float) -> None:
+        """Step with the gradients that are there and note the loss."""
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self.recent.append(loss)
+        if self.step % max(1, self.steps // _POINTS) == 0 or self.step == self.steps:
+            self.curve.append({"step": self.step, "loss": sum(self.recent) / len(self.recent)})
+            self.recent = []
+
+    def save(self, path: Path, accelerator: Accelerator, random: dict[str, Tensor]) -> None:
+        """Write beside and rename, so that a kill leaves the one before. All processes call it."""
+        every = gathered(accelerator, random)
+        if not accelerator.is_main_process:
+            return
+        state = {
+            "step": self.step,
+            "parameters": {name: p.detach() for name, p in self.parameters.items()},
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "rng": every,
+            "curve": self.curve,
+            "recent": self.recent,
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(f"{path.name}.new")
+        torch.save(state, beside)
+        os.replace(beside, path)
+
+    def load(self, path: Path, accelerator: Accelerator, title: str) -> None:
+        """Take over a checkpoint and this process's random numbers, if it has them."""
+        state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(state["parameters"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.step, self.curve, self.recent = state["step"], state["curve"], state["recent"]
+        random = state["rng"]
+        if isinstance(random, Tensor):  # as written before there could be several processes
+            random = [{"cpu": random}]
+        if len(random) != accelerator.num_processes:
+            console.print(
+                f"{title}: going on with {accelerator.num_processes} processes from a checkpoint "
+                f"of {len(random)}; their dropout differs from here on"
+            )
+        if accelerator.process_index < len(random):
+            set_random_state(accelerator.device, random[accelerator.process_index])

@@ -1,0 +1,255 @@
+"""One training loop for the base, adapters and corrections, on one process or several."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from caliport.calibrate.training.batches import (
+    IGNORED,
+    Batch,
+    Encoded,
+    Order,
+    collate,
+    target_count,
+)
+from caliport.calibrate.training.checkpoint import State
+from caliport.calibrate.training.processes import (
+    accelerated,
+    on_device,
+    random_state,
+    same_start,
+    stoppable,
+    summed,
+)
+from caliport.core.errors import InputError
+from caliport.core.progress import progress
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+_CHECKPOINT_SECONDS = 30.0
+_SHOWN_EXAMPLES = 8
+
+OnBatch = Callable[[Sequence[int], int], None]
+"""Called before each forward with the rows' indices into the examples, and the step."""
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How to train. Adam, gradients clipped to norm 1, linear warm-up, then the schedule.
+
+    Attributes:
+        steps: Optimizer steps.
+        batch_size: Examples a step.
+        learning_rate: At its highest.
+        schedule: A transformers scheduler: ``constant_with_warmup``, ``linear`` or ``cosine``.
+        warmup: Share of the steps.
+        seed: Of the order of examples, of dropout and of initial values.
+        prompt_loss: Train on the prompt's tokens too, as in pre-training.
+    """
+
+    steps: int
+    batch_size: int = 32
+    learning_rate: float = 5e-4
+    schedule: str = "cosine"
+    warmup: float = 0.05
+    seed: int = 0
+    prompt_loss: bool = False
+
+
+def losses_of(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Cross-entropy in nats of every target, [batch, kept]; 0 where there is no target."""
+    kept = batch.labels.shape[1]
+    logits = model(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        position_ids=batch.position_ids,
+        logits_to_keep=kept + 1,
+        use_cache=False,
+    ).logits
+    predicted = logits[:, -kept - 1 : -1] if logits.shape[1] > kept else logits[:, :-1]
+    labels = batch.labels[:, -predicted.shape[1] :]
+    return functional.cross_entropy(
+        predicted.reshape(-1, predicted.shape[-1]).float(),
+        labels.reshape(-1),
+        ignore_index=IGNORED,
+        reduction="none",
+    ).view(labels.shape)
+
+
+def loss_of(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Mean cross-entropy in nats of the batch's targets."""
+    return losses_of(model, batch).sum() / (batch.labels != IGNORED).sum()
+
+
+@torch.no_grad()
+def evaluate(
+    model: PreTrainedModel,
+    examples: Sequence[Encoded],
+    batch_size: int = 64,
+) -> list[float]:
+    """Each example's mean loss in nats a target token, in eval mode and fp32.
+
+    It runs where ``fit`` runs and gives the model back where it was. Nothing is shared between
+    processes: each that calls it gets all the losses.
+
+    Args:
+        model: Whatever is attached to it takes part.
+        examples: What to measure.
+        batch_size: Examples in one forward; it changes nothing but rounding.
+    """
+    pad = model.config.pad_token_id or 0
+    near = sorted(range(len(examples)), key=lambda i: len(examples[i].prompt + examples[i].target))
+    found = [0.0] * len(examples)
+    training = model.training
+    model.eval()
+    try:
+        with accelerated() as accelerator, on_device(accelerator.device, model):
+            for start in range(0, len(near), batch_size):
+                rows = near[start : start + batch_size]
+                batch = collate([examples[i] for i in rows], pad).to(accelerator.device)
+                sums = losses_of(model, batch).sum(dim=1).tolist()
+                for index, loss in zip(rows, sums, strict=True):
+                    found[index] = loss / max(1, target_count(examples[index]))
+    finally:
+        model.train(training)
+    return found
+
+
+def fit(
+    model: PreTrainedModel,
+    trained: nn.Module,
+    examples: Sequence[Encoded],
+    settings: TrainSettings,
+    title: str,
+    resume: Path | None = None,
+    on_batch: OnBatch | None = None,
+    micro_batch: int | None = None,
+) -> list[dict[str, float]]:
+    """Train ``trained``'s parameters that require gradients on the model's loss.
+
+    The loss of a step is the mean over all targets of its batch, however many processes share
+    the batch and however it is cut into forwards. Device, processes and precision are
+    accelerate's: what its launcher was told, else the GPU with bf16 autocast where there is one,
+    else fp32 on the CPU.
+
+    Args:
+        model: Computes the loss; whatever is to be trained is part of it or attached to it. It
+            is given back on the device that it came on, as is ``trained``.
+        trained: Holds the parameters to train; saved and restored on resume.
+        examples: What to train on; the same on all processes.
+        settings: How.
+        title: For the progress bar and errors.
+        resume: A file for checkpoints, which all processes can read. One that is there is
+            continued from, with the same result as an uninterrupted run; it is the caller's to
+            remove when all is done. An interrupt (SIGINT, SIGTERM) leaves one.
+        on_batch: Called before each forward with the rows' indices into ``examples`` and the step.
+        micro_batch: Most examples in one forward; gradients of a larger batch are accumulated.
+
+    Returns:
+        The loss curve: up to 200 points of ``step`` and mean ``loss`` since the one before.
+
+    Raises:
+        InputError: The loss or the gradient is not finite: names the step and its examples.
+            ``trained`` and ``resume`` then hold the state before that step.
+        KeyboardInterrupt: SIGINT or SIGTERM came and the checkpoint is written.
+    """
+    with accelerated() as accelerator, on_device(accelerator.device, model, trained):
+        state = State.new(
+            trained,
+            settings.learning_rate,
+            settings.schedule,
+            int(settings.steps * settings.warmup),
+            settings.steps,
+        )
+        parameters = list(state.parameters.values())
+        torch.manual_seed(settings.seed + accelerator.process_index)
+        if resume is not None and resume.is_file():
+            state.load(resume, accelerator, title)
+        same_start(accelerator, parameters, state.step)
+        lengths = [len(e.prompt) + len(e.target) for e in examples]
+        order = Order(lengths, settings.batch_size, settings.seed)
+        saved = time.monotonic()
+        try:
+            with stoppable(resume is not None) as stop, progress(title, settings.steps) as advance:
+                for step in range(state.step, settings.steps):
+                    before = random_state(accelerator.device)
+                    loss = _backward(
+                        accelerator,
+                        model,
+                        examples,
+                        order[step],
+                        step,
+                        settings.prompt_loss,
+                        on_batch,
+                        micro_batch,
+                    )
+                    due = time.monotonic() - saved > _CHECKPOINT_SECONDS
+                    flags = [due and accelerator.is_main_process, stop.asked]
+                    values = torch.cat([loss[None], loss.new_tensor(flags)])
+                    value, save, stopping = summed(accelerator, parameters, values)
+                    norm = nn.utils.clip_grad_norm_(parameters, 1.0).item()
+                    if not (math.isfinite(value) and math.isfinite(norm)):
+                        if resume is not None:
+                            state.save(resume, accelerator, before)
+                        raise InputError(_not_finite(title, value, norm, step, order[step], resume))
+                    state.advance(value)
+                    advance(step + 1, f"loss {value:.3f}")
+                    if resume is not None and (save or stopping):
+                        state.save(resume, accelerator, random_state(accelerator.device))
+                        saved = time.monotonic()
+                    if stopping:
+                        raise KeyboardInterrupt
+        finally:
+            state.optimizer.zero_grad(set_to_none=True)
+    return state.curve
+
+
+def _backward(
+    accelerator: Accelerator,
+    model: PreTrainedModel,
+    examples: Sequence[Encoded],
+    batch: Sequence[int],
+    step: int,
+    prompt_loss: bool,
+    on_batch: OnBatch | None,
+    micro_batch: int | None,
+) -> Tensor:
+    """Add the gradients of this process's share of a batch; its part of the mean loss, []."""
+    pad = model.config.pad_token_id or 0
+    targets = max(1, sum(target_count(examples[i], prompt_loss) for i in batch))
+    mine = batch[accelerator.process_index :: accelerator.num_processes]
+    size = micro_batch or len(batch)
+    total = torch.zeros((), device=accelerator.device)
+    for start in range(0, len(mine), size):
+        rows = mine[start : start + size]
+        if on_batch is not None:
+            on_batch(rows, step)
+        part = collate([examples[i] for i in rows], pad, prompt_loss).to(accelerator.device)
+        with accelerator.autocast():
+            loss = losses_of(model, part).sum() / targets
+        loss.backward()
+        total += loss.detach()
+    return total
+
+
+def _not_finite(
+    title: str, loss: float, norm: float, step: int, batch: Sequence[int], resume: Path | None
+) -> str:
+    shown = ", ".join(map(str, batch[:_SHOWN_EXAMPLES])) + ", …" * (len(batch) > _SHOWN_EXAMPLES)
+    kept = f"; the last good state is in {resume}" if resume is not None else ""
+    return (
+        f"{title}: loss is {loss}, gradient norm {norm} at step {step} (examples {shown}; "
+        f"{len(batch)} in all, counted from 0){kept}; lower the learning rate or look at these "
+        "examples"
+    )

@@ -1,0 +1,445 @@
+"""The command line. Nothing heavy is imported before a command needs it."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from caliport.cli.compare import register
+from caliport.cli.device import register as register_on_device
+from caliport.cli.devices import register as register_devices
+from caliport.cli.emulator import register as register_emulators
+from caliport.cli.inspect import register as register_inspecting
+from caliport.cli.options import BaselineOption, DeviceOption, with_baseline
+from caliport.cli.runner import register as register_runner
+from caliport.core.errors import InputError
+
+_INTERRUPTED = 130
+
+app = typer.Typer(
+    name="caliport",
+    help="Compose LoRA adapters for phones: calibrate the merge, export to ExecuTorch and ONNX, "
+    "prove that accuracy survived.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+Recipe = Annotated[Path | None, typer.Argument(help="A recipe; or give the flags below.")]
+NeededRecipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML recipe.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="FIELD=VALUE", help="Override a recipe's field; repeatable."),
+]
+Runs = Annotated[Path, typer.Option("--runs", help="Where run directories are made.")]
+BaseOption = Annotated[
+    str | None, typer.Option("--base", help="Hugging Face directory (or hub name) of the base.")
+]
+Adapter = Annotated[Path | None, typer.Option("--adapter", help="PEFT LoRA directory.")]
+Out = Annotated[Path | None, typer.Option("--out", help="The directory to write.")]
+Bundle = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--bundle",
+        metavar="NAME=DIR",
+        help="A composition of a bundle, over one base; --share NAME=DIR names adapters that "
+        "compositions stand on.",
+    ),
+]
+Share = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--share", metavar="NAME=DIR", help="A single-task adapter that a bundle stores once."
+    ),
+]
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    """Options for every command; ``main`` reads ``--debug`` from the arguments itself."""
+
+
+@app.command()
+def run(
+    recipe: NeededRecipe,
+    overrides: Overrides = None,
+    runs: Runs = Path("runs"),
+    baseline: BaselineOption = None,
+) -> None:
+    """Do everything a recipe says, skipping what is up to date."""
+    from caliport.run.compose import compose_all
+    from caliport.run.export import export_all
+    from caliport.run.score import score_all
+    from caliport.run.validate import check_baseline, validate_all
+
+    space = _space(recipe, with_baseline(overrides, baseline), runs)
+    check_baseline(space)
+    compose_all(space)
+    score_all(space)
+    _only_main()
+    export_all(space)
+    passed = validate_all(space)
+    _show(space.reports, recipe)
+    raise typer.Exit(0 if passed else 1)
+
+
+@app.command()
+def calibrate(
+    recipe: Recipe = None,
+    overrides: Overrides = None,
+    runs: Runs = Path("runs"),
+    base: BaseOption = None,
+    adapter: Annotated[
+        list[Path] | None, typer.Option("--adapter", help="PEFT LoRA directory; repeatable.")
+    ] = None,
+    method: Annotated[
+        str,
+        typer.Option(
+            help="linear, exact, svd, ties, dare, slerp; lorahub, lm-cocktail; lc, lc++, scales, "
+            "with variants such as lc++-per-layer or lc++-int4 (docs/calibrate.md)."
+        ),
+    ] = "lc++",
+    weight: Annotated[
+        list[float] | None,
+        typer.Option("--weight", help="Of each adapter in a merge; default equal."),
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="JSON Lines with `input` and `output`, to train on.")
+    ] = None,
+    prompt: Annotated[str, typer.Option(help="Prompt around each input.")] = "{input}",
+    steps: Annotated[int, typer.Option(help="Optimizer steps of a correction.", min=1)] = 300,
+    batch_size: Annotated[int, typer.Option(help="Examples a step.", min=1)] = 32,
+    learning_rate: Annotated[float, typer.Option(help="Of Adam, at its highest.")] = 5e-4,
+    seed: Annotated[int, typer.Option(help="Of the order of examples and initial values.")] = 0,
+    rank: Annotated[
+        list[str] | None, typer.Option("--rank", help="FLix: NAME=RANK of a feature to train.")
+    ] = None,
+    features: Annotated[
+        Path | None, typer.Option(help="FLix: features trained earlier; they stay as they are.")
+    ] = None,
+    out: Out = None,
+) -> None:
+    """Train what a recipe trains, merge and calibrate, and score every method."""
+    if recipe is not None:
+        from caliport.run.compose import compose_all
+        from caliport.run.score import score_all
+
+        _no_flags(
+            base=base,
+            adapter=adapter,
+            data=data,
+            weight=weight,
+            rank=rank,
+            features=features,
+            out=out,
+        )
+        space = _space(recipe, overrides, runs)
+        compose_all(space)
+        score_all(space)
+        _only_main()
+        _show(space.reports)
+        return
+    from caliport.flags.calibrate import calibrate_one, features_one
+
+    training = {
+        "steps": steps,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "seed": seed,
+    }
+    if method == "flix":
+        base, data, rank, target = _needed(base=base, data=data, rank=rank, out=out)
+        features_one(base, data, prompt, rank, training, features, target)
+        return
+    base, adapters, target = _needed(base=base, adapter=adapter, out=out)
+    calibrate_one(base, adapters, method, data, prompt, training, weight or [], target)
+
+
+@app.command()
+def export(
+    recipe: Recipe = None,
+    overrides: Overrides = None,
+    runs: Runs = Path("runs"),
+    base: BaseOption = None,
+    adapter: Adapter = None,
+    runtime: Annotated[str | None, typer.Option(help="executorch or onnx.")] = None,
+    precision: Annotated[str, typer.Option(help="fp32, int8 or int4.")] = "fp32",
+    context: Annotated[
+        int | None, typer.Option(help="Tokens of the cache; default the base's own.", min=1)
+    ] = None,
+    bundle: Bundle = None,
+    share: Share = None,
+    into: Annotated[
+        Path | None,
+        typer.Option(help="A finished bundle for onnx, to add --bundle NAME=DIR to."),
+    ] = None,
+    int8_layer: Annotated[
+        list[str] | None,
+        typer.Option(help="A linear layer that int4 keeps at 8 bits; see caliport sensitivity."),
+    ] = None,
+    embedding_bits: Annotated[
+        int | None, typer.Option(help="4 or 8 with int4; default a tied head's, else 8.")
+    ] = None,
+    cache_bits: Annotated[
+        int | None, typer.Option(help="8: keys and values in int8, for executorch; default float.")
+    ] = None,
+    out: Out = None,
+    preflight: Annotated[
+        bool,
+        typer.Option("--preflight/--no-preflight", help="Stop if memory or disk are too small."),
+    ] = True,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option("--push-to-hub", metavar="REPO_ID", help="Upload the artifact when done."),
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="Make the repository private if it is new.")
+    ] = False,
+) -> None:
+    """Lower compositions to .pte and .onnx."""
+    if recipe is not None:
+        from caliport.run.export import export_all
+
+        _no_flags(base=base, adapter=adapter, runtime=runtime, context=context, out=out)
+        _no_flags(**{"push-to-hub": push_to_hub, "private": private})
+        _no_flags(**{"int8-layer": int8_layer, "embedding-bits": embedding_bits})
+        _no_flags(**{"cache-bits": cache_bits})
+        _no_flags(bundle=bundle, share=share, into=into)
+        export_all(_space(recipe, overrides, runs), preflight=preflight)
+        return
+    if into is not None:
+        from caliport.flags.export import add_to_bundle
+
+        if any((base, adapter, runtime, out, share)):
+            raise InputError("--into goes with --bundle NAME=DIR alone")
+        (added,) = _needed(bundle=bundle)
+        add_to_bundle(into, added)
+        return
+    from caliport.export.quantization.choices import Quantization
+    from caliport.flags.export import bundle_one, export_one
+
+    base, runtime, target = _needed(base=base, runtime=runtime, out=out)
+    if private and push_to_hub is None:
+        raise InputError("--private goes with --push-to-hub REPO_ID alone")
+    how = Quantization(precision, tuple(int8_layer or ()), embedding_bits, cache_bits)
+    more: dict[str, Any] = {"preflight": preflight, "repo_id": push_to_hub, "private": private}
+    if bundle:
+        if adapter is not None:
+            raise InputError("--adapter goes without --bundle; expected --share NAME=DIR")
+        bundle_one(base, bundle, share or [], runtime, how, context, target, **more)
+        return
+    if share:
+        raise InputError("--share goes with --bundle NAME=DIR")
+    export_one(base, adapter, runtime, how, context, target, **more)
+
+
+@app.command()
+def validate(
+    recipe: Annotated[
+        Path, typer.Argument(metavar="RECIPE|ARTIFACT_DIR", help="A recipe or an artifact.")
+    ],
+    overrides: Overrides = None,
+    runs: Runs = Path("runs"),
+    base: BaseOption = None,
+    adapter: Adapter = None,
+    bundle: Bundle = None,
+    share: Share = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="JSON Lines with `input` and `output`; default a built-in set."),
+    ] = None,
+    prompt: Annotated[str, typer.Option(help="Prompt around each input.")] = "{input}",
+    threads: Annotated[int | None, typer.Option(help="Threads of the runtime.", min=1)] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="Of an artifact of another tool: fp32, int8 or int4.")
+    ] = None,
+    against: Annotated[
+        Path | None,
+        typer.Option(help="Another artifact of the same, to hold it to in place of fp32."),
+    ] = None,
+    latency: Annotated[
+        bool, typer.Option("--latency/--no-latency", help="Also measure times and memory.")
+    ] = True,
+    runner: Annotated[
+        str | None,
+        typer.Option(help="plain (default), genai for onnxruntime-genai, or MODULE:FUNCTION."),
+    ] = None,
+    against_runner: Annotated[
+        str | None, typer.Option(help="The same of the artifact of --against.")
+    ] = None,
+    by_layer: Annotated[
+        bool, typer.Option("--by-layer", help="Also say in which layers the error budget goes.")
+    ] = False,
+    baseline: BaselineOption = None,
+    device: DeviceOption = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Also write the reports here.")] = None,
+) -> None:
+    """Hold artifacts against eager PyTorch; exit code 1 if a gate fails."""
+    if recipe.is_dir():
+        from caliport.flags.validate import validate_one
+
+        if device:
+            raise InputError("--device goes with a recipe; see caliport device validate")
+
+        (base,) = _needed(base=base)
+        parts = bundle or [], share or []
+        more: dict[str, Any] = {"latency": latency, "baseline": baseline}
+        more |= {"precision": precision, "against": against, "by_layer": by_layer}
+        more |= {"runner": runner or "plain", "against_runner": against_runner or "plain"}
+        passed = validate_one(recipe, base, adapter, *parts, prompts, prompt, threads, out, **more)
+    else:
+        from caliport.run.validate import validate_all
+
+        _no_flags(base=base, adapter=adapter, bundle=bundle, share=share)
+        _no_flags(prompts=prompts, out=out, precision=precision, against=against)
+        _no_flags(**{"against-runner": against_runner})
+        if runner is not None:
+            overrides = [*(overrides or ()), f"validation.runner={runner}"]
+        asked = ["validation.by_layer=true"] if by_layer else []
+        space = _space(recipe, [*with_baseline(overrides, baseline), *asked], runs)
+        passed = validate_all(space, latency=latency)
+        if device:
+            from caliport.on_devices.validate import validate_rows
+
+            passed = validate_rows(space, device) and passed
+        _show(space.reports, recipe)
+    raise typer.Exit(0 if passed else 1)
+
+
+@app.command()
+def report(
+    recipe: Annotated[
+        Path, typer.Argument(metavar="RECIPE|RUN_DIR", help="A recipe or a run directory.")
+    ],
+    overrides: Overrides = None,
+    runs: Runs = Path("runs"),
+) -> None:
+    """Write the HTML report again from what a run has measured."""
+    run_dir = recipe if recipe.is_dir() else _space(recipe, overrides, runs).root
+    reports = run_dir / "reports"
+    if not reports.is_dir():
+        raise InputError(f"{run_dir}: no reports in it; expected a run directory")
+    _show(reports)
+
+
+@app.command()
+def init(
+    path: Annotated[Path, typer.Argument(help="The file to write.")] = Path("recipe.yaml"),
+) -> None:
+    """Write a commented recipe to start from."""
+    from caliport.flags.template import write_template
+
+    write_template(path)
+
+
+@app.command()
+def doctor() -> None:
+    """Say what is installed, what would not work and why; exit code 1 if anything would not."""
+    from caliport.cli.doctor import examine
+
+    raise typer.Exit(0 if examine() else 1)
+
+
+register(app)
+register_inspecting(app)
+register_devices(app)
+register_on_device(app)
+register_emulators(app)
+register_runner(app)
+
+
+def main() -> None:
+    """Run the command line; every wrong input ends in one line."""
+    debug = "--debug" in sys.argv
+    goes_on = "calibrate" in sys.argv or any(a.endswith((".yaml", ".yml")) for a in sys.argv)
+    sys.exit(guarded(lambda: app(standalone_mode=False), "caliport --help", debug, goes_on))
+
+
+def guarded(call: Callable[[], Any], usage: str, debug: bool, goes_on: bool = False) -> int:
+    """Call a command so that every wrong input ends in one line; its exit code.
+
+    Args:
+        call: The command.
+        usage: What shows how it is called.
+        debug: Let errors that are nobody's input through, with their tracebacks.
+        goes_on: Whether the command keeps what is finished when it is interrupted.
+    """
+    if not debug:  # libraries log each other's deprecations and every optional part they miss
+        logging.disable(logging.WARNING)
+        warnings.simplefilter("ignore")
+    try:
+        code = call()
+    except InputError as error:
+        code = _fail(str(error), 2)
+    except KeyboardInterrupt:
+        code = _INTERRUPTED
+    except Exception as error:
+        if debug:
+            raise
+        shown = getattr(error, "format_message", None)  # click's own errors know how to say it
+        if shown is not None:
+            code = _fail(f"{shown()} See {usage}.", 2)
+        elif type(error).__name__ == "Abort":
+            code = _INTERRUPTED
+        else:
+            line = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            code = _fail(f"internal error: {line} (--debug shows where)", 3)
+    if code == _INTERRUPTED:  # typer turns Ctrl-C into this code and says nothing
+        _fail(f"interrupted{'; the same command goes on where it stopped' * goes_on}", code)
+    return code if isinstance(code, int) else 0
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"caliport: {message}", file=sys.stderr)
+    return code
+
+
+def _space(recipe: Path, overrides: list[str] | None, runs: Path) -> Any:
+    from caliport.recipe.read import read_recipe
+    from caliport.run.workspace import Workspace
+
+    found = read_recipe(recipe, overrides or [])
+    return Workspace(found, runs / found.name)
+
+
+def _show(reports: Path, validated: Path | None = None) -> None:
+    """Write the report and show it; a CI job is told too where a recipe was ``validated``."""
+    from caliport.show.github import publish_run
+    from caliport.show.tables import show_tables
+    from caliport.validation.report.page import write_report
+
+    page = write_report(reports)
+    show_tables(reports)
+    print(f"report: {page}")
+    if validated is not None:
+        publish_run(reports, validated)
+
+
+def _only_main() -> None:
+    """End every process but the main one: what follows is not done together."""
+    from caliport.core.processes import is_main
+
+    if not is_main():
+        raise typer.Exit(0)
+
+
+def _needed(**flags: Any) -> tuple[Any, ...]:
+    for name, value in flags.items():
+        if value is None or value == []:
+            raise InputError(f"--{name} is missing; give it, or a recipe (see --help)")
+    return tuple(flags.values())
+
+
+def _no_flags(**flags: Any) -> None:
+    for name, value in flags.items():
+        if value:
+            raise InputError(f"--{name} goes with flags alone; with a recipe use --set FIELD=VALUE")

@@ -1,0 +1,110 @@
+"""What is installed, and what would not work and why."""
+
+from __future__ import annotations
+
+import importlib
+import platform
+import shutil
+from importlib import metadata
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from rich.console import Console
+from rich.table import Table
+
+_SMALL_MEMORY = 4e9
+_SMALL_DISK = 5e9
+# What each ability needs to import; a package can be installed and still not load.
+_ABILITIES = {
+    "train and calibrate": ("torch", "transformers", "peft"),
+    "quantize": ("torchao",),
+    "export and run .pte": (
+        "executorch.exir",
+        "executorch.extension.llm.custom_ops.custom_ops",
+        "executorch.kernels.quantized",
+        "executorch.extension.llm.runner",
+    ),
+    "export and run .onnx": ("onnx", "onnxscript", "onnxruntime", "onnxruntime_genai"),
+    "reports": ("jinja2", "matplotlib", "rouge_score", "sacrebleu"),
+}
+
+
+def examine() -> bool:
+    """Print versions, cores, memory and abilities; whether everything would work."""
+    import psutil
+
+    from caliport.validation.records.reports import this_machine
+
+    console = Console()
+    versions = Table("package", "installed", "wanted", "", title="Packages", title_justify="left")
+    problems = []
+    for requirement in _requirements():
+        found = _installed(requirement.name)
+        right = found is not None and requirement.specifier.contains(found, prereleases=True)
+        versions.add_row(
+            requirement.name,
+            found or "-",
+            str(requirement.specifier),
+            "ok" if right else "[red]not what was tried[/red]",
+        )
+        if not right:
+            problems.append(
+                f"{requirement.name} is {found or 'missing'}, wanted {requirement.specifier}"
+            )
+    console.print(versions)
+
+    cores = this_machine().cores
+    memory = psutil.virtual_memory()
+    disk = shutil.disk_usage(Path.cwd())
+    console.print(
+        f"Python {platform.python_version()} on {platform.system()} {platform.machine()}; "
+        f"{cores} usable cores ({psutil.cpu_count(logical=False)} physical); "
+        f"memory {memory.total / 1e9:.1f} GB, {memory.available / 1e9:.1f} GB free; "
+        f"disk here {disk.free / 1e9:.1f} GB free"
+    )
+    if memory.available < _SMALL_MEMORY:
+        problems.append(f"only {memory.available / 1e9:.1f} GB of memory free; demo needs about 4")
+    if disk.free < _SMALL_DISK:
+        problems.append(f"only {disk.free / 1e9:.1f} GB of disk free here")
+    abilities = Table("ability", "", title="Abilities", title_justify="left")
+    for ability, modules in _ABILITIES.items():
+        reason = _import_problem(modules)
+        abilities.add_row(ability, f"[red]{reason}[/red]" if reason else "ok")
+        if reason:
+            problems.append(f"{ability}: {reason}")
+    console.print(abilities)
+    for problem in problems:
+        console.print(f"[red]would not work:[/red] {problem}")
+    if not problems:
+        console.print("everything would work")
+    return not problems
+
+
+def _requirements() -> list[Requirement]:
+    """What the installed package declares, extras left out."""
+    try:
+        declared = metadata.requires("caliport") or []
+    except metadata.PackageNotFoundError:
+        return []
+    found = [Requirement(text) for text in declared]
+    return [r for r in found if r.marker is None or r.marker.evaluate({"extra": ""})]
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _import_problem(modules: tuple[str, ...]) -> str | None:
+    """Why one of the modules does not import, or None."""
+    from caliport.core.patching import quiet
+
+    for module in modules:
+        try:
+            with quiet():
+                importlib.import_module(module)
+        except Exception as error:
+            return f"{module} does not load: {type(error).__name__}: {error}"
+    return None

@@ -1,0 +1,51 @@
+"""The commands ``audit`` and ``sensitivity``: what to know before anything is made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the command line."""
+    app.command()(audit)
+    app.command()(sensitivity)
+
+
+def audit(
+    adapters: Annotated[
+        list[Path], typer.Argument(metavar="ADAPTER ADAPTER...", help="PEFT LoRA directories.")
+    ],
+    weight: Annotated[
+        list[float] | None,
+        typer.Option(help="Of each adapter in the sum, in their order; default 1/N each."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Also write audit.json and the report here.")
+    ] = None,
+) -> None:
+    """Say what adapters share and how far each merge is from their sum, before any training."""
+    from caliport.run.audit import audit_adapters
+
+    audit_adapters(adapters, weight, out)
+
+
+def sensitivity(
+    base: Annotated[Path, typer.Option(help="A Hugging Face directory.")],
+    adapter: Annotated[Path | None, typer.Option("--adapter", help="PEFT LoRA directory.")] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="JSON Lines with `input` and `output`; default a built-in set."),
+    ] = None,
+    prompt: Annotated[str, typer.Option(help="Prompt around each input.")] = "{input}",
+    share: Annotated[
+        float, typer.Option(help="Bytes to spend on 8 bits, as a share of all layers' at 4.")
+    ] = 0.05,
+    out: Annotated[Path | None, typer.Option("--out", help="Also write a JSON file.")] = None,
+) -> None:
+    """Show what each linear layer loses at 4 bits and which to keep at 8."""
+    from caliport.flags.sensitivity import show_sensitivity
+
+    show_sensitivity(base, adapter, prompts, prompt, share, out)

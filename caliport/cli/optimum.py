@@ -1,0 +1,108 @@
+"""``optimum-cli export caliport``: the export stage as a command of Hugging Face Optimum.
+
+Optimum's ``TasksManager`` says which library and task a checkpoint is for; the export itself is
+``caliport export``. Nothing heavy is imported before the command runs, since ``optimum-cli`` reads
+this file at every start.
+"""
+
+from __future__ import annotations
+
+import sys
+from argparse import ArgumentParser
+from pathlib import Path
+
+from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
+
+from caliport.core.errors import InputError
+
+_LIBRARY = "transformers"
+_TASK = "text-generation"
+
+
+class CaliportExportCommand(BaseOptimumCLICommand):
+    """``optimum-cli export caliport --model BASE --runtime RUNTIME OUT``."""
+
+    COMMAND = CommandInfo(
+        name="caliport",
+        help="Export a decoder, with a LoRA adapter folded in, to ExecuTorch or ONNX.",
+    )
+
+    @staticmethod
+    def parse_args(parser: ArgumentParser) -> None:
+        """Declare the flags; they mean what they mean to ``caliport export``."""
+        parser.add_argument("-m", "--model", required=True, help="Hugging Face directory or name.")
+        parser.add_argument("--adapter", type=Path, help="PEFT LoRA directory.")
+        parser.add_argument("--runtime", required=True, help="executorch or onnx.")
+        parser.add_argument("--precision", default="fp32", help="fp32, int8 or int4.")
+        parser.add_argument("--context", type=int, help="Tokens of the cache; default the base's.")
+        parser.add_argument(
+            "--no-preflight", action="store_true", help="Go on where memory or disk seem too small."
+        )
+        parser.add_argument("output", type=Path, help="The directory to write.")
+
+    def run(self) -> None:
+        """Export, and end as ``caliport export`` does: one line and exit code 2 on bad input."""
+        from caliport.cli.app import guarded
+
+        code = guarded(self._export, "optimum-cli export caliport --help", debug=False)
+        if code:
+            sys.exit(code)
+
+    def _export(self) -> None:
+        from caliport.export.quantization.choices import Quantization
+        from caliport.flags.export import export_one
+
+        given = self.args
+        if given.context is not None and given.context < 1:
+            raise InputError(f"--context is {given.context}, expected at least 1")
+        check_task(given.model)
+        export_one(
+            given.model,
+            given.adapter,
+            given.runtime,
+            Quantization(given.precision),
+            given.context,
+            given.output,
+            preflight=not given.no_preflight,
+        )
+
+
+def check_task(base: str) -> None:
+    """Ask Optimum's ``TasksManager`` what a checkpoint is for.
+
+    optimum 2.3 infers no task from a local directory, so it is asked about the model class that
+    ``config.json`` names, which it resolves for any transformers model.
+
+    Raises:
+        InputError: No checkpoint, or not one of transformers' text-generation models.
+    """
+    import transformers
+    from optimum.exporters.tasks import TasksManager
+
+    try:
+        library = TasksManager.infer_library_from_model(base)
+    except Exception as error:
+        raise InputError(
+            f"{base}: no checkpoint that Optimum knows ({_line(error)}); expected a Hugging Face "
+            "directory or hub name of a decoder"
+        ) from error
+    if library != _LIBRARY:
+        raise InputError(f"{base}: a checkpoint of {library}, expected one of {_LIBRARY}")
+    config = transformers.PreTrainedConfig.get_config_dict(base)[0]
+    names = config.get("architectures") or []
+    found = getattr(transformers, names[0], None) if names else None
+    if found is None:
+        raise InputError(
+            f"{base}: config.json names the architecture {names[0] if names else None!r}, expected "
+            "one of transformers, such as LlamaForCausalLM"
+        )
+    try:
+        task = TasksManager.infer_task_from_model(found)
+    except ValueError:
+        task = "no known task"
+    if task != _TASK:
+        raise InputError(f"{base}: {names[0]} is for {task}, expected a model for {_TASK}")
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

@@ -1,0 +1,81 @@
+"""XXX."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.table import Table
+
+from caliport.core.errors import InputError
+from caliport.core.progress import console, progress
+from caliport.data.examples import read_jsonl
+
+_SHOWN = 12
+
+
+def show_sensitivity(
+    base: str | Path,
+    adapter: Path | None,
+    prompts: Path | None,
+    prompt: str,
+    share: float,
+    out: Path | None,
+) -> None:
+    """Measure every linear layer at 4 bits; show the most sensitive and which to keep at 8.
+
+    Args:
+        base: A Hugging Face directory.
+        adapter: A PEFT LoRA directory to fold in first, or None.
+        prompts: JSON Lines with ``input`` and ``output``; None for the built-in prompts.
+        prompt: Around each input.
+        share: Bytes to spend on 8 bits, as a share of what all layers take at 4.
+        out: A JSON file to write, or None.
+
+    Raises:
+        InputError: See ``caliport.export.quantization.sensitivity``; or ``out`` is there already.
+    """
+    from caliport.core.checkpoints import load_tokenizer
+    from caliport.export.quantization.sensitivity import keep_at_int8, sensitivities
+    from caliport.export.quantization.tensors import plan
+    from caliport.export.reference.folded import eager
+    from caliport.validation.evaluation.evaluation import make_evaluation
+
+    if out is not None and out.exists():
+        raise InputError(f"{out}: is there already; name a new file")
+    model = eager(base, adapter, "fp32")
+    examples = read_jsonl(prompts) if prompts is not None else None
+    evaluation = make_evaluation(
+        model,
+        load_tokenizer(base, model),
+        [prompt.replace("{input}", e.input) for e in examples] if examples else None,
+        [e.output for e in examples] if examples else None,
+    )
+    texts = [
+        [*before, *after]
+        for before, after in zip(evaluation.prompts, evaluation.targets, strict=True)
+    ]
+    count = sum(form == "int4" for form in plan(model, "int4").values())
+    with progress("layers at 4 bits", count) as advance:
+        done = iter(range(count))
+        layers = sensitivities(model, texts, lambda name: advance(next(done), name))
+    kept = keep_at_int8(layers, share)
+    table = Table(title="What each layer loses at 4 bits alone")
+    table.add_column("layer")
+    table.add_column("KL, nats a token", justify="right")
+    table.add_column("at 8 bits", justify="right")
+    for layer in layers[:_SHOWN]:
+        table.add_row(
+            layer.name,
+            f"{layer.divergence:.2e}",
+            f"+{layer.extra_bytes / 1e3:,.0f} kB" if layer.name in kept else "",
+        )
+    console.print(table)
+    if len(layers) > _SHOWN:
+        console.print(f"and {len(layers) - _SHOWN} less sensitive ones")
+    flags = " ".join(f"--int8-layer {name}" for name in kept)
+    console.print(f"within {share:.0%} more bytes: {flags or 'no layer fits'}", soft_wrap=True)
+    if out is not None:
+        found = {"share": share, "int8_layers": kept, "layers": [asdict(x) for x in layers]}
+        out.write_text(json.dumps(found, indent=2) + "\n")

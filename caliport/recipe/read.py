@@ -1,0 +1,103 @@
+"""Read a recipe; a wrong one ends in one line that names the field and what would be right."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from caliport.core.errors import InputError
+from caliport.recipe.schema import Recipe
+
+
+def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read and check a recipe.
+
+    Args:
+        path: A YAML file.
+        overrides: ``field.subfield=value`` with the value in YAML; each replaces a field.
+
+    Raises:
+        InputError: One line that names the field, what was found and what would be right.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such recipe; `caliport init` writes one") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not readable as UTF-8 text ({error})") from None
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: found {type(content).__name__}, expected fields and values")
+    for override in overrides:
+        _override(content, override)
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        raise InputError(f"{path}: {_first(error)}") from None
+
+
+def _override(content: dict[str, Any], override: str) -> None:
+    field, equals, value = override.partition("=")
+    if not equals or not field:
+        raise InputError(f"--set {override}: expected FIELD=VALUE, such as lora.rank=16")
+    *parents, last = field.split(".")
+    place = content
+    for parent in parents:
+        if place.get(parent) is None:
+            place[parent] = {}
+        place = place[parent]
+        if not isinstance(place, dict):
+            raise InputError(f"--set {override}: {parent} has no fields of its own")
+    try:
+        place[last] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise InputError(f"--set {override}: {value!r} is not a YAML value") from None
+
+
+def _first(error: ValidationError) -> str:
+    """The first problem as one line: field, what was found, what would be right."""
+    problem = error.errors()[0]
+    field = ".".join(str(part) for part in problem["loc"]) or "recipe"
+    if problem["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(str(problem["loc"][-1]), _fields(problem["loc"]), 1)
+        hint = (
+            f"did you mean {near[0]}?" if near else f"known: {', '.join(_fields(problem['loc']))}"
+        )
+        return f"{field}: unknown field; {hint}"
+    if problem["type"] == "missing":
+        return f"{field}: missing; expected a value"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "value_error":
+        return message if field == "recipe" else f"{field}: {message}"
+    return f"{field}: found {problem['input']!r}, {message[0].lower()}{message[1:]}"
+
+
+def _fields(location: tuple[int | str, ...]) -> list[str]:
+    """The names that are right where the last part of ``location`` is wrong."""
+    part: Any = Recipe
+    for step in location[:-1]:
+        if not (isinstance(part, type) and issubclass(part, BaseModel)):
+            return []
+        found = [f for n, f in part.model_fields.items() if step in (n, f.alias)]
+        if not found:
+            return []
+        part = _model_in(found[0].annotation)
+    if not (isinstance(part, type) and issubclass(part, BaseModel)):
+        return []
+    return [field.alias or name for name, field in part.model_fields.items()]
+
+
+def _model_in(annotation: Any) -> Any:
+    """The model inside ``X``, ``X | None`` or ``dict[str, X]``."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    inside = [_model_in(argument) for argument in getattr(annotation, "__args__", ())]
+    return next((model for model in inside if model is not None), None)

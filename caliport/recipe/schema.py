@@ -1,0 +1,410 @@
+"""The recipe: one YAML file that says everything a run needs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    model_validator,
+)
+
+from caliport.export.executorch.lower import is_method
+from caliport.recipe.methods import Method, parse
+from caliport.validation.baseline.regression import RegressionLimits
+
+Runtime = Literal["executorch", "onnx"]
+Precision = Literal["fp32", "int8", "int4"]
+MethodName = Annotated[str, AfterValidator(lambda name: parse(name).name)]
+Metric = Literal["rougeL", "chrf", "weighted_rouge"]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class TaskFiles(_Part):
+    """A task's own examples: JSON Lines with ``input`` and ``output``, and its prompt."""
+
+    train: Path
+    validation: Path
+    prompt: str
+
+
+class Paper(_Part):
+    """The paper's sets and models: see ``caliport.data.paper`` and docs/paper_benchmark.md.
+
+    Attributes:
+        dialogsum, persona_chat, ted, sound_natural: The sets' folders in ``data.directory``.
+        translation: A sequence-to-sequence model from English for each language.
+        tone: A causal language model that changes the tone.
+        cache: Where rewritten texts are kept, for all runs.
+        split: The split that stands as ``validation`` in the run; the paper scores on test.
+        compositional: Most training examples of a composition, each rewritten by a model.
+    """
+
+    dialogsum: Path = Path("dialogsum")
+    persona_chat: Path = Path("persona_chat")
+    ted: Path = Path("ted")
+    sound_natural: Path = Path("sound_natural")
+    translation: dict[Annotated[str, Field(pattern="^(es|fr|de)$")], str] = {}
+    tone: str | None = None
+    cache: Path = Path("runs/paper-rewritten.jsonl")
+    split: Literal["validation", "test"] = "test"
+    compositional: int = Field(10_000, gt=0)
+
+
+class Data(_Part):
+    """Where examples come from and how many of each task are used."""
+
+    source: Literal["pocket", "multi30k", "paper", "files"]
+    directory: Path | None = None
+    files: dict[str, TaskFiles] = {}
+    paper: Paper | None = None
+    train: int | None = Field(None, gt=0)
+    validation: int | None = Field(None, gt=0)
+    too_long: Literal["refuse", "leave-out"] = "refuse"
+
+    @model_validator(mode="after")
+    def _source_has_its_fields(self) -> Data:
+        if self.source == "multi30k" and self.directory is None:
+            raise ValueError("source multi30k needs `directory`, the folder with task1/ and task2/")
+        if self.source == "paper" and (self.directory is None or self.paper is None):
+            raise ValueError("source paper needs `directory`, the sets' folder, and `paper`")
+        if self.source == "files" and not self.files:
+            raise ValueError("source files needs `files`, a mapping from task to its files")
+        return self
+
+
+class Train(_Part):
+    """One training: see ``caliport.calibrate.training.loop.TrainSettings``.
+
+    Several learning rates are each tried; the one of lowest loss on ``calibration.tuning`` examples
+    is kept.
+    """
+
+    steps: int = Field(gt=0)
+    batch_size: int = Field(32, gt=0)
+    learning_rate: PositiveFloat | tuple[PositiveFloat, ...] = 5e-4
+    schedule: Literal["constant_with_warmup", "linear", "cosine"] = "cosine"
+    warmup: float = Field(0.05, ge=0, le=1)
+    prompt_loss: bool = False
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """The learning rates to try."""
+        rate = self.learning_rate
+        return rate if isinstance(rate, tuple) else (rate,)
+
+
+class Shape(_Part):
+    """Shape of a base trained from scratch: see ``calibrate.training.small_base.BaseShape``."""
+
+    vocab_size: int = Field(2048, ge=300)
+    hidden_size: int = Field(256, gt=0)
+    intermediate_size: int = Field(704, gt=0)
+    layers: int = Field(4, gt=0)
+    heads: int = Field(4, gt=0)
+    key_value_heads: int = Field(2, gt=0)
+    context: int = Field(256, gt=0)
+
+
+class Base(_Part):
+    """The base model: a checkpoint's ``path``, or ``train`` and ``shape`` for one of our own."""
+
+    path: str | None = None
+    shape: Shape = Shape()
+    train: Train | None = None
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> Base:
+        if (self.path is None) == (self.train is None):
+            raise ValueError("needs either `path` (a checkpoint) or `train`, and not both")
+        if self.train is not None and len(self.train.rates) > 1:
+            raise ValueError("train.learning_rate: expected one; a base is trained once")
+        return self
+
+
+class Lora(_Part):
+    """Shape and training of the single-task adapters that the recipe trains itself."""
+
+    rank: int = Field(8, gt=0)
+    alpha: float = Field(16, gt=0)
+    dropout: float = Field(0.05, ge=0, lt=1)
+    target_modules: tuple[str, ...] = (
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    )
+    train: Train | None = None
+
+
+class Calibration(_Part):
+    """How the corrections and the joint expert are trained on compositional examples."""
+
+    examples: int = Field(10_000, gt=0)
+    tuning: int = Field(0, ge=0)
+    merge: Literal["linear", "exact", "svd", "ties", "dare", "slerp"] = "linear"
+    density: float = Field(0.5, gt=0, le=1)
+    methods: tuple[MethodName, ...] = (
+        "zero-shot",
+        "lora",
+        "linear",
+        "exact",
+        "lc",
+        "lc++",
+        "joint",
+        "multi-step",
+    )
+    lc: Train = Train(steps=300, learning_rate=5e-3)
+    lcpp: Train = Field(Train(steps=300, learning_rate=5e-3), alias="lc++")
+    scales: Train = Train(steps=300, learning_rate=5e-3)
+    joint: Train = Train(steps=300, learning_rate=1e-3)
+    overrides: dict[MethodName, Train] = {}
+
+    def training(self, method: Method) -> Train:
+        """How a method is trained: by its own entry of ``overrides``, else as its kind is."""
+        kinds = {"lc": self.lc, "lc++": self.lcpp, "scales": self.scales, "joint": self.joint}
+        return self.overrides.get(method.name) or kinds[method.kind]
+
+
+class Flix(_Part):
+    """FLix, and one LoRA on the same mixture with the rank of the active features.
+
+    Attributes:
+        ranks: Rank of each feature.
+        features: Features of each task and composition; ``train_on`` says which are trained.
+        dropout: Probability that a feature is off for an example of a step.
+        prompt: One prompt for all data sets, with ``{input}``, so that the features alone say what
+            to do; None: each task's own. The mixture's LoRA always reads each task's own.
+    """
+
+    ranks: dict[str, Annotated[int, Field(gt=0)]]
+    features: dict[str, tuple[str, ...]]
+    train_on: tuple[str, ...]
+    dropout: float = Field(0.1, ge=0, lt=1)
+    prompt: str | None = None
+    train: Train
+    mixture: Train | None = None
+
+    @model_validator(mode="after")
+    def _names_fit(self) -> Flix:
+        for task, features in self.features.items():
+            for feature in features:
+                if feature not in self.ranks:
+                    known = ", ".join(self.ranks)
+                    raise ValueError(
+                        f"features.{task} names {feature!r}, which has no rank; expected one of: "
+                        f"{known}"
+                    )
+        for task in self.train_on:
+            if task not in self.features:
+                raise ValueError(f"train_on names {task!r}, which has no entry in features")
+        return self
+
+    @property
+    def active_rank(self) -> int:
+        """The most rank that is active at once in a task trained on."""
+        return max(sum(self.ranks[f] for f in self.features[t]) for t in self.train_on)
+
+
+class Judge(_Part):
+    """Who judges answers: an OpenAI-compatible ``endpoint`` and a ``model`` there, or a ``path``.
+
+    ``key_variable`` names the environment variable with the endpoint's key; see
+    ``caliport.validation.evaluation.judge`` for the rest.
+    """
+
+    endpoint: str | None = None
+    model: str | None = None
+    key_variable: str | None = None
+    timeout: float = Field(60, gt=0)
+    tries: int = Field(5, gt=0)
+    path: str | None = None
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> Judge:
+        if (self.endpoint is None) == (self.path is None):
+            raise ValueError("needs either `endpoint` and `model`, or `path`, and not both")
+        if (self.endpoint is None) != (self.model is None):
+            raise ValueError("needs `endpoint` and `model` together")
+        return self
+
+
+class Evaluation(_Part):
+    """How methods are scored on the validation split.
+
+    ``quantized`` names methods that are also scored with quantized weights, folded (``int4``) or
+    with the update beside a quantized base (``int4-bundle``). ``judge`` says of every answer in
+    fp32 whether it is right.
+    """
+
+    quantized: dict[
+        Literal["int8", "int4", "int8-bundle", "int4-bundle"], tuple[MethodName, ...]
+    ] = {}
+    judge: Judge | None = None
+    examples: int | None = Field(None, gt=0)
+    max_new_tokens: int = Field(48, gt=0)
+    batch_size: int = Field(64, gt=0)
+    metric: Metric = "rougeL"
+
+
+class Export(_Part):
+    """What is exported: every runtime in every precision.
+
+    ``ship`` says how: ``fold`` makes an artifact of each composition, ``bundle`` one of them all.
+    ``int8_layers`` and ``embedding_bits`` are int4's, ``cache_bits`` is executorch's
+    (``caliport.export.quantization.choices.Quantization``).
+    """
+
+    method: str = "best"
+    ship: tuple[Literal["fold", "bundle"], ...] = Field(("fold",), min_length=1)
+    runtimes: tuple[Runtime, ...] = ("executorch", "onnx")
+    precisions: tuple[Precision, ...] = ("fp32", "int8", "int4")
+    context: int | None = Field(None, gt=0)
+    int8_layers: tuple[str, ...] = ()
+    embedding_bits: Literal[4, 8] | None = None
+    cache_bits: Literal[8] | None = None
+
+
+class Validation(_Part):
+    """How artifacts are checked: see ``caliport.validation.gates.limits`` for what the limits mean.
+
+    ``runner`` runs the ONNX artifacts: ONNX Runtime itself (``plain``), or onnxruntime-genai.
+    ``baseline`` is a stored one (a file, or a directory with one for each machine) that artifacts
+    are held to as well, within the limits of ``regression``. ``by_layer`` adds residual streams to
+    the error budget.
+    """
+
+    examples: int = Field(32, gt=0)
+    threads: int | None = Field(None, gt=0)
+    repetitions: int = Field(6, gt=0)
+    by_layer: bool = False
+    runner: Literal["plain", "genai"] = "plain"
+    limits: dict[Precision, dict[str, float]] = {}
+    baseline: Path | None = None
+    regression: RegressionLimits = RegressionLimits()
+
+
+class Recipe(_Part):
+    """All of a run. Paths are relative to the directory the command is called from."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    seed: int = 0
+    data: Data
+    base: Base
+    adapters: dict[str, Path | None]
+    lora: Lora = Lora()
+    compositions: dict[str, tuple[str, ...]]
+    calibration: Calibration = Calibration()
+    flix: Flix | None = None
+    micro_batch: int | None = Field(None, gt=0)
+    evaluation: Evaluation = Evaluation()
+    export: Export = Export()
+    validation: Validation = Validation()
+
+    @model_validator(mode="after")
+    def _names_fit(self) -> Recipe:
+        for composition, tasks in self.compositions.items():
+            if len(tasks) < 2:
+                raise ValueError(f"compositions.{composition} needs at least two tasks")
+            for task in tasks:
+                if task not in self.adapters:
+                    known = ", ".join(self.adapters) or "none"
+                    raise ValueError(
+                        f"compositions.{composition} names the task {task!r}, which has no "
+                        f"adapter; expected one of: {known}"
+                    )
+        for name in (*self.adapters, *self.compositions):
+            if not name.replace("_", "").replace("-", "").isalnum():
+                raise ValueError(f"{name!r}: expected letters, digits, - and _ in a task's name")
+        untrained = [task for task, path in self.adapters.items() if path is None]
+        if untrained and self.lora.train is None:
+            raise ValueError(
+                f"adapters.{untrained[0]} has no path and lora.train is missing; give one of them"
+            )
+        methods = {name: parse(name) for name in self.calibration.methods}
+        self._export_fits(methods)
+        self._training_fits(methods)
+        if self.data.source == "files":
+            for task in (*self.adapters, *self.compositions):
+                if task not in self.data.files:
+                    raise ValueError(f"data.files has no entry for {task}")
+        return self
+
+    def _export_fits(self, methods: Mapping[str, Method]) -> None:
+        wanted = self.export.method
+        composed = [name for name, method in methods.items() if method.composed]
+        if wanted != "best" and wanted not in composed:
+            raise ValueError(
+                f"export.method is {wanted}, expected best or one of calibration.methods that "
+                f"give an adapter: {', '.join(composed) or 'none'}"
+            )
+        if "bundle" in self.export.ship and "executorch" in self.export.runtimes:
+            for name in self.compositions:
+                if not is_method(name):
+                    raise ValueError(
+                        f"compositions.{name}: found {name!r}, expected letters, digits and _ (not "
+                        "forward), since a bundle for executorch has a method of that name"
+                    )
+
+    def _training_fits(self, methods: Mapping[str, Method]) -> None:
+        calibration = self.calibration
+        trained = {"lc", "lc++", "scales", "joint"}
+        plans: dict[str, Train | None] = {"adapters": self.lora.train}
+        plans |= {n: calibration.training(m) for n, m in methods.items() if m.kind in trained}
+        if self.flix is not None:
+            plans |= {"flix": self.flix.train, "mixture": self.flix.mixture}
+        sweeps = [name for name, train in plans.items() if train and len(train.rates) > 1]
+        if sweeps and not calibration.tuning:
+            raise ValueError(
+                f"several learning rates for {sweeps[0]} need calibration.tuning, the number of "
+                "training examples held out to choose by"
+            )
+        if {"flix", "mixture"} & {m.kind for m in methods.values()}:
+            if self.flix is None:
+                raise ValueError("calibration.methods has flix or mixture; expected a `flix` part")
+            missing = [c for c in self.compositions if c not in self.flix.features]
+            if missing:
+                raise ValueError(f"flix.features has no entry for {missing[0]}")
+        if self.flix is not None:
+            for task in self.flix.features:
+                if task not in (*self.adapters, *self.compositions):
+                    raise ValueError(
+                        f"flix.features names the task {task!r}, which is neither in adapters nor "
+                        "in compositions"
+                    )
+
+
+def prompts_of(recipe: Recipe) -> Mapping[str, str]:
+    """Prompt template of every task and composition the recipe's data knows."""
+    if recipe.data.source == "files":
+        return {task: files.prompt for task, files in recipe.data.files.items()}
+    if recipe.data.source == "multi30k":
+        from caliport.data import multi30k
+
+        return multi30k.PROMPTS
+    if recipe.data.source == "paper":
+        from caliport.data import paper
+
+        return paper.PROMPTS
+    from caliport.data import pocket
+
+    return pocket.PROMPTS
+
+
+def prompt_of(recipe: Recipe, composition: str, method: str) -> str:
+    """The prompt that a method's adapter for a composition was trained with."""
+    if method == "flix" and recipe.flix is not None and recipe.flix.prompt is not None:
+        return recipe.flix.prompt
+    return prompts_of(recipe)[composition]

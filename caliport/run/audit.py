@@ -1,0 +1,214 @@
+"""What a merge will do to these adapters, known before anything is trained."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from caliport.core.errors import InputError
+from caliport.core.processes import is_main
+from caliport.core.progress import progress
+from caliport.run.workspace import Workspace
+from caliport.stages.stage import stage
+
+if TYPE_CHECKING:
+    from caliport.calibrate.audit import Departure, MergeAudit, ModuleAudit
+    from caliport.validation.records.reports import (
+        AuditedMerge,
+        AuditedModule,
+        CompositionAudit,
+        MergeError,
+    )
+
+
+def audit_adapters(
+    directories: Sequence[Path], weights: Sequence[float] | None, out: Path | None
+) -> None:
+    """Audit adapters as one composition, show what was found, and write it where asked."""
+    from caliport.show.tables import show_audit
+    from caliport.validation.records.reports import AUDIT
+    from caliport.validation.report.page import write_report
+
+    adapters = dict(zip(_names(directories), directories, strict=True))
+    audit = audit_composition(adapters, weights)
+    title = " + ".join(adapters)
+    show_audit(title, audit)
+    if out is not None:
+        write_audit({title: audit}, out / AUDIT)
+        print(f"report: {write_report(out)}")
+
+
+def audit_all(space: Workspace) -> None:
+    """Audit every composition of a run with the merges that its recipe uses; warn of far ones."""
+    from caliport.show.tables import show_far
+    from caliport.validation.records.reports import AUDIT, AuditReport, read_result
+
+    recipe = space.recipe
+    used = {recipe.calibration.merge, *recipe.calibration.methods}
+    audits: dict[str, CompositionAudit] = {}
+    for composition, tasks in recipe.compositions.items():
+        adapters = {task: space.adapter(task) for task in tasks}
+        out = space.kept("audit", composition)
+
+        def build(partial: Path, extra: dict[str, Any], resume: Path) -> None:
+            found = audit_composition(adapters, merges=used)  # noqa: B023  # called at once
+            write_audit({composition: found}, partial / AUDIT)  # noqa: B023
+
+        inputs = {f"adapter {task}": path for task, path in adapters.items()}
+        stage(out, "audit", f"{composition}: audit", inputs, {"merges": sorted(used)}, build)
+        audits |= read_result(AuditReport, out / AUDIT).compositions
+        if is_main():
+            show_far(composition, audits[composition])
+    if is_main():
+        write_audit(audits, space.reports / AUDIT)
+
+
+def audit_composition(
+    adapters: Mapping[str, Path],
+    weights: Sequence[float] | None = None,
+    merges: Collection[str] | None = None,
+) -> CompositionAudit:
+    """Audit the adapters of one composition and every merge of them.
+
+    Args:
+        adapters: PEFT LoRA directories by the name to show.
+        weights: One an adapter, in the same order; default 1/N each.
+        merges: Names of the merges to audit; default all that need no data.
+
+    Raises:
+        InputError: Fewer than two adapters, one that cannot be read, adapters of different
+            bases, or weights that are not one finite number an adapter.
+    """
+    from caliport.calibrate import LowRankUpdate
+    from caliport.calibrate.audit import audit_merge, audit_module, check_one_base, norm_of
+    from caliport.calibrate.merges.exact import exact
+    from caliport.calibrate.merges.registry import MERGES
+    from caliport.calibrate.peft_files import check_same_base
+    from caliport.validation.records.reports import CompositionAudit
+
+    used = _weights(len(adapters), weights)
+    updates = {name: LowRankUpdate.from_peft(path) for name, path in adapters.items()}
+    check_same_base(list(adapters.values()))
+    check_one_base(updates)
+    parts = list(updates.values())
+    wanted = exact(parts, used)
+    names = sorted(wanted.modules, key=_natural)
+    modules: list[ModuleAudit] = []
+    chosen = {n: m for n, m in MERGES.items() if merges is None or n in merges}
+    audited: list[MergeAudit] = []
+    with progress("auditing", len(names) + len(chosen)) as advance:
+        for name in names:
+            advance(len(modules), name)
+            modules.append(audit_module(parts, name))
+        for name, merge in chosen.items():
+            advance(len(modules) + len(audited), f"{name} merge")
+            audited.append(audit_merge(parts, used, wanted, name, merge))
+    return CompositionAudit(
+        weights=dict(zip(adapters, used, strict=True)),
+        modules=[_module(m, list(adapters), norm_of(wanted, m.name), audited) for m in modules],
+        merges=[_merge(m) for m in audited],
+    )
+
+
+def write_audit(audits: Mapping[str, CompositionAudit], path: Path) -> None:
+    """Write ``audit.json``: all compositions of a run by name."""
+    from caliport.validation.records.reports import (
+        AuditReport,
+        environment,
+        this_machine,
+        write_result,
+    )
+
+    report = AuditReport(machine=this_machine(), versions=environment(), compositions=dict(audits))
+    write_result(report, path)
+
+
+def _names(directories: Sequence[Path]) -> list[str]:
+    """Each directory's own name; those that share one are numbered by their place."""
+    names = [directory.resolve().name for directory in directories]
+    return [
+        name if names.count(name) == 1 else f"{name} ({index})"
+        for index, name in enumerate(names, start=1)
+    ]
+
+
+def _weights(adapters: int, weights: Sequence[float] | None) -> list[float]:
+    if not weights:
+        return [1 / max(adapters, 1)] * adapters
+    if len(weights) != adapters:
+        raise InputError(f"{len(weights)} weights for {adapters} adapters; expected one each")
+    for weight in weights:
+        if not math.isfinite(weight):
+            raise InputError(f"a weight is {weight}, expected a finite number")
+    return list(weights)
+
+
+def _natural(name: str) -> list[tuple[bool, int, str]]:
+    """For sorting: layer 2 before layer 10."""
+    return [(not p.isdigit(), int(p) if p.isdigit() else 0, p) for p in name.split(".")]
+
+
+def _module(
+    found: ModuleAudit,
+    adapters: Sequence[str],
+    sum_norm: float,
+    merges: Sequence[MergeAudit],
+) -> AuditedModule:
+    from caliport.validation.records.reports import (
+        AdapterPart,
+        AngleCosines,
+        AuditedModule,
+        PairOverlap,
+    )
+
+    layer = re.search(r"\.(\d+)\.", found.name)
+    return AuditedModule(
+        name=found.name,
+        layer=int(layer[1]) if layer else None,
+        component=found.name.rpartition(".")[2],
+        shape=found.shape,
+        sum_norm=sum_norm,
+        adapters={
+            name: AdapterPart(**asdict(part))
+            for name, part in zip(adapters, found.parts, strict=True)
+            if part is not None
+        },
+        overlaps=[
+            PairOverlap(
+                first=adapters[pair.first],
+                second=adapters[pair.second],
+                cosine=pair.cosine,
+                columns=AngleCosines(**asdict(pair.columns)),
+                rows=AngleCosines(**asdict(pair.rows)),
+            )
+            for pair in found.overlaps
+        ],
+        merges={
+            merge.merge: _error(merge.departures[found.name])
+            for merge in merges
+            if merge.refused is None
+        },
+    )
+
+
+def _error(found: Departure) -> MergeError:
+    from caliport.validation.records.reports import MergeError
+
+    return MergeError(error=found.error, residual=found.residual, kept=found.kept)
+
+
+def _merge(found: MergeAudit) -> AuditedMerge:
+    from caliport.validation.records.reports import AuditedMerge
+
+    total = found.total
+    return AuditedMerge(
+        merge=found.merge,
+        verdict=found.verdict,
+        error=total.error,
+        kept=total.kept,
+        text=found.text,
+    )

@@ -1,0 +1,219 @@
+"""The first half of a run: examples, base, single-task adapters, compositions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from caliport.data.examples import Example, read_jsonl, write_jsonl
+from caliport.recipe.methods import CORRECTED, Method, parse
+from caliport.recipe.schema import Recipe, Train, prompts_of
+from caliport.run.audit import audit_all
+from caliport.run.resolve import examples_of, how_of, source_of, train_settings
+from caliport.run.workspace import Workspace
+from caliport.stages.compose import Job, compose_shared, compose_to, pick
+from caliport.stages.sources import Source
+from caliport.stages.stage import stage
+from caliport.stages.train import Training, compose_features_to, features_to, lora_to
+
+if TYPE_CHECKING:
+    pass
+
+SPLITS = ("train", "validation")
+
+
+def compose_all(space: Workspace) -> None:
+    """Make all that a run has to have before anything is scored or exported."""
+    prepare_all(space)
+    audit_all(space)
+    for composition in space.recipe.compositions:
+        for method in map(parse, space.recipe.calibration.methods):
+            if method.composed:
+                compose(space, composition, method)
+
+
+def prepare_all(space: Workspace) -> None:
+    """Examples, base and single-task adapters: what there is before anything is composed."""
+    make_data(space)
+    if space.recipe.base.train is not None:
+        train_base(space)
+    for task, path in space.recipe.adapters.items():
+        if path is None:
+            train_adapter(space, task)
+
+
+def make_data(space: Workspace) -> None:
+    """Write the examples of every task and composition as JSON Lines."""
+    recipe = space.recipe
+
+    def build(partial: Path, extra: dict[str, Any], resume: Path) -> None:
+        for task in (*recipe.adapters, *recipe.compositions):
+            for split in SPLITS:
+                examples = _draw(recipe, task, split)
+                write_jsonl(partial / f"{task}.{split}.jsonl", examples)
+                extra.setdefault("examples", {})[f"{task}.{split}"] = len(examples)
+
+    inputs = {}
+    if recipe.data.directory is not None:
+        inputs["directory"] = recipe.data.directory
+    for task, files in recipe.data.files.items():
+        inputs |= {f"{task}.train": files.train, f"{task}.validation": files.validation}
+    tasks = [*recipe.adapters, *recipe.compositions]
+    settings = {"data": recipe.data, "tasks": tasks, "seed": recipe.seed}
+    stage(space.data, "data", "examples", inputs, settings, build)
+
+
+def _draw(recipe: Recipe, task: str, split: str) -> list[Example]:
+    data = recipe.data
+    count = data.train if split == "train" else data.validation
+    if data.source == "files":
+        return read_jsonl(getattr(data.files[task], split))[:count]
+    if data.source == "multi30k":
+        from caliport.data import multi30k
+
+        assert data.directory is not None
+        return multi30k.examples(data.directory, task, split, count, recipe.seed)
+    if data.source == "paper":
+        from caliport.data import paper
+        from caliport.data.rewriting import Rewriter
+
+        assert data.directory is not None
+        assert data.paper is not None
+        folder = data.directory / getattr(data.paper, paper.set_of(task))
+        part = split if split == "train" else data.paper.split
+        if split == "train" and task in paper.COMPOSITIONS:
+            count = min(count or data.paper.compositional, data.paper.compositional)
+        rewrite = Rewriter(data.paper.translation, data.paper.tone, data.paper.cache)
+        return paper.examples(folder, task, part, count, recipe.seed, rewrite)
+    from caliport.data import pocket
+
+    return pocket.examples(task, split, count or 10_000, recipe.seed)
+
+
+def train_base(space: Workspace) -> None:
+    """Train a small Llama and its tokenizer on the single tasks, never on a composition."""
+    recipe = space.recipe
+    assert recipe.base.train is not None
+    settings = train_settings(recipe.base.train, recipe.seed)
+
+    def build(partial: Path, extra: dict[str, Any], resume: Path) -> None:
+        from caliport.calibrate.training.loop import fit
+        from caliport.calibrate.training.small_base import BaseShape, build_model, build_tokenizer
+
+        shape = BaseShape(**recipe.base.shape.model_dump())
+        texts = [prompts_of(recipe)[task] for task in recipe.adapters]
+        for task in recipe.adapters:
+            for example in examples_of(space, task, "train"):
+                texts += [example.input, example.output]
+        tokenizer = build_tokenizer(texts, shape.vocab_size)
+        model = build_model(tokenizer, shape, recipe.seed).train()
+        encoded = [
+            example
+            for task in recipe.adapters
+            for example in source_of(space, task, False).encoded(tokenizer, model)
+        ]
+        extra["curve"] = fit(
+            model, model, encoded, settings, "base", resume, micro_batch=recipe.micro_batch
+        )
+        extra["parameters"] = sum(p.numel() for p in model.parameters())
+        model.eval().save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+
+    whole = {"shape": recipe.base.shape, "train": settings, "tasks": list(recipe.adapters)}
+    whole["prompts"] = {task: prompts_of(recipe)[task] for task in recipe.adapters}
+    inputs = {task: space.data / f"{task}.train.jsonl" for task in recipe.adapters}
+    stage(space.root / "base", "base", "base model", inputs, whole, build, together=True)
+
+
+def train_adapter(space: Workspace, task: str) -> None:
+    """Train one single-task LoRA."""
+    train = space.recipe.lora.train
+    assert train is not None
+    source = source_of(space, task, tuned=len(train.rates) > 1)
+    _lora(space, space.adapter(task), f"adapter {task}", [source], train)
+
+
+def _lora(
+    space: Workspace,
+    out: Path,
+    title: str,
+    sources: Sequence[Source],
+    train: Train,
+    rank: int | None = None,
+) -> None:
+    from caliport.calibrate.training.lora import LoraSettings
+
+    lora = space.recipe.lora
+    shape = LoraSettings(
+        rank or lora.rank,
+        lora.alpha * (rank or lora.rank) / lora.rank,
+        lora.dropout,
+        lora.target_modules,
+    )
+    lora_to(out, title, sources, shape, _training(space, train))
+
+
+def _training(space: Workspace, train: Train) -> Training:
+    recipe = space.recipe
+    return Training(space.base, train_settings(train, recipe.seed), train.rates, recipe.micro_batch)
+
+
+def compose(space: Workspace, composition: str, method: Method) -> None:
+    """Make one composed adapter by one method, with what it shares with others."""
+    out = space.composed(composition, method.name)
+    title = f"{composition}: {method.name}"
+    if method.kind == "flix":
+        assert space.recipe.flix is not None
+        _train_flix(space)
+        names = space.recipe.flix.features[composition]
+        compose_features_to(out, title, space.shared("flix"), names, str(space.base))
+    elif method.kind == "mixture":
+        _train_mixture(space)
+        pick(out, title, space.shared("mixture"), ".")
+    elif method.shared:
+        jobs = {name: job_of(space, name, method) for name in space.recipe.compositions}
+        compose_shared(space.shared(method.name), method.name, jobs, how_of(space, method))
+        pick(out, title, space.shared(method.name), composition)
+    elif method.kind == "joint":
+        calibration = space.recipe.calibration
+        train = calibration.training(method)
+        source = source_of(space, composition, len(train.rates) > 1, calibration.examples)
+        _lora(space, out, title, [source], train)
+    else:
+        compose_to(out, title, job_of(space, composition, method), how_of(space, method))
+
+
+def job_of(space: Workspace, composition: str, method: Method) -> Job:
+    """Adapters and examples of a composition."""
+    recipe = space.recipe
+    tuned = method.kind in CORRECTED and len(recipe.calibration.training(method).rates) > 1
+    return Job(
+        {task: space.adapter(task) for task in recipe.compositions[composition]},
+        source_of(space, composition, tuned, recipe.calibration.examples),
+    )
+
+
+def _train_flix(space: Workspace) -> None:
+    from caliport.calibrate.training.flix import FeatureSettings
+
+    recipe = space.recipe
+    flix = recipe.flix
+    assert flix is not None
+    scale = recipe.lora.alpha / recipe.lora.rank
+    features = FeatureSettings(flix.ranks, scale, flix.dropout, recipe.lora.target_modules)
+    sources = [source_of(space, t, len(flix.train.rates) > 1) for t in flix.train_on]
+    if flix.prompt is not None:
+        sources = [replace(source, prompt=flix.prompt) for source in sources]
+    features_to(space.shared("flix"), "FLix", sources, features, _training(space, flix.train))
+
+
+def _train_mixture(space: Workspace) -> None:
+    """One LoRA on FLix's mixture, of the rank that FLix has active at once."""
+    flix = space.recipe.flix
+    assert flix is not None
+    train = flix.mixture or flix.train
+    sources = [source_of(space, t, len(train.rates) > 1) for t in flix.train_on]
+    out = space.shared("mixture")
+    _lora(space, out, "one LoRA on the mixture", sources, train, flix.active_rank)

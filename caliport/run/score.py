@@ -1,0 +1,294 @@
+"""Score every method of every composition on the validation split."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from caliport.core.directories import read_manifest
+from caliport.core.processes import is_main
+from caliport.core.progress import progress
+from caliport.recipe.methods import parse
+from caliport.recipe.schema import prompt_of, prompts_of
+from caliport.run.resolve import FP32, _expanded, best_method, examples_of, read_score, variants_of
+from caliport.run.workspace import Workspace
+from caliport.stages.stage import stage
+from caliport.stages.sweep import seconds_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from caliport.data.examples import Example
+    from caliport.validation.evaluation.quality import Score
+    from caliport.validation.records.reports import MethodResult
+
+_SAMPLES = 6
+_BYTES_A_VALUE = 2  # adapters are counted at 16 bit, as in the paper
+
+
+def score_all(space: Workspace) -> None:
+    """Score each method by itself, so that a killed run repeats one at most; then the report."""
+    for composition, tasks in space.recipe.compositions.items():
+        for method in _expanded(space, tasks):
+            for variant in variants_of(space, method):
+                score_method(space, composition, method, variant)
+            if space.recipe.evaluation.judge is not None:
+                judge_method(space, composition, method)
+    if is_main():
+        _write_quality(space)
+
+
+def score_method(space: Workspace, composition: str, method: str, variant: str) -> None:
+    """Score one method with fp32 weights, or with quantized ones such as ``int4``."""
+    recipe = space.recipe
+    tasks = recipe.compositions[composition]
+    adapters: list[Path] = []
+    if method == "multi-step":
+        adapters = [space.adapter(task) for task in tasks]
+    elif method.startswith("lora-"):
+        adapters = [space.adapter(method.removeprefix("lora-"))]
+    elif parse(method).composed:
+        adapters = [space.composed(composition, method)]
+    shown = f"{method} in {variant}" if variant != FP32 else method
+
+    def build(partial: Path, extra: dict[str, Any], resume: Path) -> None:
+        from caliport.core.checkpoints import load_base, load_tokenizer
+
+        examples = examples_of(space, composition, "validation", recipe.evaluation.examples)
+        tokenizer = load_tokenizer(space.base, load_base(space.base))
+        title = f"{composition}: scoring {shown}"
+        if method == "multi-step":
+            score = _score_chain(space, tokenizer, tasks, examples, title)
+        else:
+            model = _with_adapter(space, adapters[0] if adapters else None, variant)
+            prompt = prompt_of(recipe, composition, method)
+            score = _score_model(space, model, tokenizer, prompt, examples, title)
+        result = {
+            "loss": score.loss,
+            "rougeL": score.rougeL,
+            "chrf": score.chrf,
+            "weighted_rouge": sum(score.examples["weighted_rouge"]) / len(examples),
+            "outputs": score.outputs,
+            "examples": score.examples,
+        }
+        (partial / "score.json").write_text(json.dumps(result, ensure_ascii=False))
+
+    inputs: dict[str, Path | str] = {f"adapter {i}": path for i, path in enumerate(adapters)}
+    inputs |= {"base": space.base, "examples": space.data / f"{composition}.validation.jsonl"}
+    settings = {
+        "method": method,
+        "variant": variant,
+        "evaluation": recipe.evaluation.model_dump(mode="json", exclude={"quantized", "judge"}),
+        "prompts": [
+            prompt_of(recipe, composition, method),
+            *(prompts_of(recipe)[task] for task in tasks),
+        ],
+    }
+    out = space.kept("scores", composition, method, variant)
+    stage(out, "score", f"{composition}: score of {shown}", inputs, settings, build)
+
+
+def judge_method(space: Workspace, composition: str, method: str) -> None:
+    """Ask the recipe's judge about every answer that a method wrote with fp32 weights."""
+    recipe = space.recipe
+    settings = recipe.evaluation.judge
+    assert settings is not None
+    prompt = prompts_of(recipe)[composition]
+    scored = space.kept("scores", composition, method, FP32)
+
+    def build(partial: Path, extra: dict[str, Any], resume: Path) -> None:
+        from caliport.validation.evaluation.judge import EndpointJudge, LocalJudge, Question, count
+
+        judge: LocalJudge | EndpointJudge
+        if settings.path is not None:
+            judge = LocalJudge(settings.path)
+        else:
+            assert settings.endpoint is not None
+            assert settings.model is not None
+            judge = EndpointJudge(
+                settings.endpoint,
+                settings.model,
+                settings.key_variable,
+                settings.timeout,
+                settings.tries,
+            )
+        examples = examples_of(space, composition, "validation", recipe.evaluation.examples)
+        outputs = read_score(space, composition, method)["outputs"]
+        questions = [
+            Question(prompt.replace("{input}", e.input), e.output, output)
+            for e, output in zip(examples, outputs, strict=True)
+        ]
+        with progress(f"{composition}: judging {method}", len(questions)) as advance:
+            found = count(judge(questions, advance))
+        content = {"yes": found.yes, "no": found.no, "none": found.none, "share": found.share}
+        (partial / "judge.json").write_text(json.dumps(content))
+
+    inputs = {"score": scored, "examples": space.data / f"{composition}.validation.jsonl"}
+    # How long to wait and how often to try does not change what the judge says.
+    asked = settings.model_dump(mode="json", include={"endpoint", "model", "path"})
+    out = space.kept("judged", composition, method)
+    title = f"{composition}: judgement of {method}"
+    stage(out, "judge", title, inputs, {"judge": asked, "prompt": prompt}, build)
+
+
+def _judged(space: Workspace, composition: str, method: str) -> float | None:
+    if space.recipe.evaluation.judge is None:
+        return None
+    path = space.kept("judged", composition, method) / "judge.json"
+    return float(json.loads(path.read_text(encoding="utf-8"))["share"])
+
+
+def _with_adapter(space: Workspace, adapter: Path | None, variant: str = FP32) -> PreTrainedModel:
+    """The base with an adapter folded in: in fp32, quantized, or beside a quantized base."""
+    from caliport.calibrate import LowRankUpdate
+    from caliport.core.checkpoints import load_base
+    from caliport.export.decoder.fold import fold
+    from caliport.export.quantization.tensors import as_shipped, quantize
+
+    model = load_base(space.base)
+    precision, _, bundle = variant.partition("-")
+    if bundle:
+        model = as_shipped(model, precision)
+    if adapter is not None:
+        model = fold(model, LowRankUpdate.from_peft(adapter), adapter)
+    return model if bundle else quantize(model, precision)
+
+
+def _score_model(
+    space: Workspace,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    examples: list[Example],
+    title: str,
+) -> Score:
+    from caliport.core.checkpoints import encode_prompt
+    from caliport.validation.evaluation.quality import score
+
+    settings = space.recipe.evaluation
+    prompts = [encode_prompt(tokenizer, prompt.replace("{input}", e.input)) for e in examples]
+    references = [e.output for e in examples]
+    with progress(title, len(prompts)) as advance:
+        return score(
+            model,
+            tokenizer,
+            prompts,
+            references,
+            max_new_tokens=settings.max_new_tokens,
+            batch_size=settings.batch_size,
+            progress=advance,
+        )
+
+
+def _score_chain(
+    space: Workspace,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: tuple[str, ...],
+    examples: list[Example],
+    title: str,
+) -> Score:
+    """One pass a task, each with its own adapter and prompt, on what the one before wrote.
+
+    The loss is that of the last pass on the reference, given what the earlier ones wrote.
+    """
+    from caliport.data.examples import Example
+
+    for index, task in enumerate(tasks):
+        model = _with_adapter(space, space.adapter(task))
+        prompt = prompts_of(space.recipe)[task]
+        note = f"{title} {index + 1}/{len(tasks)}"
+        score = _score_model(space, model, tokenizer, prompt, examples, note)
+        examples = [
+            Example(text, e.output) for text, e in zip(score.outputs, examples, strict=True)
+        ]
+    return score
+
+
+def _write_quality(space: Workspace) -> None:
+    from caliport.validation.records.reports import (
+        QUALITY,
+        CompositionResult,
+        QualityReport,
+        QualitySample,
+        environment,
+        this_machine,
+        write_result,
+    )
+
+    recipe = space.recipe
+    results = {}
+    for composition, tasks in recipe.compositions.items():
+        methods = _expanded(space, tasks)
+        found = {method: read_score(space, composition, method) for method in methods}
+        examples = examples_of(space, composition, "validation", recipe.evaluation.examples)
+        results[composition] = CompositionResult(
+            tasks=list(tasks),
+            split="validation",
+            examples=len(examples),
+            methods=[_method(space, composition, m, found[m]) for m in methods],
+            best=best_method(space, composition),
+            samples=[
+                QualitySample(
+                    input=example.input,
+                    reference=example.output,
+                    outputs={method: found[method]["outputs"][i] for method in methods},
+                )
+                for i, example in enumerate(examples[:_SAMPLES])
+            ],
+        )
+    report = QualityReport(
+        name=recipe.name,
+        machine=this_machine(),
+        versions=environment(),
+        metric=recipe.evaluation.metric,
+        compositions=results,
+        training=_curves(space),
+    )
+    write_result(report, space.reports / QUALITY)
+
+
+def _method(space: Workspace, composition: str, name: str, score: dict[str, Any]) -> MethodResult:
+    from caliport.validation.records.reports import MethodResult, QuantizedScore
+
+    method = None if name.startswith("lora-") else parse(name)
+    composed = method is not None and method.composed
+    manifest = read_manifest(space.composed(composition, name)) if composed else {}
+    parameters = manifest.get("parameters", 0)
+    quantized = {
+        variant: read_score(space, composition, name, variant)
+        for variant in variants_of(space, name)
+        if variant != FP32
+    }
+    return MethodResult(
+        method=name,
+        label=method.label if method else f"{name.removeprefix('lora-')} LoRA alone",
+        loss=score["loss"],
+        rougeL=score["rougeL"],
+        chrf=score["chrf"],
+        weighted_rouge=score["weighted_rouge"],
+        judge=_judged(space, composition, name),
+        parameters=parameters,
+        bytes=_BYTES_A_VALUE * parameters,
+        passes=len(space.recipe.compositions[composition]) if name == "multi-step" else 1,
+        seconds=seconds_of(manifest),
+        quantized={
+            variant: QuantizedScore(loss=s["loss"], rougeL=s["rougeL"], chrf=s["chrf"])
+            for variant, s in quantized.items()
+        },
+    )
+
+
+def _curves(space: Workspace) -> dict[str, list[Any]]:
+    """Training curves of all that the run trained, from the manifests."""
+    from caliport.validation.records.reports import Point
+
+    places = {"base": space.root / "base"}
+    places |= {f"adapter {task}": space.root / "adapters" / task for task in space.recipe.adapters}
+    for composition in space.recipe.compositions:
+        for method in map(parse, space.recipe.calibration.methods):
+            if method.composed:
+                place = space.composed(composition, method.name)
+                places[f"{composition} {method.name}"] = place
+    curves = {label: read_manifest(p).get("curve") for label, p in places.items() if p.exists()}
+    return {label: [Point(**point) for point in curve] for label, curve in curves.items() if curve}

@@ -1,0 +1,270 @@
+"""The last part of a run: artifacts held against eager models, the error budget, the reports."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from caliport.core.progress import progress
+from caliport.export.quantization.choices import Quantization
+from caliport.recipe.methods import CORRECTED, parse
+from caliport.recipe.schema import prompt_of
+from caliport.run.export import ALONE, Row, rows_of
+from caliport.run.resolve import best_method, examples_of, how_of
+from caliport.run.workspace import Workspace, need
+from caliport.stages.compose import merged
+from caliport.stages.stage import stage
+from caliport.validation.check import check_artifact
+from caliport.validation.references import References
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from caliport.validation.evaluation.budget import Step
+    from caliport.validation.evaluation.evaluation import Evaluation
+    from caliport.validation.records.budget import BudgetStage
+
+_PARITY, _STAGES, _FIRST = "parity.json", "stages.json", "first.npy"
+
+
+def validate_all(space: Workspace, *, latency: bool = True) -> bool:
+    """Validate every artifact and time all together, write the reports; whether all gates passed.
+
+    ``latency=False`` times nothing.
+    """
+    from caliport.run.bench import time_all
+    from caliport.validation.latency.measure import Subject
+    from caliport.validation.records.reports import LATENCY
+
+    check_baseline(space)
+    kept: dict[str, References] = {}
+    for row in rows_of(space):
+        need(row.artifact, f"{row.form} artifact", "export")
+    for name in space.recipe.compositions:
+        _begin_budget(space, name, kept)
+    for row in rows_of(space):
+        _validate(space, row, kept)
+    if latency:
+        rows = [Subject(row.artifact, row.composition, row.bundled) for row in rows_of(space)]
+        time_all(space, rows, threads_of(space))
+    else:
+        (space.reports / LATENCY).unlink(missing_ok=True)
+    return _write_parity(space)
+
+
+def check_baseline(space: Workspace) -> None:
+    """Refuse a baseline that cannot be read before anything is made that is held to it."""
+    from caliport.validation.baseline.baseline import read_baseline
+    from caliport.validation.records.reports import this_machine
+
+    if space.recipe.validation.baseline is not None:
+        read_baseline(space.recipe.validation.baseline, this_machine())
+
+
+def threads_of(space: Workspace) -> int:
+    """Threads to run artifacts with: the recipe's, or the cores this process may use."""
+    from caliport.validation.records.reports import this_machine
+
+    return space.recipe.validation.threads or this_machine().cores
+
+
+def _begin_budget(space: Workspace, name: str, kept: dict[str, References]) -> None:
+    """The stages of a composition that all its artifacts share, and the first one's logits."""
+    recipe = space.recipe
+    method = best_method(space, name)
+    adapters = {task: space.adapter(task) for task in recipe.compositions[name]}
+    composed = space.composed(name, method)
+    title = f"{name}: error budget up to calibration"
+
+    def build(partial: Path, extra: dict[str, Any], resume: Path) -> None:
+        import numpy as np
+
+        from caliport.validation.evaluation.budget import measured
+
+        with progress(title, None):
+            references = references_of(space, name, composed, kept)
+            steps = _shared_steps(space, method, adapters, references)
+            stages = measured(references.evaluation, steps, recipe.evaluation.metric)
+        _write_stages(partial, stages)
+        np.save(partial / _FIRST, np.concatenate(steps[0].answers.logits))
+
+    how = recipe.calibration
+    settings = {**_asked(space, name), "method": method}
+    settings["merge"] = [how.merge, how.density, recipe.seed]
+    inputs: dict[str, Path | str] = {"base": space.base, "composed": composed}
+    inputs |= {"examples": space.data / f"{name}.validation.jsonl"}
+    inputs |= {f"adapter {task}": path for task, path in adapters.items()}
+    stage(space.kept("budget", name), "budget", title, inputs, settings, build)
+
+
+def _shared_steps(
+    space: Workspace, method: str, adapters: Mapping[str, Path], references: References
+) -> list[Step]:
+    """Exact sum, the merge under a correction, and what ships, all in fp32."""
+    from caliport.calibrate import LowRankUpdate
+    from caliport.validation.evaluation.budget import Step
+
+    made = parse(method)
+    how = how_of(space, made)
+    updates = [LowRankUpdate.from_peft(path) for path in adapters.values()]
+    label = f"1/{len(updates)} of each adapter"
+    exact = references.of_update(merged("exact", updates, how), "exact sum")
+    steps = [Step("exact sum", label, exact)]
+    if made.kind in CORRECTED and not made.alone:
+        label = parse(how.merge).label
+        merge = references.of_update(merged(how.merge, updates, how), label)
+        steps.append(Step("merge", label, merge))
+    ships = references.answers(Quantization("fp32"), "executorch")
+    return [*steps, Step("calibration", made.label, ships)]
+
+
+def first_logits(space: Workspace, name: str, evaluation: Evaluation) -> list[np.ndarray]:
+    """Logits of the first stage of a composition's budget, [targets, vocab] a prompt."""
+    import numpy as np
+
+    rows = np.load(space.kept("budget", name) / _FIRST, mmap_mode="r")
+    ends = np.cumsum([len(target) for target in evaluation.targets])
+    return np.split(rows, ends[:-1])
+
+
+def _write_stages(directory: Path, stages: Sequence[BudgetStage]) -> None:
+    (directory / _STAGES).write_text(json.dumps([s.model_dump(mode="json") for s in stages]))
+
+
+def _read_stages(directory: Path) -> list[BudgetStage]:
+    from caliport.validation.records.budget import BudgetStage
+
+    found = json.loads((directory / _STAGES).read_text())
+    return [BudgetStage.model_validate(stage) for stage in found]
+
+
+def _validate(space: Workspace, row: Row, kept: dict[str, References]) -> None:
+    recipe, name = space.recipe, row.composition
+    alone = name == ALONE
+    method = "base" if alone else best_method(space, name)
+    adapter = None if alone else space.composed(name, method)
+    asked = _asked_by(space, name)
+    title = f"{name}: validation of {row.form}"
+    limits = recipe.validation.limits.get(row.precision, {})  # type: ignore[call-overload]
+    runner = recipe.validation.runner if row.runtime == "onnx" else "plain"
+
+    def build(partial: Path, extra: dict[str, Any], resume: Path) -> None:
+        with progress(title, None):
+            references = references_of(space, name, adapter, kept)
+            result, stages = check_artifact(
+                row.artifact,
+                references,
+                composition=name,
+                method=method,
+                metric=recipe.evaluation.metric,
+                threads=threads_of(space),
+                limits=limits,
+                bundled=row.bundled,
+                runner=runner,
+                first=None if alone else first_logits(space, name, references.evaluation),
+            )
+        (partial / _PARITY).write_text(result.model_dump_json())
+        _write_stages(partial, stages)
+
+    inputs: dict[str, Path | str] = {
+        "artifact": row.artifact,
+        "base": space.base,
+        "examples": space.data / f"{asked}.validation.jsonl",
+    }
+    if adapter is not None:
+        inputs |= {"adapter": adapter, "budget": space.kept("budget", name)}
+    if row.bundle:
+        tasks = recipe.compositions[asked]
+        inputs |= {f"shared {task}": space.adapter(task) for task in tasks}
+    settings = {**_asked(space, asked), "method": method}
+    settings |= {"limits": limits, "runner": runner, "threads": threads_of(space)}
+    stage(space.kept("parity", name, row.form), "validate", title, inputs, settings, build)
+
+
+def _asked(space: Workspace, composition: str) -> dict[str, Any]:
+    """The settings that decide what models are asked and how it is scored."""
+    recipe = space.recipe
+    return {
+        "examples": recipe.validation.examples,
+        "prompt": prompt_of(recipe, composition, best_method(space, composition)),
+        "max_new_tokens": recipe.evaluation.max_new_tokens,
+        "metric": recipe.evaluation.metric,
+        "by_layer": recipe.validation.by_layer,
+    }
+
+
+def references_of(
+    space: Workspace, name: str, adapter: Path | None, kept: dict[str, References]
+) -> References:
+    """References on a composition's examples, made once; a base's are nobody's task."""
+    from caliport.core.checkpoints import load_tokenizer
+    from caliport.export.reference.folded import eager
+    from caliport.validation.evaluation.evaluation import make_evaluation
+
+    if name in kept:
+        return kept[name]
+    recipe = space.recipe
+    asked = _asked_by(space, name)
+    model = eager(space.base, adapter, "fp32")
+    examples = examples_of(space, asked, "validation", recipe.validation.examples)
+    prompt = prompt_of(recipe, asked, best_method(space, asked))
+    evaluation = make_evaluation(
+        model,
+        load_tokenizer(space.base, model),
+        [prompt.replace("{input}", e.input) for e in examples],
+        None if adapter is None else [e.output for e in examples],
+        max_new_tokens=recipe.evaluation.max_new_tokens,
+    )
+    shared = {task: space.adapter(task) for task in recipe.compositions[asked]}
+    by_layer = recipe.validation.by_layer
+    kept[name] = References(evaluation, space.base, adapter, shared, by_layer)
+    return kept[name]
+
+
+def _asked_by(space: Workspace, name: str) -> str:
+    """The composition whose examples are asked; a bundle's base has none of its own."""
+    return next(iter(space.recipe.compositions)) if name == ALONE else name
+
+
+def _write_parity(space: Workspace) -> bool:
+    from caliport.validation.baseline.regression import held
+    from caliport.validation.records.budget import Budget
+    from caliport.validation.records.latency import LatencyReport
+    from caliport.validation.records.reports import (
+        LATENCY,
+        PARITY,
+        QUALITY,
+        ArtifactResult,
+        ParityReport,
+        QualityReport,
+        environment,
+        read_if_there,
+        this_machine,
+        write_result,
+    )
+    from caliport.validation.report.junit import write_junit
+
+    reports, recipe, found = space.reports, space.recipe, []
+    stages = {name: _read_stages(space.kept("budget", name)) for name in recipe.compositions}
+    for row in rows_of(space):
+        part = space.kept("parity", row.composition, row.form)
+        found.append(ArtifactResult.model_validate_json((part / _PARITY).read_text()))
+        if row.composition != ALONE:
+            stages[row.composition] += _read_stages(part)
+    facts: dict[str, Any] = {"machine": this_machine(), "versions": environment()}
+    budgets = [
+        Budget(composition=name, metric=recipe.evaluation.metric, stages=tuple(members))
+        for name, members in stages.items()
+    ]
+    report = held(
+        ParityReport(**facts, artifacts=found, budgets=budgets),
+        recipe.validation.baseline,
+        recipe.validation.regression,
+        read_if_there(LatencyReport, reports / LATENCY),
+        read_if_there(QualityReport, reports / QUALITY),
+    )
+    write_result(report, reports / PARITY)
+    write_junit(report.artifacts, reports / "junit.xml")
+    return all(result.passed for result in report.artifacts)

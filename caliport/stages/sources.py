@@ -1,0 +1,97 @@
+"""Examples of one task as training sees them: a file, a prompt, and what is held out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from caliport.core.errors import InputError
+from caliport.data.examples import Example, read_jsonl
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from caliport.calibrate.training.batches import Encoded
+    from caliport.calibrate.training.flix import FeatureSet
+
+Part = Literal["train", "tuning"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where examples come from.
+
+    Attributes:
+        path: JSON Lines.
+        prompt: Around each input, with ``{input}``.
+        count: Most examples to train on; None: all but those held out.
+        tuning: Examples at the end of the file that are held out, to choose learning rates by.
+        features: FLix's features of these examples; none: each example names its own.
+        leave_out_long: Leave out examples longer than the context, with a word, not refuse them.
+    """
+
+    path: Path
+    prompt: str
+    count: int | None = None
+    tuning: int = 0
+    features: tuple[str, ...] = ()
+    leave_out_long: bool = False
+
+    @property
+    def settings(self) -> list[Any]:
+        """All but the path, for the key of a stage."""
+        shorter = ["leave out long"] if self.leave_out_long else []
+        return [self.prompt, self.count, self.tuning, list(self.features), *shorter]
+
+    def encoded(
+        self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, part: Part = "train"
+    ) -> list[Encoded]:
+        """The examples as token ids.
+
+        Raises:
+            InputError: The file is unreadable or empty, or examples are longer than the context.
+        """
+        return self._encode(self._chosen(part), tokenizer, model)
+
+    def feature_sets(
+        self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, part: Part = "train"
+    ) -> list[FeatureSet]:
+        """The examples by their features.
+
+        Raises:
+            InputError: As ``encoded``, or an example has no features.
+        """
+        from caliport.calibrate.training.flix import FeatureSet
+
+        groups: dict[tuple[str, ...], list[Example]] = {}
+        for number, example in enumerate(self._chosen(part), start=1):
+            features = self.features or example.features
+            if not features:
+                raise InputError(
+                    f'{self.path}: example {number} has no "features"; expected a list of names'
+                )
+            groups.setdefault(features, []).append(example)
+        return [
+            FeatureSet(features, self._encode(examples, tokenizer, model))
+            for features, examples in groups.items()
+        ]
+
+    def _chosen(self, part: Part) -> list[Example]:
+        examples = read_jsonl(self.path)
+        kept = len(examples) - self.tuning
+        if kept <= 0:
+            raise InputError(
+                f"{self.path}: {len(examples)} examples, {self.tuning} of them held out to choose "
+                "learning rates by; expected more examples, or a smaller calibration.tuning"
+            )
+        return examples[kept:] if part == "tuning" else examples[: min(self.count or kept, kept)]
+
+    def _encode(
+        self, examples: list[Example], tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
+    ) -> list[Encoded]:
+        from caliport.calibrate.training.batches import encode
+
+        pairs = [(e.input, e.output) for e in examples]
+        context = model.config.max_position_embeddings
+        return encode(tokenizer, self.prompt, pairs, context, str(self.path), self.leave_out_long)

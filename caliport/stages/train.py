@@ -1,0 +1,201 @@
+"""Train adapters themselves: single-task LoRAs, joint experts, one LoRA on a mixture, and FLix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from caliport.core.directories import read_manifest
+from caliport.core.errors import InputError
+from caliport.stages.sources import Source
+from caliport.stages.stage import stage
+from caliport.stages.sweep import at_best_rate, seconds_of
+
+if TYPE_CHECKING:
+    from caliport.calibrate.training.flix import FeatureSettings
+    from caliport.calibrate.training.loop import TrainSettings
+    from caliport.calibrate.training.lora import LoraSettings
+
+
+@dataclass(frozen=True)
+class Training:
+    """How adapters are trained.
+
+    Attributes:
+        base: Directory or hub name of the base.
+        settings: Steps, batch, schedule.
+        rates: Learning rates to choose from by the loss on held-out examples; empty: that of
+            ``settings``.
+        micro_batch: Most examples in one forward pass.
+    """
+
+    base: str | Path
+    settings: TrainSettings
+    rates: tuple[float, ...] = ()
+    micro_batch: int | None = None
+
+
+Build = Callable[[Path, Training, dict[str, Any], Path, bool], None]
+
+
+def lora_to(
+    out: Path, title: str, sources: Sequence[Source], lora: LoraSettings, training: Training
+) -> None:
+    """Train one LoRA on the examples of all sources into the PEFT directory ``out``."""
+
+    def build(
+        partial: Path, training: Training, extra: dict[str, Any], resume: Path, tune: bool
+    ) -> None:
+        from caliport.calibrate.training.attach import attached
+        from caliport.calibrate.training.loop import evaluate
+        from caliport.calibrate.training.lora import train_lora
+        from caliport.core.checkpoints import load_base, load_tokenizer
+
+        model = load_base(training.base)
+        tokenizer = load_tokenizer(training.base, model)
+        encoded = [e for source in sources for e in source.encoded(tokenizer, model)]
+        update, extra["curve"] = train_lora(
+            model, encoded, lora, training.settings, title, resume, training.micro_batch
+        )
+        extra["parameters"] = update.parameter_count
+        if tune:
+            held_out = [e for s in sources for e in s.encoded(tokenizer, model, "tuning")]
+            with attached(model, update.modules, lambda n: [(None, update.a[n], update.b[n])]):
+                losses = evaluate(model, held_out)
+            extra["tuning_loss"] = sum(losses) / len(losses)
+        update.to_peft(partial, base=str(training.base))
+
+    _at_rates(out, "lora", title, sources, {"lora": lora}, {}, training, build)
+
+
+def features_to(
+    out: Path,
+    title: str,
+    sources: Sequence[Source],
+    features: FeatureSettings,
+    training: Training,
+    kept: Path | None = None,
+) -> None:
+    """Train FLix features; ``out`` gets a PEFT directory for each.
+
+    Args:
+        out: The directory to appear.
+        title: What to tell the user.
+        sources: Examples with their features.
+        features: Ranks and dropout of those to train.
+        training: How.
+        kept: A directory of features trained earlier; those that are not trained again stay as
+            they are and are copied.
+    """
+
+    def build(
+        partial: Path, training: Training, extra: dict[str, Any], resume: Path, tune: bool
+    ) -> None:
+        from caliport.calibrate.training.flix import train_features
+        from caliport.core.checkpoints import load_base, load_tokenizer
+
+        model = load_base(training.base)
+        tokenizer = load_tokenizer(training.base, model)
+        sets = [one for s in sources for one in s.feature_sets(tokenizer, model)]
+        earlier = read_features(kept) if kept is not None else {}
+        earlier = {name: u for name, u in earlier.items() if name not in features.ranks}
+        trained, extra["curve"] = train_features(
+            model,
+            sets,
+            features,
+            training.settings,
+            title,
+            kept=earlier,
+            micro_batch=training.micro_batch,
+            resume=resume,
+        )
+        for name, update in {**earlier, **trained}.items():
+            update.to_peft(partial / name, base=str(training.base))
+        extra["parameters"] = sum(update.parameter_count for update in trained.values())
+        extra["features"] = sorted({**earlier, **trained})
+        if tune:
+            extra["tuning_loss"] = _loss_of_sets(model, tokenizer, sources, {**earlier, **trained})
+
+    inputs = {} if kept is None else {"kept": kept}
+    _at_rates(out, "flix", title, sources, {"features": features}, inputs, training, build)
+
+
+def read_features(directory: Path) -> dict[str, Any]:
+    """The features in a directory, as ``LowRankUpdate`` by name.
+
+    Raises:
+        InputError: It is no directory of features.
+    """
+    from caliport.calibrate import LowRankUpdate
+
+    if not directory.is_dir():
+        raise InputError(f"{directory}: no such directory; expected FLix features, one in each")
+    found = sorted(p.parent for p in directory.glob("*/adapter_config.json"))
+    if not found:
+        raise InputError(f"{directory}: no features in it; expected a PEFT directory for each")
+    return {path.name: LowRankUpdate.from_peft(path) for path in found}
+
+
+def compose_features_to(
+    out: Path, title: str, source: Path, names: Sequence[str], base: str
+) -> None:
+    """Write the sum of features as one PEFT directory."""
+
+    def build(partial: Path, extra: dict[str, Any], resume: Path) -> None:
+        from caliport.calibrate.training.flix import compose
+
+        update = compose(read_features(source), names)
+        extra["earlier_seconds"] = seconds_of(read_manifest(source))
+        extra["parameters"] = update.parameter_count
+        update.to_peft(partial, base=base)
+
+    stage(out, "compose", title, {"features": source}, {"names": list(names)}, build)
+
+
+def _loss_of_sets(
+    model: Any, tokenizer: Any, sources: Sequence[Source], features: Mapping[str, Any]
+) -> float:
+    from caliport.calibrate.training.attach import attached
+    from caliport.calibrate.training.flix import compose
+    from caliport.calibrate.training.loop import evaluate
+
+    losses = []
+    for one in [x for s in sources for x in s.feature_sets(tokenizer, model, "tuning")]:
+        update = compose(features, one.features)
+        terms = {n: [(None, update.a[n], update.b[n])] for n in update.modules}
+        with attached(model, update.modules, terms.__getitem__):
+            found = evaluate(model, one.examples)
+        losses.append(sum(found) / len(found))
+    return sum(losses) / len(losses)
+
+
+def _at_rates(
+    out: Path,
+    name: str,
+    title: str,
+    sources: Sequence[Source],
+    settings: Mapping[str, Any],
+    inputs: Mapping[str, Path],
+    training: Training,
+    build: Build,
+) -> None:
+    """One stage; or one for each learning rate, and then the best of them."""
+    whole: dict[str, Path | str] = {"base": training.base, **inputs}
+    whole |= {f"examples {index}": source.path for index, source in enumerate(sources)}
+    data = [source.settings for source in sources]
+
+    def make(place: Path, shown: str, rate: float, tune: bool) -> None:
+        chosen = replace(training, settings=replace(training.settings, learning_rate=rate))
+        stage(
+            place,
+            name,
+            shown,
+            whole,
+            {**settings, "train": chosen.settings, "data": data, "tune": tune},
+            lambda partial, extra, resume: build(partial, chosen, extra, resume, tune),
+            together=True,
+        )
+
+    at_best_rate(out, title, training.rates or (training.settings.learning_rate,), make)

@@ -1,0 +1,54 @@
+"""Fold a low-rank update into a base's weights: W = W0 + ΔW."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from caliport.calibrate.low_rank import LowRankUpdate
+
+
+def fold(model: PreTrainedModel, update: LowRankUpdate, source: str | Path) -> PreTrainedModel:
+    """Add ΔW to the weight of every updated module, in place.
+
+    The sum is taken in float32 and rounded once to the weight's own type. A weight that other
+    modules share (a head tied to the embedding) is untied first, since only the updated module
+    changes; the model's config then says so.
+
+    Args:
+        model: The base, unquantized.
+        update: What to add.
+        source: Names the adapter in errors.
+
+    Raises:
+        InputError: The update has modules or shapes that the base has not.
+    """
+    update.check_fits(model, source)
+    owners = Counter(
+        id(parameter) for module in model.modules() for parameter in module._parameters.values()
+    )
+    with torch.no_grad():
+        for name in update.modules:
+            module = model.get_submodule(name)
+            assert isinstance(module.weight, nn.Parameter)
+            if owners[id(module.weight)] > 1:
+                _untie(model, name, module)
+            weight, delta = module.weight, update.delta(name)
+            # Conv1D (GPT-2) stores its weight as [in, out].
+            delta = delta.T if isinstance(module, Conv1D) else delta
+            weight.copy_(weight.float() + delta.to(weight.device))
+    return model
+
+
+def _untie(model: PreTrainedModel, name: str, module: nn.Module) -> None:
+    """Give the module a weight of its own, which nothing ties again, also not after saving."""
+    assert isinstance(module.weight, nn.Parameter)
+    module.weight = nn.Parameter(module.weight.clone(), module.weight.requires_grad)
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = False
+    model.all_tied_weights_keys.pop(f"{name}.weight", None)

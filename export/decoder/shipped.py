@@ -1,0 +1,154 @@
+"""A decoder as it is exported: its shape, and its weights in files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import copy_context
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from threading import Event
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from caliport.export.decoder.skeleton import Layers, empty, group_layers
+from caliport.export.decoder.stored import Weights, can_stream, store
+from caliport.export.quantization.choices import Form, Quantization
+from caliport.export.quantization.tensors import plan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Lean:
+    """A decoder whose weights are in files.
+
+    Attributes:
+        whole: All its modules, parameters on the ``meta`` device.
+        forms: How each linear layer and embedding ships.
+        stored: Will be the parameters, folded and quantized.
+        cache_bits: 8 for keys and values in int8, None for float32.
+    """
+
+    whole: PreTrainedModel
+    forms: dict[str, Form]
+    stored: Future[Weights]
+    cache_bits: int | None = None
+
+    @property
+    def weights(self) -> Weights:
+        """The parameters, folded and quantized; waits until all of them are."""
+        return self.stored.result()
+
+    def names(self) -> set[str]:
+        """Names in ``weights``, known before they are there."""
+        found: set[str] = set()
+        for name, _ in self.whole.named_parameters(remove_duplicate=False):
+            quantized = name.removesuffix(".weight") in self.forms and name.endswith(".weight")
+            found |= {f"{name}.data", f"{name}.scale"} if quantized else {name}
+        return found
+
+    def sizes(self) -> dict[str, Any]:
+        """Bytes by part, what is stored once counted once, and bits for each weight.
+
+        ``embedding`` holds a tied head too; ``scales`` are those of all parts.
+        """
+        parts = {"linear": 0, "head": 0, "embedding": 0, "scales": 0, "other": 0}
+        head = self.whole.get_output_embeddings()
+        kinds = {
+            name: "embedding"
+            if isinstance(module, nn.Embedding)
+            else "head"
+            if module is head
+            else "linear"
+            for name, module in self.whole.named_modules()
+            if isinstance(module, nn.Linear | nn.Embedding)
+        }
+        seen: set[Path] = set()
+        ours = self.names()  # a bundle's terms are beside them
+        for name, stored in self.weights.items():
+            if name in ours and stored.path not in seen:
+                seen.add(stored.path)
+                module = name.removesuffix(".data").removesuffix(".scale").removesuffix(".weight")
+                part = kinds.get(module, "other")
+                parts["scales" if name.endswith(".scale") else part] += stored.nbytes
+        weights = sum(parameter.numel() for parameter in self.whole.parameters())
+        total = sum(parts.values())
+        return {**parts, "total": total, "bits_per_weight": round(8 * total / weights, 3)}
+
+
+def forms_of(decoder: Lean, layer: int) -> tuple[Form, ...]:
+    """The forms that the weights of a layer ship in."""
+    path = f"{every(decoder).path}.{layer}."
+    return tuple(form for name, form in decoder.forms.items() if name.startswith(path))
+
+
+def group(decoder: Lean) -> Layers:
+    """Which layers are alike, the forms of their weights too."""
+    return group_layers(decoder.whole, lambda layer: forms_of(decoder, layer))
+
+
+def every(decoder: Lean) -> Layers:
+    """Each layer by itself."""
+    return group_layers(decoder.whole, lambda layer: layer)
+
+
+@contextmanager
+def lean(
+    base: str | Path,
+    adapter: Path | None,
+    how: Quantization | str,
+    scratch: Path,
+    *,
+    check: Callable[[PreTrainedModel], None] = lambda model: None,
+) -> Iterator[Lean]:
+    """Fold an adapter into a base and quantize, without ever holding the model in memory.
+
+    The body runs meanwhile, up to where it asks for ``Lean.weights``: tracing needs none of them.
+
+    Args:
+        base: A Hugging Face directory or hub name of a decoder.
+        adapter: A PEFT LoRA directory or None.
+        how: How it is quantized; a precision stands for its defaults.
+        scratch: A directory in which the weights lie while the body runs.
+        check: Called with the decoder on the ``meta`` device before any weight is read.
+
+    Raises:
+        InputError: See ``plan``, ``check`` and ``LowRankUpdate``.
+    """
+    from caliport.calibrate.low_rank import LowRankUpdate
+    from caliport.core.checkpoints import load_config
+
+    how = Quantization(how) if isinstance(how, str) else how
+    config, generation = load_config(base)
+    whole = empty(config)
+    if generation is not None:
+        whole.generation_config = generation
+    check(whole)
+    forms = plan(whole, how.precision, how.int8_layers, how.embedding_bits)
+    update = None if adapter is None else LowRankUpdate.from_peft(adapter)
+    if update is not None and adapter is not None:
+        update.check_fits(whole, adapter)
+    with TemporaryDirectory(dir=scratch, prefix="weights-") as directory:
+        fill = partial(store, base, whole, forms, update, Path(directory))
+        if not can_stream(base, whole):
+            # Loading builds modules, which the body does too, in ways that change them all.
+            stored: Future[Weights] = Future()
+            stored.set_result(fill())
+            yield Lean(whole, forms, stored, how.cache_bits)
+            return
+        # torch.export 2.13 replaces math.pow while it traces, which numba must not see as it loads.
+        import caliport.export.quantization.quantizers.hqq  # noqa: F401
+
+        stop = Event()
+        with ThreadPoolExecutor(1) as pool:
+            stored = pool.submit(copy_context().run, fill, stop)
+            try:
+                yield Lean(whole, forms, stored, how.cache_bits)
+            finally:
+                stop.set()

@@ -1,0 +1,291 @@
+"""A decoder's weights as they ship: made one matrix at a time, kept in files, never all in memory.
+
+A checkpoint is mapped and closed again for every module, ΔW is added in float32 and the sum is
+quantized in slices of rows, so that the peak is that of the largest matrix.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from caliport.core.errors import InputError
+from caliport.core.progress import at
+from caliport.export.quantization.choices import GROUP_SIZE, Form
+from caliport.export.quantization.quantizers.registry import integers
+
+if TYPE_CHECKING:
+    from threading import Event
+
+    from transformers import PreTrainedModel
+
+    from caliport.calibrate.low_rank import LowRankUpdate
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+
+Read = Callable[[str], Tensor]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor in a file of its own, little-endian, in C order.
+
+    Attributes:
+        path: The file.
+        shape: Of the tensor that the file holds. 4-bit values lie two in a byte, the first in the
+            low half, offset by 8: their last dimension is half as long.
+        dtype: Of the tensor that the file holds.
+        sha256: Of the bytes.
+    """
+
+    path: Path
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    sha256: bytes
+
+    def tensor(self) -> Tensor:
+        """The tensor, mapped from its file."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        found = torch.from_file(str(self.path), size=count, dtype=self.dtype)
+        return found.view(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the file."""
+        return self.path.stat().st_size
+
+
+class Weights:
+    """Where the weights of one decoder lie.
+
+    Keys are parameter names; a quantized one has ``name.data`` and ``name.scale`` instead. Equal
+    contents lie in one file.
+
+    Attributes:
+        nbytes: Of all files.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._stored: dict[str, Stored] = {}
+        self._files: dict[bytes, Path] = {}
+        self.nbytes = 0
+        directory.mkdir(parents=True, exist_ok=True)
+
+    def __getitem__(self, name: str) -> Stored:
+        return self._stored[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._stored
+
+    def items(self) -> list[tuple[str, Stored]]:
+        """Names with what is stored under them."""
+        return list(self._stored.items())
+
+    def put(self, name: str, parts: Iterator[Tensor] | list[Tensor], rows: int) -> None:
+        """Store a tensor that comes in slices along its first dimension, ``rows`` in all."""
+        path = self.directory / f"{len(self._stored)}.bin"
+        digest = hashlib.sha256()
+        shape: tuple[int, ...] = ()
+        dtype = torch.float32
+        with path.open("wb") as stream:
+            for part in parts:
+                # numpy has no bfloat16: the bytes go through an integer type.
+                data = part.contiguous().view(-1).view(torch.uint8).numpy().data
+                stream.write(data)
+                digest.update(data)
+                shape, dtype = (rows, *part.shape[1:]), part.dtype
+        self._keep(name, path, shape, dtype, digest.digest())
+
+    def _keep(
+        self, name: str, path: Path, shape: tuple[int, ...], dtype: torch.dtype, digest: bytes
+    ) -> None:
+        first = self._files.setdefault(digest, path)
+        if first != path:
+            path.unlink()
+        else:
+            self.nbytes += path.stat().st_size
+        self._stored[name] = Stored(first, shape, dtype, digest)
+
+
+def store(
+    source: str | Path,
+    shell: PreTrainedModel,
+    forms: Mapping[str, Form],
+    update: LowRankUpdate | None,
+    directory: Path,
+    stop: Event | None = None,
+) -> Weights:
+    """Fold, quantize and store every parameter of a decoder.
+
+    Args:
+        source: A Hugging Face directory or hub name.
+        shell: The decoder on the ``meta`` device: names and shapes.
+        forms: How each linear layer and embedding ships, by module name
+            (``caliport.export.quantization.tensors.plan``); the other parameters ship in float32.
+        update: ΔW to add, or None.
+        directory: Where the files go.
+        stop: Once it is set, no more are stored.
+
+    Raises:
+        InputError: A checkpoint that lacks a parameter, or has one of another shape or with weights
+            that are NaN or infinite.
+    """
+    weights = Weights(directory)
+    tied = {**(shell.all_tied_weights_keys or {})}
+    with reading(source) as read:
+        modules = list(shell.named_modules())
+        for index, (name, module) in enumerate(modules):
+            for key, parameter in module.named_parameters(recurse=False):
+                if stop is not None and stop.is_set():
+                    return weights
+                at(f"quantizing {name}", index, len(modules))
+                full = f"{name}.{key}" if name else key
+                value = read(tied.get(full, full))
+                if value.shape != parameter.shape:
+                    raise InputError(
+                        f"{source}: {full} is {list(value.shape)}, the model of config.json has "
+                        f"{list(parameter.shape)}"
+                    )
+                delta = None
+                if update is not None and name in update.modules and key == "weight":
+                    delta = update.delta(name)
+                    if _is_transposed(module):
+                        delta = delta.T
+                form = forms.get(name) if key == "weight" else None
+                _store_one(weights, full, value, delta, form)
+    return weights
+
+
+def can_stream(source: str | Path, shell: PreTrainedModel) -> bool:
+    """Whether a checkpoint is local and has every parameter under its own name."""
+    directory = Path(source)
+    files = _files(directory) if directory.is_dir() else None
+    if files is None:
+        return False
+    tied = shell.all_tied_weights_keys or {}
+    return all(tied.get(name, name) in files for name, _ in shell.named_parameters())
+
+
+def put_matrix(weights: Weights, name: str, value: Tensor, form: Form | None) -> int:
+    """Store a matrix in a form, None for float32; the bytes that this adds.
+
+    Equal contents are stored once, so that a matrix stored before adds none.
+    """
+    before = weights.nbytes
+    _store_one(weights, name, value, None, form)
+    return weights.nbytes - before
+
+
+def _is_transposed(module: nn.Module) -> bool:
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, Conv1D)
+
+
+def _store_one(
+    weights: Weights, name: str, value: Tensor, delta: Tensor | None, form: Form | None
+) -> None:
+    def rows(start: int, stop: int) -> Tensor:
+        part = value[start:stop].float()
+        part = part if delta is None else part + delta[start:stop]
+        if not part.sum().isfinite():
+            raise InputError(f"{name}: found NaN or infinite weights, expected finite ones")
+        return part
+
+    count = value.shape[0] if value.dim() else 1
+    if form is None:
+        step = max(1, (1 << 24) // max(1, value[:1].numel()))
+        slices = (rows(i, i + step) for i in range(0, count, step))
+        weights.put(name, slices if value.dim() else [rows(0, 1)], count)
+        return
+    # In one piece: small ones that stay would keep what the threads free from being used again.
+    groups = value.shape[1] // GROUP_SIZE if form.endswith("int4") else 1
+    scales = torch.empty(
+        count, groups, dtype=torch.bfloat16 if form.endswith("int4") else torch.float32
+    )
+
+    def data() -> Iterator[Tensor]:
+        done = 0
+        for part, scale in integers(rows, count, value.shape[1], form):
+            scales[done : done + len(scale)] = scale
+            done += len(scale)
+            yield part
+
+    weights.put(f"{name}.data", data(), count)
+    weights.put(f"{name}.scale", [scales], count)
+
+
+@contextmanager
+def reading(source: str | Path) -> Iterator[Read]:
+    """A function that reads a parameter by name, from a local checkpoint without loading it all.
+
+    A checkpoint whose tensors do not have the parameters' names (an older layout that transformers
+    converts while loading), or one on a hub, is loaded as a whole.
+    """
+    directory = Path(source)
+    files = _files(directory) if directory.is_dir() else None
+    if files is None:
+        yield _loaded(source)
+        return
+    fallback: list[Read] = []
+
+    def read(name: str) -> Tensor:
+        if name not in files:
+            if not fallback:
+                fallback.append(_loaded(source))
+            return fallback[0](name)
+        from safetensors import safe_open
+
+        # Opened anew each time: what a mapping has touched is given back when it closes.
+        with safe_open(directory / files[name], framework="pt") as opened:
+            return opened.get_tensor(name)
+
+    yield read
+
+
+def _loaded(source: str | Path) -> Read:
+    from caliport.core.checkpoints import load_base
+
+    parameters = dict(load_base(source).named_parameters(remove_duplicate=False))
+
+    def read(name: str) -> Tensor:
+        if name not in parameters:
+            raise InputError(f"{source}: has no {name}, which the model of config.json needs")
+        return parameters[name].detach()
+
+    return read
+
+
+def _files(directory: Path) -> dict[str, str] | None:
+    """The file of each tensor in a checkpoint directory."""
+    index = directory / _INDEX
+    if index.is_file():
+        found: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        return found
+    single = directory / _SINGLE
+    if not single.is_file():
+        return None
+    from safetensors import safe_open
+
+    with safe_open(single, framework="pt") as opened:
+        return dict.fromkeys(opened.keys(), _SINGLE)
+
+
+def describe(forms: Mapping[str, Form]) -> dict[str, Any]:
+    """How many layers ship in each form, for a manifest."""
+    counts: dict[str, int] = {}
+    for form in forms.values():
+        counts[form] = counts.get(form, 0) + 1
+    return dict(sorted(counts.items()))

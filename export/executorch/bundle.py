@@ -1,0 +1,347 @@
+"""One .pte for many compositions: a method each over weights that are stored once.
+
+Every method is the base's program with low-rank terms beside its linear layers. XNNPACK keeps a
+delegate's constants under the hash of their content, so methods share the base's weights, the
+single-task adapters and a correction that is the same in all layers, and ExecuTorch plans the
+key-value cache at one place for all methods. A structure is lowered once; its compositions differ
+in keys alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from caliport.export.artifact import fill_with
+from caliport.export.decoder.terms import halves
+from caliport.export.quantization.choices import Quantization
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from caliport.export.decoder.shipped import Lean
+
+from collections import defaultdict
+from collections.abc import Hashable
+from functools import partial
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from caliport.core.patching import quiet
+from caliport.export.decoder.shipped import Lean, every, forms_of
+from caliport.export.decoder.skeleton import (
+    CannotRepeat,
+    Layers,
+    furnish,
+    group_layers,
+    matrix_stand_in,
+    skeleton,
+)
+from caliport.export.decoder.stored import put_matrix
+from caliport.export.executorch.lower import PROGRAM, constant_methods
+from caliport.export.executorch.patches.quantize_once import quantized_once
+from caliport.export.executorch.patches.skip_idle_passes import fast_lowering
+from caliport.export.executorch.patches.tied_tables import shared_tables
+from caliport.export.executorch.repeat import repeat
+from caliport.export.executorch.steps import count_delegated, finish, lower_skeleton, with_weights
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+    from transformers import PreTrainedModel
+
+    from caliport.calibrate.low_rank import LowRankUpdate
+    from caliport.export.decoder.terms import Composed
+    from caliport.export.executorch.steps import Lowered
+    from caliport.export.quantization.choices import Form
+
+BASE_METHOD = "forward"
+# Names of the linear layers that hold a module's terms: shared A and B by number, own A and B.
+_SHARED, _OWN = "shared", "own"
+
+
+def lower_bundle(
+    decoder: Lean,
+    adapters: Mapping[str, LowRankUpdate],
+    compositions: Mapping[str, Composed],
+    directory: Path,
+    context: int,
+    eos_ids: list[int],
+    bos_id: int | None,
+    adapter_form: Form | None = "int8",
+) -> dict[str, Any]:
+    """Write ``directory/model.pte``: ``forward`` is the base, each composition a method beside it.
+
+    Every method has the form of ``caliport.export.executorch.lower.lower``'s, and all write one
+    key-value cache.
+
+    Args:
+        decoder: The base, nothing folded.
+        adapters: The shared adapters by name.
+        compositions: Method names with what they add to the base.
+        directory: Where to; must exist.
+        context: Cache length in tokens.
+        eos_ids: Token ids that end a generation.
+        bos_id: The token id that begins a text, if there is one.
+        adapter_form: How the shared adapters ship: ``int8`` or None for float32. A composition's
+            own terms are float16, or float32 with None.
+
+    Returns:
+        Manifest entries: methods, constant methods, bytes by part.
+    """
+    constants = constant_methods(decoder.whole, context, eos_ids, bos_id)
+    sizes = _store(decoder, adapters, compositions, adapter_form)
+    programs: dict[str, ExportedProgram] = {}
+    used: set[str] = set()
+    held: dict[str, bytes] = {}
+    with quiet(), fast_lowering(), quantized_once():
+        wanted = {BASE_METHOD: None, **compositions}
+        for names in _alike(wanted, adapters):
+            terms = _Terms(wanted[names[0]], adapters, adapter_form)
+            layers = group_layers(decoder.whole, partial(terms.kind, decoder))
+            try:
+                lowered, repeated = _methods(decoder, terms, layers, names, wanted, context)
+            except CannotRepeat:
+                layers = every(decoder)
+                lowered, repeated = _methods(decoder, terms, layers, names, wanted, context)
+            held |= lowered.constants
+            for name, (program, stored) in repeated.items():
+                programs[name] = program
+                used |= stored
+        edge = with_weights(programs, constants, decoder.weights, used, held)
+        counts = count_delegated(edge)
+        with shared_tables(decoder):
+            program = finish(edge, share_cache=True)
+    with (directory / PROGRAM).open("wb") as stream:
+        program.write_to_file(stream)
+    return {
+        "backend": "xnnpack",
+        "methods": list(programs),
+        "constant_methods": constants,
+        "sizes": sizes,
+        **counts,
+    }
+
+
+def _methods(
+    decoder: Lean,
+    terms: _Terms,
+    layers: Layers,
+    names: list[str],
+    wanted: Mapping[str, Composed | None],
+    context: int,
+) -> tuple[Lowered, dict[str, tuple[ExportedProgram, set[str]]]]:
+    """Lower one structure, and repeat it for each of its methods."""
+    stored = decoder.names()
+    model = furnish(skeleton(decoder.whole.config, layers), layers, decoder.forms)
+    terms.attach(model, layers)
+    lowered = lower_skeleton(
+        model,
+        layers,
+        context,
+        lambda name: ".low_rank." in name or layers.whole_name(name) in stored,
+        cache_bits=decoder.cache_bits,
+    )
+    return lowered, {
+        name: repeat(lowered, layers, decoder.weights, _where(name, wanted[name])) for name in names
+    }
+
+
+def _store(
+    decoder: Lean,
+    adapters: Mapping[str, LowRankUpdate],
+    compositions: Mapping[str, Composed],
+    form: Form | None,
+) -> dict[str, Any]:
+    """Store all matrices of the terms; the bytes of each part, what is shared counted once."""
+    weights = decoder.weights
+    sizes: dict[str, Any] = {"base": weights.nbytes, "adapters": {}, "compositions": {}}
+    for name, update in adapters.items():
+        sizes["adapters"][name] = _put(decoder, f"adapter {name}", update, form)
+    for name, composed in compositions.items():
+        own = composed.own
+        put_own = _put if form is None else _put_halves
+        sizes["compositions"][name] = 0 if own is None else put_own(decoder, f"own {name}", own)
+    return sizes
+
+
+def _put(decoder: Lean, owner: str, update: LowRankUpdate, form: Form | None = None) -> int:
+    return sum(
+        put_matrix(decoder.weights, f"{owner} {module} {part}.weight", matrix, form)
+        for module in update.modules
+        for part, matrix in (("A", update.a[module]), ("B", update.b[module]))
+    )
+
+
+def _put_halves(decoder: Lean, owner: str, update: LowRankUpdate) -> int:
+    """Store an update in float16; XNNPACK computes with it in float32."""
+    before = decoder.weights.nbytes
+    for module in update.modules:
+        for part, matrix in zip("AB", halves(update.a[module], update.b[module]), strict=True):
+            decoder.weights.put(f"{owner} {module} {part}.weight.half", [matrix], len(matrix))
+    return decoder.weights.nbytes - before
+
+
+def _where(name: str, composed: Composed | None) -> Any:
+    """Where the weights of a method's terms are stored, by their name in its program."""
+
+    def stored(full: str) -> str:
+        module, mark, rest = full.rpartition(".low_rank.")
+        if not mark or composed is None:
+            return full
+        owner, part, ending = rest.split(".", 2)
+        if owner == _OWN:
+            return f"own {name} {module} {part}.{ending}"
+        adapter = composed.adapters[int(owner.removeprefix(_SHARED))]
+        return f"adapter {adapter} {module} {part}.{ending}"
+
+    return stored
+
+
+def _alike(
+    wanted: Mapping[str, Composed | None], adapters: Mapping[str, LowRankUpdate]
+) -> list[list[str]]:
+    """Method names by structure: the same modules with terms of the same ranks."""
+    found: dict[Hashable, list[str]] = defaultdict(list)
+    for name, composed in wanted.items():
+        found[_Terms(composed, adapters, None).structure()].append(name)
+    return list(found.values())
+
+
+class _Terms:
+    """The low-rank terms of one structure: what of ``Composed`` decides the program."""
+
+    def __init__(
+        self,
+        composed: Composed | None,
+        adapters: Mapping[str, LowRankUpdate],
+        form: Form | None,
+    ) -> None:
+        self.form = form
+        self.count = 0 if composed is None else len(composed.adapters)
+        self.factor = 1.0 if composed is None else composed.weight**2
+        self.shared = adapters[composed.adapters[0]] if composed and composed.adapters else None
+        self.own = None if composed is None else composed.own
+
+    def of(self, module: str) -> tuple[int, int]:
+        """Ranks of the shared and the own term of a module; 0 for none."""
+        ranks = [
+            update.rank(module) if update is not None and module in update.modules else 0
+            for update in (self.shared, self.own)
+        ]
+        return ranks[0], ranks[1]
+
+    def structure(self) -> Hashable:
+        names = {n for u in (self.shared, self.own) if u is not None for n in u.modules}
+        return (self.count, self.factor, tuple((n, self.of(n)) for n in sorted(names)))
+
+    def kind(self, decoder: Lean, layer: int) -> Hashable:
+        """What sets a layer apart beside its modules: the forms and ranks in it."""
+        path = f"{every(decoder).path}.{layer}."
+        linears = (n for n, m in decoder.whole.named_modules() if isinstance(m, nn.Linear))
+        ranks = tuple(self.of(name) for name in linears if name.startswith(path))
+        return forms_of(decoder, layer), ranks
+
+    def attach(self, model: PreTrainedModel, layers: Layers) -> None:
+        """Give the skeleton's linear layers their terms."""
+        for name, module in list(model.named_modules()):
+            shared, own = self.of(layers.whole_name(name))
+            if isinstance(module, nn.Linear) and (shared or own):
+                terms = nn.ModuleDict()
+                for index in range(self.count if shared else 0):
+                    terms[f"{_SHARED}{index}"] = _pair(module, shared, self.form)
+                if own:
+                    terms[_OWN] = _pair(module, own, None, in_half=self.form is not None)
+                module.low_rank = terms
+                module.register_forward_hook(self._add)
+
+    def _add(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        terms: Any = module.low_rank
+        shared = [pair for name, pair in terms.items() if name != _OWN]
+        if shared:
+            inner = _sum([pair["A"](args[0]) for pair in shared])
+            output = output + _sum([pair["B"](inner) for pair in shared]) * self.factor
+        if _OWN in terms:
+            output = output + terms[_OWN]["B"](terms[_OWN]["A"](args[0]))
+        return output
+
+
+def _sum(values: list[Tensor]) -> Tensor:
+    total = values[0]
+    for value in values[1:]:
+        total = total + value
+    return total
+
+
+def _pair(module: nn.Linear, rank: int, form: Form | None, in_half: bool = False) -> nn.ModuleDict:
+    pair = nn.ModuleDict()
+    for name, rows, width in (("A", rank, module.in_features), ("B", module.out_features, rank)):
+        weight = nn.Parameter(matrix_stand_in(rows, width, form), requires_grad=False)
+        if in_half:
+            pair[name] = _InHalf(weight)
+            continue
+        linear = nn.Linear(1, 1, bias=False)
+        linear.weight = weight
+        pair[name] = linear
+    return pair
+
+
+class _InHalf(nn.Module):
+    """A linear layer whose weight ships in float16; its name says so (``weight_keys``)."""
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.weight_half = weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight_half)
+
+
+def fill_bundle(
+    directory: Path,
+    extra: dict[str, Any],
+    base: str | Path,
+    compositions: Mapping[str, Path],
+    adapters: Mapping[str, Path],
+    how: Quantization,
+    context: int | None,
+) -> None:
+    """Write a bundle for ExecuTorch into a directory and its facts into ``extra``."""
+    from caliport.export.decoder.terms import read_updates, shared_form, split
+
+    single = read_updates(base, adapters)
+    composed = {n: split(u, single) for n, u in read_updates(base, compositions).items()}
+    used = {name for parts in composed.values() for name in parts.adapters}
+    single = {name: update for name, update in single.items() if name in used}
+
+    def lower(decoder: Lean, length: int, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+        from caliport.core.checkpoints import eos_ids
+        from caliport.export.executorch.bundle import lower_bundle
+        from caliport.export.package.card import describe_adapter
+
+        lowered = lower_bundle(
+            decoder,
+            single,
+            composed,
+            directory,
+            length,
+            eos_ids(decoder.whole),
+            tokenizer.bos_token_id,
+            shared_form(how.precision),
+        )
+        sizes = lowered["sizes"]
+        extra["bundle"] = {
+            "adapters": {name: {"bytes": size} for name, size in sizes["adapters"].items()},
+            "compositions": {
+                name: {
+                    "bytes": sizes["compositions"][name],
+                    "stands_on": list(composed[name].adapters),
+                    "lora": describe_adapter(path),
+                }
+                for name, path in compositions.items()
+            },
+        }
+        return lowered
+
+    fill_with(lower, directory, extra, base, "executorch", None, how, context)

@@ -1,0 +1,171 @@
+"""Weights that an ExecuTorch program gets after lowering: names while lowering, contents after.
+
+XNNPACK keys a delegate's constants by the hash of their content. While a skeleton is lowered its
+weights have no content, so they are keyed by the hash of their name instead.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from caliport.core.patching import swapped
+
+if TYPE_CHECKING:
+    from executorch.exir._serialize._named_data_store import NamedDataStore
+
+    from caliport.export.decoder.stored import Stored
+
+_SCALE = "scale_"
+_HALF = ".weight.half"
+# Of the parts of a torchao tensor, of an embedding's
+# (``caliport.export.decoder.skeleton.furnish``), and of a matrix that ships in float16.
+_ENDINGS = {
+    ".weight.original0": ".weight.data",
+    ".weight.original1": ".weight.scale",
+    ".weight_data": ".weight.data",
+    ".weight_scale": ".weight.scale",
+    ".weight_half": _HALF,
+}
+_ALIGNMENT = 16
+# Of a key: as long as it takes to tell contents apart, since a method names each that it uses.
+_DIGITS = 16
+KEY = re.compile(rb"(?:scale_)?[0-9a-f]{%d}" % _DIGITS)
+
+
+def stored_name(target: str) -> str:
+    """The name in ``Weights`` of what the signature of a traced decoder calls ``target``."""
+    name = target.removeprefix("model.").replace(".parametrizations", "")
+    for ending, kept in _ENDINGS.items():
+        if name.endswith(ending):
+            return name.removesuffix(ending) + kept
+    return name
+
+
+def _key_of(name: str) -> str:
+    """What a weight is called while lowering; as long as the key that it gets."""
+    digest = hashlib.sha256(f"deferred {name}".encode()).hexdigest()[:_DIGITS]
+    return _SCALE + digest if name.endswith(".scale") else digest
+
+
+def final_key(name: str, stored: Stored) -> str:
+    """The key of this content: the first digits of its hash.
+
+    XNNPACK's own lowering takes the whole hash. The runtime packs equal keys once.
+    """
+    digest = stored.sha256.hex()[:_DIGITS]
+    return _SCALE + digest if name.endswith(".scale") else digest
+
+
+def add(store: NamedDataStore, name: str, stored: Stored) -> None:
+    """Let a program's named data have a weight, from its file."""
+    from executorch.exir._serialize._cord import FileBackedData
+
+    data = FileBackedData(str(stored.path), sha256=stored.sha256)
+    store.add_named_data(final_key(name, stored), data, _ALIGNMENT)
+
+
+@contextmanager
+def deferred_weights(is_deferred: Callable[[str], bool], names: dict[str, str]) -> Iterator[None]:
+    """While the body runs, XNNPACK's lowering keys the weights that ``is_deferred`` by name.
+
+    Those that ``stored_name`` gives ``.weight.half`` are float16 to XNNPACK, float32 in the graph.
+
+    Args:
+        is_deferred: Asked with a weight's name.
+        names: Takes the name of every key that was given.
+    """
+    from executorch.backends.xnnpack.operators import node_visitor as module
+    from executorch.backends.xnnpack.serialization import xnnpack_graph_schema as schema
+
+    visitor = module.NodeVisitor
+    index_of, params_of = visitor.get_serialized_buffer_index, visitor.get_quant_params
+    dtype_of = visitor.get_serialized_dtype
+
+    def name_of(self: Any, node: torch.fx.Node) -> str | None:
+        signature = self.exported_program.graph_signature
+        target = signature.inputs_to_parameters.get(node.name)
+        if target is None:
+            return None
+        name = stored_name(target)
+        return name if is_deferred(name) else None
+
+    def register(self: Any, graph: Any, name: str, size: int) -> int:
+        key = _key_of(name)
+        names[key] = name
+        offset = module.UINT64_MAX
+        graph.constant_data.append(schema.ConstantDataOffset(offset, size, key))
+        self._named_data_store.add_named_data(key, key.encode())
+        return len(graph.constant_data) - 1
+
+    def get_serialized_buffer_index(
+        self: Any,
+        tensor: torch.fx.Node,
+        xnn_graph: Any,
+        vals_to_ids: Any,
+        convert_to_nhwc: bool,
+        swap_in_out_for_weights: bool,
+        quant_params: Any,
+        *rest: Any,
+    ) -> int:
+        node = tensor if quant_params is None else quant_params.q_input
+        name = name_of(self, node)
+        if name is None:
+            return int(
+                index_of(
+                    self,
+                    tensor,
+                    xnn_graph,
+                    vals_to_ids,
+                    convert_to_nhwc,
+                    swap_in_out_for_weights,
+                    quant_params,
+                    *rest,
+                )
+            )
+        assert not convert_to_nhwc
+        assert not swap_in_out_for_weights
+        value = node.meta["val"]
+        size = value.numel() * value.element_size()
+        if name.endswith(_HALF) or (quant_params is not None and quant_params.is_qc4w):
+            size //= 2
+        return register(self, xnn_graph, name, size)
+
+    def get_serialized_dtype(
+        self: Any, quant_params: Any, node: torch.fx.Node, *rest: Any, **options: Any
+    ) -> Any:
+        if (name_of(self, node) or "").endswith(_HALF):
+            return schema.XNNDatatype.xnn_datatype_fp16
+        return dtype_of(self, quant_params, node, *rest, **options)
+
+    def get_quant_params(self: Any, params: Any, graph: Any, tag: str | None = None) -> Any:
+        name = name_of(self, params.q_input) if params.per_channel else None
+        if name is None:
+            return params_of(self, params, graph, tag)
+        count = math.prod(params.scale.shape)
+        size = count * (2 if params.per_channel_group else 4)
+        index = register(self, graph, name.replace(".data", ".scale"), size)
+        if params.per_channel_group:
+            return schema.PerChannelGroupQuant(
+                scale=[],
+                channel_dim=params.axis,
+                group_size=params.group_size,
+                scale_buffer_idx=index,
+                num_scales=count,
+            )
+        return schema.PerChannelQuant(
+            scale=[], channel_dim=params.axis, scale_buffer_idx=index, num_scales=count
+        )
+
+    with (
+        swapped(visitor, "get_serialized_buffer_index", get_serialized_buffer_index),
+        swapped(visitor, "get_quant_params", get_quant_params),
+        swapped(visitor, "get_serialized_dtype", get_serialized_dtype),
+    ):
+        yield

@@ -1,0 +1,233 @@
+"""The steps from a skeleton to an ExecuTorch program, shared by single artifacts and bundles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from caliport.core.patching import swapped
+from caliport.core.progress import at
+from caliport.export.decoder.skeleton import Layers, boundary_op, marked
+from caliport.export.executorch.decoder import Decoder
+from caliport.export.executorch.patches.weight_keys import add, deferred_weights
+
+if TYPE_CHECKING:
+    from executorch.exir import EdgeProgramManager
+    from torch.export import ExportedProgram
+    from transformers import PreTrainedModel
+
+    from caliport.export.decoder.stored import Weights
+
+_MATRIX_OPS = ("aten_linear_", "aten_addmm_", "aten_mm_", "aten_bmm_", "aten_convolution_")
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A lowered skeleton.
+
+    Attributes:
+        program: Its graph, with XNNPACK's delegates and the marks between layers.
+        names: For each key of a weight, its name in the skeleton.
+        constants: What else the delegates hold, by key.
+    """
+
+    program: ExportedProgram
+    names: dict[str, str]
+    constants: dict[str, bytes]
+
+
+def lower_skeleton(
+    model: PreTrainedModel,
+    layers: Layers,
+    context: int,
+    is_weight: Callable[[str], bool],
+    while_tracing: AbstractContextManager[None] | None = None,
+    cache_bits: int | None = None,
+) -> Lowered:
+    """Trace a furnished skeleton and lower it to XNNPACK.
+
+    Args:
+        model: See ``caliport.export.decoder.skeleton.furnish``.
+        layers: What its layers stand for.
+        context: Cache length in tokens.
+        is_weight: Whether a parameter of the skeleton gets its content after lowering.
+        while_tracing: Active around the trace.
+        cache_bits: 8 for keys and values in int8, None for float32.
+    """
+    names: dict[str, str] = {}
+    at("tracing")
+    with while_tracing or nullcontext():
+        traced = _trace(model, layers, context, cache_bits)
+    at(f"lowering {len(layers.kept)} of {len(layers.stands_for)} layers")
+    with deferred_weights(is_weight, names):
+        edge = _delegate(traced)
+    store = edge._named_data_store
+    constants = {
+        key: store.buffers[entry.buffer_index]
+        for key, entry in store.pte_data.items()
+        if key not in names
+    }
+    return Lowered(edge.exported_program(), names, constants)
+
+
+def with_weights(
+    programs: Mapping[str, ExportedProgram],
+    methods: dict[str, Any],
+    weights: Weights,
+    used: Iterable[str],
+    constants: Mapping[str, bytes],
+) -> EdgeProgramManager:
+    """The methods of a program together with the contents of their delegates.
+
+    Args:
+        programs: Methods by name.
+        methods: Constant methods.
+        weights: Where the weights are.
+        used: Names of those that the methods use.
+        constants: What else their delegates hold, by key.
+    """
+    from executorch.exir import EdgeCompileConfig, EdgeProgramManager
+    from executorch.exir._serialize._named_data_store import NamedDataStore
+
+    config = EdgeCompileConfig(_check_ir_validity=False)
+    edge = EdgeProgramManager(dict(programs), methods, config)
+    edge._named_data_store = NamedDataStore()
+    for key, data in sorted(constants.items()):
+        edge._named_data_store.add_named_data(key, data, 16)
+    for name in sorted(set(used)):
+        add(edge._named_data_store, name, weights[name])
+    return edge
+
+
+def _trace(
+    model: PreTrainedModel, layers: Layers, context: int, cache_bits: int | None
+) -> ExportedProgram:
+    import executorch.extension.llm.custom_ops.custom_ops  # registers torch.ops.llama
+
+    if cache_bits is not None:
+        import executorch.kernels.quantized  # noqa: F401  registers what rounds
+
+    tokens = torch.zeros(1, min(4, context), dtype=torch.long)
+    sizes = torch.export.Dim("n", min=1, max=context)
+    decoder = Decoder(model, context, cache_bits).eval()
+    with (
+        torch.no_grad(),
+        marked(model, layers.path, boundary_op()),
+        _quantized_lookup(),
+        _means_as_products(decoder),
+    ):
+        return torch.export.export(
+            decoder,
+            (tokens, torch.zeros(1, dtype=torch.long)),
+            dynamic_shapes={"tokens": {1: sizes}, "input_pos": None},
+            strict=False,
+        )
+
+
+@contextmanager
+def _means_as_products(decoder: Decoder) -> Iterator[None]:
+    """While the body runs, the mean over a last dimension is a product with a constant.
+
+    XNNPACK has no such mean. A norm's mean would leave the delegate for a slow operator and cut
+    the delegate in two, which costs a decode step of a model of a billion parameters some 7 %.
+    """
+    plain = Tensor.mean
+    config = decoder.model.config.get_text_config()
+    sizes = {config.hidden_size, getattr(config, "head_dim", None)} - {None}
+    for size in sizes:
+        decoder.register_buffer(f"mean_of_{size}", torch.full((1, size), 1 / size))
+
+    def mean(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        given = dict(zip(("dim", "keepdim"), args, strict=False)) | kwargs
+        last = given.get("dim") in (-1, (-1,), [-1]) and given.get("keepdim")
+        if not last or self.dtype != torch.float32 or self.shape[-1] not in sizes:
+            return plain(self, *args, **kwargs)
+        return nn.functional.linear(self, decoder.get_buffer(f"mean_of_{self.shape[-1]}"))
+
+    with swapped(Tensor, "mean", mean):
+        yield
+
+
+@contextmanager
+def _quantized_lookup() -> Iterator[None]:
+    """While the body runs, embeddings that have ``weight_data`` look their rows up in it."""
+    import executorch.exir.passes._quant_patterns_and_replacements  # noqa: F401  registers the ops
+
+    plain = nn.Embedding.forward
+    ops = torch.ops.quantized_decomposed
+
+    def forward(self: nn.Embedding, input: Tensor) -> Tensor:
+        parts = dict(self.named_parameters(recurse=False))
+        if "weight_data" not in parts:
+            return plain(self, input)
+        data, scale = parts["weight_data"], parts["weight_scale"]
+        if data.dtype == torch.int8:
+            return ops.embedding_byte(data, scale.flatten(), None, -128, 127, input)
+        rows = ops.embedding_4bit(data, scale, None, -8, 7, input)
+        # The operator takes the high half of a byte first, all other kernels the low half.
+        return rows.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+
+    with swapped(nn.Embedding, "forward", forward):
+        yield
+
+
+def _delegate(program: ExportedProgram) -> EdgeProgramManager:
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
+
+    return to_edge_transform_and_lower(
+        program,
+        partitioner=[XnnpackPartitioner()],
+        compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
+    )
+
+
+def count_delegated(edge: EdgeProgramManager) -> dict[str, int]:
+    """Delegates and matrix products in them; every product must be in one.
+
+    Attention's own products do not appear: they are inside ``llama.custom_sdpa``.
+    """
+    from executorch.devtools.backend_debug import get_delegation_info
+
+    info = get_delegation_info(edge.exported_program(next(iter(edge.methods))).graph_module)
+    products = {
+        name: found
+        for name, found in info.delegation_by_operator.items()
+        if f"{name}_".startswith(_MATRIX_OPS)
+    }
+    left = sorted(name for name, found in products.items() if found.non_delegated)
+    if left:
+        raise RuntimeError(f"XNNPACK did not take {', '.join(left)}; the program would be slow")
+    return {
+        "delegates": info.num_delegated_subgraphs,
+        "products_delegated": sum(found.delegated for found in products.values()),
+    }
+
+
+def finish(edge: EdgeProgramManager, share_cache: bool = False) -> Any:
+    """Emit the program.
+
+    Args:
+        edge: Lowered, with its weights.
+        share_cache: Plan the caches of all methods at one place.
+    """
+    from executorch.exir import ExecutorchBackendConfig
+    from executorch.exir.passes import MemoryPlanningPass
+    from executorch.exir.passes.sym_shape_eval_pass import ConstraintBasedSymShapeEvalPass
+
+    at("emitting the program")
+    return edge.to_executorch(
+        ExecutorchBackendConfig(
+            extract_delegate_segments=True,
+            do_quant_fusion_and_const_prop=True,
+            sym_shape_eval_pass=ConstraintBasedSymShapeEvalPass(),
+            memory_planning_pass=MemoryPlanningPass(
+                alloc_graph_input=False, share_mutable_buffers=share_cache
+            ),
+        )
+    )

@@ -1,0 +1,271 @@
+"""One ONNX graph for many compositions: a frozen quantized base and a small file for each.
+
+Beside every linear layer y = W x the graph computes (x Aᵀ) Bᵀ, where A and B are inputs with a
+default of rank 0, so that the graph alone is the base. A composition is an ``.onnx_adapter`` file
+that holds A and B of the layers it updates; ONNX Runtime puts them in the inputs' place for a run
+(``RunOptions.add_active_adapter``), and onnxruntime_genai for a generation
+(``Adapters.load``, ``Generator.set_active_adapter``). Ranks may differ by layer and composition.
+
+Source: https://onnxruntime.ai/docs/genai/reference/adapter.html.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from caliport.core.directories import (
+    MANIFEST,
+    content_hash,
+    file_hash,
+    read_manifest,
+)
+from caliport.core.errors import InputError
+from caliport.export.artifact import fill_with
+from caliport.export.onnx.lower import check_name
+from caliport.export.quantization.choices import Quantization
+
+if TYPE_CHECKING:
+    import onnx_ir
+    from transformers import PreTrainedTokenizerBase
+
+    from caliport.calibrate.low_rank import LowRankUpdate
+    from caliport.export.decoder.shipped import Lean
+
+ENDING = ".onnx_adapter"
+_ERRORS_ONLY = 3
+_VERSION = 1
+
+
+def add_to_onnx_bundle(bundle: Path, name: str, adapter: Path) -> Path:
+    """Add a composition to a finished bundle; the base is neither read nor written.
+
+    Args:
+        bundle: A directory made by ``to_onnx_bundle``.
+        name: Of the composition; one of that name is replaced.
+        adapter: A PEFT LoRA directory for the bundle's base.
+
+    Returns:
+        The file, ``bundle/NAME.onnx_adapter``.
+
+    Raises:
+        InputError: No bundle or one for ExecuTorch, a name that is no file name, or an adapter that
+            cannot be read or updates a layer that the bundle has not, or not in that shape. Nothing
+            is changed then.
+    """
+    from caliport.calibrate.low_rank import LowRankUpdate
+
+    check_name(name)
+    manifest = read_manifest(bundle)
+    if manifest.get("runtime") == "executorch":
+        raise InputError(
+            f"{bundle}: a .pte cannot be added to; export the bundle again with all compositions"
+        )
+    if "bundle" not in manifest:
+        raise InputError(f"{bundle}: {MANIFEST} has no `bundle`; expected one for onnx")
+    update = LowRankUpdate.from_peft(adapter)
+    shapes = {module: tuple(shape) for module, shape in manifest["bundle"]["modules"].items()}
+    _check_shapes(update, shapes, adapter, bundle)
+    path = bundle / f"{name}{ENDING}"
+    partial = bundle / f".{path.name}.partial-{os.getpid()}"
+    try:
+        write_adapter(update, partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    manifest["bundle"]["compositions"][name] = _facts(update, path, adapter)
+    manifest["files"][path.name] = {"bytes": path.stat().st_size, "sha256": file_hash(path)}
+    text = json.dumps(manifest, indent=2) + "\n"
+    partial = bundle / f".{MANIFEST}.partial-{os.getpid()}"
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(bundle / MANIFEST)
+    return path
+
+
+def fill_bundle(
+    directory: Path,
+    extra: dict[str, Any],
+    base: str | Path,
+    compositions: Mapping[str, Path],
+    how: Quantization,
+    context: int | None,
+    modules: list[str] | None = None,
+) -> None:
+    """Write a bundle for ONNX into a directory and its facts into ``extra``."""
+    from caliport.export.decoder.terms import read_updates
+
+    updates = read_updates(base, compositions)
+
+    def lower(decoder: Lean, length: int, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+        shapes = _updatable(decoder, modules, updates.values())
+        lowered = lower_bundle(decoder, directory, length, tokenizer, shapes)
+        facts = {}
+        for name, update in updates.items():
+            path = directory / f"{name}{ENDING}"
+            write_adapter(update, path)
+            facts[name] = _facts(update, path, compositions[name])
+        extra["bundle"] = {"modules": shapes, "compositions": facts}
+        return lowered
+
+    fill_with(lower, directory, extra, base, "onnx", None, how, context)
+
+
+def lower_bundle(
+    decoder: Lean,
+    directory: Path,
+    context: int,
+    tokenizer: Any,
+    modules: Mapping[str, tuple[int, int]],
+) -> dict[str, Any]:
+    """Write the base with its low-rank inputs; files as those of ``export.onnx.lower.lower``.
+
+    Args:
+        decoder: The base's weights as they ship.
+        directory: Where to; must exist.
+        context: Most tokens, prompt and answer together.
+        tokenizer: See ``caliport.export.onnx.lower.lower``.
+        modules: (out, in) of the linear layers that can be updated, by name.
+
+    Returns:
+        Manifest entries.
+    """
+    from caliport.export.onnx import lower as onnx
+
+    program = onnx.graph_of(decoder, context, lambda graph: add_terms(graph, modules))
+    onnx.save(program, decoder, directory)
+    config = onnx.genai_config(decoder.whole, context, tokenizer)
+    # ONNX Runtime 1.31 warns of every input with a default while it loads.
+    config["model"]["decoder"]["session_options"]["log_severity_level"] = _ERRORS_ONLY
+    (directory / onnx.GENAI_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    return onnx.describe(program, decoder)
+
+
+def add_terms(graph: onnx_ir.Graph, modules: Mapping[str, tuple[int, int]]) -> None:
+    """Add (x Aᵀ) Bᵀ to the outputs of linear layers, in place.
+
+    Aᵀ [in, rank] and Bᵀ [rank, out] are inputs ``NAME.lora_A`` and ``NAME.lora_B`` with an empty
+    default.
+
+    Raises:
+        InputError: A module has no product of its own in the graph.
+    """
+    import onnx_ir as ir
+
+    left = dict(modules)
+    for node in list(graph):
+        if node.op_type not in ("MatMulNBits", "FusedMatMul") or node.name not in left:
+            continue
+        rows, columns = left.pop(node.name)
+        out = node.outputs[0]
+        down = _factor(graph, f"{node.name}.lora_A", (columns, None))
+        up = _factor(graph, f"{node.name}.lora_B", (None, rows))
+        inner = ir.node("MatMul", [node.inputs[0], down], name=f"{node.name}.down")
+        outer = ir.node("MatMul", [inner.outputs[0], up], name=f"{node.name}.up")
+        total = ir.node("Add", [out, outer.outputs[0]], name=f"{node.name}.sum")
+        for new in (inner, outer, total):
+            new.outputs[0].name, new.outputs[0].type = f"{new.name}.out", out.type
+        assert out.shape is not None
+        inner.outputs[0].shape = ir.Shape([*out.shape[:-1], f"{node.name}.rank"])
+        outer.outputs[0].shape = total.outputs[0].shape = out.shape
+        ir.convenience.replace_all_uses_with(out, total.outputs[0], replace_graph_outputs=True)
+        total.replace_input_with(0, out)
+        graph.insert_after(node, [inner, outer, total])
+    if left:
+        raise InputError(
+            f"{next(iter(left))}: no product of its own in the graph, so it cannot be updated by "
+            "an onnx bundle"
+        )
+
+
+def _factor(graph: onnx_ir.Graph, name: str, shape: tuple[int | None, int | None]) -> onnx_ir.Value:
+    import numpy as np
+    import onnx_ir as ir
+
+    rank = f"{name.rpartition('.')[0]}.rank"
+    value = ir.Value(
+        name=name,
+        shape=ir.Shape([rank if size is None else size for size in shape]),
+        type=ir.TensorType(ir.DataType.FLOAT),
+        const_value=ir.tensor(np.zeros([size or 0 for size in shape], np.float32), name=name),
+    )
+    graph.inputs.append(value)
+    graph.register_initializer(value)
+    return value
+
+
+def write_adapter(update: LowRankUpdate, path: Path) -> None:
+    """Write a composition as ONNX Runtime's adapter file, float32.
+
+    Raises:
+        InputError: ONNX Runtime cannot write it.
+    """
+    from onnxruntime import AdapterFormat, OrtValue
+
+    values = {}
+    for name in update.modules:
+        for key, factor in (("lora_A", update.a[name]), ("lora_B", update.b[name])):
+            content = factor.float().T.contiguous().numpy()
+            values[f"{name}.{key}"] = OrtValue.ortvalue_from_numpy(content)
+    made = AdapterFormat()
+    made.set_adapter_version(_VERSION)
+    made.set_model_version(_VERSION)
+    made.set_parameters(values)
+    made.export_adapter(str(path))
+
+
+def _check_shapes(
+    update: LowRankUpdate, shapes: Mapping[str, tuple[int, ...]], adapter: Path, bundle: Path
+) -> None:
+    for module in update.modules:
+        found, expected = update.shape(module), shapes.get(module)
+        if expected is None:
+            raise InputError(
+                f"{adapter}: updates {module}, which {bundle} cannot; expected one of its "
+                f"{len(shapes)} layers (`bundle.modules` in {MANIFEST})"
+            )
+        if found != expected:
+            raise InputError(
+                f"{adapter}: {module} updates a {list(found)} weight, {bundle} has "
+                f"{list(expected)}; the adapter was made for another base"
+            )
+
+
+def _updatable(
+    decoder: Lean, ends: Iterable[str] | None, updates: Iterable[LowRankUpdate]
+) -> dict[str, tuple[int, int]]:
+    """(out, in) of the linear layers that get low-rank terms, in the model's order."""
+    from torch import nn
+
+    from caliport.export.decoder.shipped import every
+
+    layers = every(decoder)
+    updated = {name for update in updates for name in update.modules}
+    linears = {n: m for n, m in decoder.whole.named_modules() if isinstance(m, nn.Linear)}
+    if ends is None:
+        wanted = {name for name in linears if layers.index(name) is not None}
+    else:
+        wanted = {name for name in linears for end in ends if f".{name}".endswith(f".{end}")}
+        missing = [end for end in ends if not any(f".{n}".endswith(f".{end}") for n in linears)]
+        if missing:
+            raise InputError(f"modules: {missing[0]} ends the name of no linear layer of the base")
+    return {
+        name: (module.out_features, module.in_features)
+        for name, module in linears.items()
+        if name in wanted | updated
+    }
+
+
+def _facts(update: LowRankUpdate, path: Path, adapter: Path) -> dict[str, Any]:
+    from caliport.export.package.card import describe_adapter
+
+    return {
+        "file": path.name,
+        "bytes": path.stat().st_size,
+        "modules": len(update.modules),
+        "parameters": update.parameter_count,
+        "adapter": content_hash(adapter),
+        "lora": describe_adapter(adapter),
+    }

@@ -1,0 +1,141 @@
+"""Trace a skeleton of a decoder to a graph of ONNX Runtime's operators."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from caliport.core.errors import InputError
+from caliport.core.patching import quiet
+from caliport.export.decoder.checks import cache_shape
+from caliport.export.decoder.skeleton import Layers, marked, skeleton
+from caliport.export.onnx.decoder import Decoder
+from caliport.export.onnx.operators import as_operators, furnish, mark
+from caliport.export.onnx.rotary import Rotary
+
+if TYPE_CHECKING:
+    import onnx_ir
+    from transformers import PreTrainedModel
+
+    from caliport.export.decoder.shipped import Lean
+
+TOKENS, MASK, POSITIONS, LOGITS = "input_ids", "attention_mask", "position_ids", "logits"
+_KIND = "pkg.torch.export.graph_signature.InputSpec.kind"
+
+
+def trace(decoder: Lean, layers: Layers, context: int) -> onnx_ir.Model:
+    """The graph of the layers ``layers.kept``, with marks between them.
+
+    Weights are inputs after the others, by the names of ``Weights``; a quantized layer has
+    ``name.qdata`` and ``name.scale`` instead of ``name.weight``. Each product and lookup is a node
+    with the name of its layer.
+
+    Args:
+        decoder: What to trace.
+        layers: Which of its layers.
+        context: Most tokens.
+
+    Raises:
+        InputError: torch.onnx cannot translate it, or its caches are not used.
+    """
+    model = furnish(skeleton(decoder.whole.config, layers), layers, decoder)
+    try:
+        # torch.onnx 2.13 prints its progress.
+        with quiet(), contextlib.redirect_stdout(io.StringIO()):
+            program = torch.onnx.export(_exported(model, layers, context), optimize=False)
+    except InputError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"{type(model).__name__}: torch.onnx cannot trace it ({reason})"
+        ) from error
+    assert program is not None
+    _check_signature(program.model.graph, len(layers.kept))
+    _strip(program.model)
+    _free_weights(program.model.graph)
+    from onnxscript.optimizer import optimize_ir
+
+    with quiet():
+        optimize_ir(program.model)
+    return program.model
+
+
+def _exported(model: PreTrainedModel, layers: Layers, context: int) -> torch.export.ExportedProgram:
+    heads, head_size = cache_shape(model)
+    # Sizes of 0 and 1 would be taken for constants.
+    caches = [torch.zeros(1, heads, 3, head_size) for _ in range(2 * len(layers.kept))]
+    inputs: dict[str, Any] = {
+        TOKENS: torch.zeros(1, 2, dtype=torch.long),
+        MASK: torch.ones(1, 5, dtype=torch.long),
+        POSITIONS: torch.tensor([[3, 4]]),
+        "past": caches,
+    }
+    count = torch.export.Dim("n", min=1, max=context)
+    total = torch.export.Dim("total", min=1, max=context)
+    past = torch.export.Dim("past", min=0, max=context)
+    shapes = {
+        TOKENS: {1: count},
+        MASK: {1: total},
+        POSITIONS: {1: count},
+        "past": [{2: past}] * len(caches),
+    }
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(as_operators(model))
+        if layers.path:
+            stack.enter_context(marked(model, layers.path, mark))
+        return torch.export.export(
+            Decoder(model, Rotary(model, context)).eval(),
+            (),
+            inputs,
+            dynamic_shapes=shapes,
+            strict=False,
+        )
+
+
+def _check_signature(graph: onnx_ir.Graph, layers: int) -> None:
+    inputs, outputs = len(graph.inputs), len(graph.outputs)
+    if (inputs, outputs) != (3 + 2 * layers, 1 + 2 * layers):
+        raise InputError(
+            f"the traced graph has {inputs} inputs and {outputs} outputs, expected "
+            f"{3 + 2 * layers} and {1 + 2 * layers}: a key and a value of each layer"
+        )
+
+
+def _strip(program: onnx_ir.Model) -> None:
+    """Drop what tracing notes beside the graph: stack traces, which name this machine's files."""
+    graph = program.graph
+    program.metadata_props.clear()
+    graph.metadata_props.clear()
+    for node in graph.all_nodes():
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+
+
+def _free_weights(graph: onnx_ir.Graph) -> None:
+    """Make stand-ins inputs, so that nothing takes their zeros for contents."""
+    for name, value in list(graph.initializers.items()):
+        kind = value.metadata_props.get(_KIND)
+        value.metadata_props.clear()
+        if kind == "PARAMETER":
+            del graph.initializers[name]
+            value.const_value = None
+            if value.uses():
+                value.name = name.removeprefix("model.")
+                graph.inputs.append(value)
+    for value in graph.inputs:
+        value.metadata_props.clear()
+    for node in graph:
+        data = next((v for v in node.inputs if v is not None and _is_data(v)), None)
+        if data is not None and data.name is not None:
+            node.name = data.name.rpartition(".")[0]
+
+
+def _is_data(value: onnx_ir.Value) -> bool:
+    return value.name is not None and value.name.endswith((".qdata", ".weight"))

@@ -1,0 +1,244 @@
+"""The model card of an artifact: ``README.md``, from facts that its manifest holds.
+
+The card has no dates, times or paths, so that the same inputs give the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from caliport.core.directories import MANIFEST, read_manifest, versions
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+CARD = "README.md"
+
+_TEMPLATE = "card.md.j2"
+_TITLES = {"executorch": "ExecuTorch", "onnx": "ONNX Runtime"}
+_NEEDS = {"executorch": ("executorch", "transformers"), "onnx": ("onnxruntime-genai",)}
+_CODE = {
+    "executorch": """\
+import executorch.extension.llm.custom_ops.custom_ops
+import executorch.kernels.quantized
+from executorch.extension.llm.runner import GenerationConfig, TextLLMRunner
+from transformers import AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(".")
+prompt = {prompt}
+settings = GenerationConfig(
+    max_new_tokens=64, temperature=0.0, echo=False, num_bos={begins}, num_eos=0
+)
+TextLLMRunner("model.pte", "tokenizer.json").generate(prompt, settings)  # it prints""",
+    "onnx": """\
+import json
+
+import onnxruntime_genai as genai
+
+model = genai.Model(".")
+{load}tokenizer = genai.Tokenizer(model)
+prompt = {prompt}
+settings = genai.GeneratorParams(model)
+settings.set_search_options(max_length={context}, do_sample=False)
+generator = genai.Generator(model, settings)
+{activate}generator.append_tokens(tokenizer.encode(prompt))
+while not generator.is_done():
+    generator.generate_next_token()
+print(tokenizer.decode(generator.get_sequence(0)))""",
+}
+_METHOD_CODE = """\
+import executorch.extension.llm.custom_ops.custom_ops
+import executorch.kernels.quantized
+import torch
+from executorch.extension.pybindings.portable_lib import _load_for_executorch
+from transformers import AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(".")
+program = _load_for_executorch("model.pte")
+prompt = {prompt}
+tokens = tokenizer(prompt, add_special_tokens={special})["input_ids"]
+ends = set(program.run_method("get_eos_ids", []))
+position, written = 0, []
+while len(written) < 64 and not ends.intersection(written):
+    inputs = [torch.tensor([tokens]), torch.tensor([position])]
+    logits = program.run_method("{composition}", inputs)[0]
+    position, tokens = position + len(tokens), [int(logits.argmax())]
+    written += tokens
+print(tokenizer.decode(written))"""
+_LOAD = """\
+adapters = genai.Adapters(model)
+adapters.load("{composition}.onnx_adapter", "{composition}")
+"""
+_ACTIVATE = """\
+generator.set_active_adapter(adapters, "{composition}")
+"""
+_BUNDLE_NOTES = {
+    "executorch": "Every composition is a method of this form, and `forward` is the base alone. "
+    "`TextLLMRunner` runs `forward` in Python; in C++ `create_text_llm_runner` takes the name of a "
+    "method.",
+    "onnx": "Without `set_active_adapter` the base alone answers; one loaded model switches from "
+    "composition to composition.",
+}
+_TURNS = '[{"role": "user", "content": "Hello"}]'
+_PLAIN = '"Hello\\n"'
+_CHAT = {
+    "executorch": f"""\
+tokenizer.apply_chat_template(
+    {_TURNS}, tokenize=False, add_generation_prompt=True
+)""",
+    "onnx": f"""\
+tokenizer.apply_chat_template(
+    json.dumps({_TURNS}), add_generation_prompt=True
+)""",
+}
+
+
+def describe(
+    base: str | Path, config: PreTrainedConfig, adapter: str | Path | None
+) -> dict[str, Any]:
+    """Manifest entries ``base`` and ``adapter``: what was exported, in words a card can use.
+
+    A base is named only by its hub name, since a directory's name is this machine's affair.
+    """
+    text = config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    name = str(base) if isinstance(base, str) and not Path(base).exists() else None
+    return {
+        "base": {
+            "name": name,
+            "architecture": (config.architectures or [type(config).__name__])[0],
+            "layers": text.num_hidden_layers,
+            "hidden_size": text.hidden_size,
+            "vocab_size": text.vocab_size,
+            "cache_values": 2 * text.num_hidden_layers * heads * head_size,  # of one token
+        },
+        "adapter": None if adapter is None else describe_adapter(Path(adapter)),
+    }
+
+
+def describe_adapter(directory: Path) -> dict[str, Any]:
+    """Ranks and modules from ``adapter_config.json``; method and parts from its own manifest."""
+    config = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
+    modules = config.get("target_modules") or []
+    ranks = {config.get("r"), *(config.get("rank_pattern") or {}).values()} - {None}
+    facts: dict[str, Any] = {
+        "type": config.get("peft_type"),
+        "ranks": sorted(ranks),
+        "modules": sorted({name.rpartition(".")[2] for name in modules})
+        if isinstance(modules, list)
+        else [modules],
+    }
+    if (directory / MANIFEST).is_file():
+        manifest = read_manifest(directory)
+        method = (manifest.get("settings") or {}).get("method")
+        labels = [label.partition("adapter ")[2] for label in manifest.get("inputs") or {}]
+        facts |= {"method": method, "composed_of": sorted(filter(None, labels))}
+    return facts
+
+
+def write_card(directory: Path, facts: Mapping[str, Any]) -> None:
+    """Write ``README.md``, a Hugging Face model card, beside an artifact's other files.
+
+    Args:
+        directory: The artifact, complete but for its card and its manifest.
+        facts: The manifest's entries: runtime, precision, context, scheme, lowering, what
+            ``describe`` gives, and ``bundle`` where it is one.
+    """
+    from huggingface_hub import ModelCard, ModelCardData
+
+    runtime, precision, base = facts["runtime"], facts["precision"], facts["base"]
+    sizes = sorted((p.name, p.stat().st_size) for p in directory.iterdir() if p.is_file())
+    chat = any(name == "chat_template.jinja" for name, _ in sizes)
+    found = versions()
+    compositions = facts.get("bundle", {}).get("compositions", {})
+    kind, adapter = "A decoder", _adapter_words(facts["adapter"])
+    if compositions:
+        kind, adapter = "A decoder with LoRA compositions beside it", "none folded in"
+    elif facts["adapter"]:
+        kind = "A decoder with a LoRA adapter folded in"
+    data = ModelCardData(
+        base_model=base["name"],
+        library_name=runtime,
+        pipeline_tag="text-generation",
+        tags=[
+            "caliport",
+            runtime,
+            precision,
+            *(["lora"] if facts["adapter"] or compositions else []),
+        ],
+    )
+    card = ModelCard.from_template(
+        data,
+        template_path=str(Path(__file__).with_name(_TEMPLATE)),
+        title=_TITLES[runtime],
+        kind=kind,
+        architecture=base["architecture"],
+        base=base,
+        adapter_line=adapter,
+        compositions=[(name, _composition_words(c)) for name, c in compositions.items()],
+        precision=precision,
+        backend=facts["lowering"]["backend"],
+        parts=[(part, _scheme_words(scheme)) for part, scheme in facts["scheme"].items()],
+        context=facts["context"],
+        chat=chat,
+        sizes=sizes,
+        needs=", ".join(f"{package} {found[package]}" for package in _NEEDS[runtime]),
+        runner="runtime" if compositions and runtime == "executorch" else "own runner",
+        code=_code(runtime, next(iter(compositions), None), chat, facts["context"]),
+        note=_BUNDLE_NOTES[runtime] if compositions else None,
+        versions=found,
+        packages=sorted(found.items()),
+    )
+    (directory / CARD).write_text(card.content.strip() + "\n", encoding="utf-8")
+
+
+def _code(runtime: str, composition: str | None, chat: bool, context: int) -> str:
+    """What runs an artifact, or a composition of a bundle, from its directory."""
+    named = runtime == "executorch" and composition is not None
+    return (_METHOD_CODE if named else _CODE[runtime]).format(
+        prompt=_CHAT[runtime] if chat else _PLAIN,
+        begins=0 if chat else 1,
+        special=not chat,
+        context=context,
+        composition=composition,
+        load=_LOAD.format(composition=composition) if composition else "",
+        activate=_ACTIVATE.format(composition=composition) if composition else "",
+    )
+
+
+def _composition_words(facts: Mapping[str, Any]) -> str:
+    words = f"{_adapter_words(facts['lora'])}; {facts['bytes']:,} bytes of its own"
+    if facts.get("stands_on"):
+        words += f", on the shared {', '.join(facts['stands_on'])}"
+    return words
+
+
+def _adapter_words(adapter: Mapping[str, Any] | None) -> str:
+    if adapter is None:
+        return "none, the base alone"
+    words = f"{adapter['type']} of rank {', '.join(map(str, adapter['ranks']))}"
+    words += f" on {', '.join(f'`{name}`' for name in adapter['modules'])}"
+    if adapter.get("method"):
+        words += f", made by `{adapter['method']}`"
+    if adapter.get("composed_of"):
+        words += f" from {', '.join(adapter['composed_of'])}"
+    return words
+
+
+def _scheme_words(scheme: Mapping[str, Any]) -> str:
+    """Such as ``4 bits per group of 32, hqq_scale_only, symmetric, scale bfloat16``."""
+    words = f"{scheme['bits']} bits"
+    if "granularity" in scheme:
+        words += f" per {scheme['granularity']}"
+    if "group_size" in scheme:
+        words += f" of {scheme['group_size']}"
+    rest = [str(scheme[key]) for key in ("kind", "algorithm") if key in scheme]
+    if "symmetric" in scheme:
+        rest.append("symmetric" if scheme["symmetric"] else "asymmetric")
+    if "scale" in scheme:
+        rest.append(f"scale {scheme['scale']}")
+    return ", ".join([words, *rest])

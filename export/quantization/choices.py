@@ -1,0 +1,77 @@
+"""XXX."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from caliport.core.errors import InputError
+
+PRECISIONS = ("fp32", "int8", "int4")
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How a decoder is quantized.
+
+    Attributes:
+        precision: One of ``PRECISIONS``.
+        int8_layers: Linear layers that ``int4`` keeps at 8 bits.
+        embedding_bits: 4 or 8; None: as many as a tied head has, else 8.
+        cache_bits: 8 for keys and values in int8, None for float32.
+    """
+
+    precision: str
+    int8_layers: tuple[str, ...] = ()
+    embedding_bits: int | None = None
+    cache_bits: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            listed = ", ".join(PRECISIONS)
+            raise InputError(f"precision: found {self.precision!r}, expected one of {listed}")
+        if self.cache_bits not in (None, 8):
+            raise InputError(f"cache_bits: found {self.cache_bits}, expected 8 or none")
+
+    def choices(self) -> dict[str, Any]:
+        """What is chosen beside the precision, for a manifest."""
+        return {
+            "int8_layers": list(self.int8_layers),
+            "embedding_bits": self.embedding_bits,
+            "cache_bits": self.cache_bits,
+        }
+
+    @classmethod
+    def of(cls, manifest: Mapping[str, Any]) -> Quantization:
+        """What an artifact's manifest says of it."""
+        choices = manifest.get("quantization", {})
+        return cls(
+            manifest["precision"],
+            tuple(choices.get("int8_layers", ())),
+            choices.get("embedding_bits"),
+            choices.get("cache_bits"),
+        )
+
+
+_BLOCKS = (256, 128, 64, 32)
+
+
+def row_scale_block(columns: int) -> int:
+    """The block of a product whose weight has one scale per output channel.
+
+    The scale is repeated over the blocks, so the block is the one that stores the fewest bytes,
+    padding and repeated scales counted, the largest among equals.
+    """
+    return min(_BLOCKS, key=lambda block: -(-columns // block) * (block + 4))
+
+
+GROUP_SIZE = 32
+
+
+Form = Literal["int8", "int4", "rows int8", "rows int4"]
+
+
+def _check_precision(precision: str) -> None:
+    if precision not in PRECISIONS:
+        raise InputError(f"precision: found {precision!r}, expected one of {', '.join(PRECISIONS)}")

@@ -1,0 +1,304 @@
+"""Quantize a decoder's weights; the same integers ship to every runtime.
+
+Every quantized weight is symmetric: w ≈ q · scale, with no zero point. Linear layers also quantize
+their inputs while they run: 8 bits, asymmetric, one scale and zero point per token.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from caliport.core.errors import InputError
+from caliport.core.patching import quiet
+from caliport.export.quantization.choices import GROUP_SIZE, Form, _check_precision
+from caliport.export.quantization.quantizers.registry import integers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+_INT4: torch.dtype = torch.int4  # type: ignore[attr-defined]  # not in torch 2.13's stubs
+_PER_TOKEN = "int8_asym_per_token"
+_ACTIVATIONS = {"bits": 8, "kind": "dynamic", "granularity": "token", "symmetric": False}
+_EMBEDDING = {
+    "bits": 8,
+    "granularity": "row",
+    "algorithm": "max-abs",
+    "symmetric": True,
+    "scale": "float32",
+}
+_SCHEMES: dict[str, dict[str, Any]] = {
+    "fp32": {"linear": {"bits": 32}, "activations": {"bits": 32}, "embedding": {"bits": 32}},
+    "int8": {
+        "linear": {
+            "bits": 8,
+            "granularity": "output channel",
+            "algorithm": "max-abs",
+            "symmetric": True,
+            "scale": "float32",
+        },
+        "activations": _ACTIVATIONS,
+        "embedding": _EMBEDDING,
+    },
+    "int4": {
+        "linear": {
+            "bits": 4,
+            "granularity": "group",
+            "group_size": GROUP_SIZE,
+            "algorithm": "hqq_scale_only",
+            "symmetric": True,
+            "scale": "bfloat16",
+        },
+        "activations": _ACTIVATIONS,
+        "embedding": _EMBEDDING,
+    },
+}
+
+
+def scheme(precision: str) -> dict[str, Any]:
+    """What ``precision`` means, for a manifest: bits, granularity, algorithm of each part.
+
+    ``scale`` is the type whose values the scales take (they are held as float32 here).
+
+    Raises:
+        InputError: Not one of ``PRECISIONS``.
+    """
+    _check_precision(precision)
+    return copy.deepcopy(_SCHEMES[precision])
+
+
+def plan(
+    model: nn.Module, precision: str, int8: Iterable[str] = (), embedding_bits: int | None = None
+) -> dict[str, Form]:
+    """How each linear layer (the head included) and each embedding ships, by module name.
+
+    - ``fp32``: nothing is quantized.
+    - ``int8``: linear weights in 8 bits, one scale per output channel.
+    - ``int4``: linear weights in 4 bits, one scale per group of 32 inputs. A layer whose inputs do
+      not divide into groups, or that ``int8`` names, has 8 bits as above.
+    - Embeddings have 8 bits, one scale per row, or 4 bits in groups of 32. An embedding that is
+      tied to the head is the head's own integers, so that both are stored once.
+
+    Args:
+        model: The decoder, on any device, ``meta`` too.
+        precision: One of ``PRECISIONS``.
+        int8: Linear layers to keep at 8 bits.
+        embedding_bits: 4 or 8 with ``int4``. None: as many as a tied head has, else 8.
+
+    Raises:
+        InputError: Unknown precision or layer, other bits, a weight matrix outside linear layers
+            and embeddings.
+    """
+    _check_precision(precision)
+    if precision == "fp32":
+        return {}
+    kept = set(int8)
+    _check_matrices(model)
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    if odd := sorted(kept - set(linears)):
+        raise InputError(f"int8 layers: {odd[0]} is no linear layer of the model")
+    forms: dict[str, Form] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            grouped = precision == "int4" and not module.in_features % GROUP_SIZE
+            forms[name] = "int4" if grouped and name not in kept else "int8"
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding):
+            forms[name] = _embedding_form(name, module, linears, forms, embedding_bits, precision)
+    return forms
+
+
+def _embedding_form(
+    name: str,
+    module: nn.Embedding,
+    linears: Mapping[str, nn.Linear],
+    forms: Mapping[str, Form],
+    bits: int | None,
+    precision: str,
+) -> Form:
+    if bits not in (None, 8, 4) or (bits == 4 and precision != "int4"):
+        raise InputError(f"embedding bits: found {bits} with {precision}, expected 8, or 4 in int4")
+    head = next((n for n, m in linears.items() if m.weight is module.weight), None)
+    if bits is None:
+        bits = 4 if head is not None and forms[head] == "int4" else 8
+    if bits == 4 and module.embedding_dim % GROUP_SIZE:
+        raise InputError(f"{name}: {module.embedding_dim} values a row do not divide into groups")
+    return "rows int4" if bits == 4 else "rows int8"
+
+
+def quantize(
+    model: PreTrainedModel, precision: str, forms: Mapping[str, Form] | None = None
+) -> PreTrainedModel:
+    """Quantize every linear layer (the head included) and every embedding, in place.
+
+    The weights become torchao tensors, which eager PyTorch runs in float arithmetic on the
+    quantized values and ``torch.export`` lowers. Read them with ``quantized_weight``. For ``fp32``
+    nothing is done; else a tied head is untied, since it quantizes its inputs.
+
+    Args:
+        model: A float32 decoder.
+        precision: One of ``PRECISIONS``.
+        forms: How each layer ships; default ``plan(model, precision)``.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        InputError: See ``plan``. Nothing is changed then.
+    """
+    forms = plan(model, precision) if forms is None else forms
+    if precision == "fp32":
+        return model
+    _untie(model)
+    with torch.no_grad():
+        for name, form in forms.items():
+            module = model.get_submodule(name)
+            assert isinstance(module.weight, Tensor)
+            _replace(module, quantized(module.weight.detach(), form))
+            if isinstance(module, nn.Embedding):
+                module.padding_idx = None  # only gradients know of it
+    return model
+
+
+def quantized_weight(module: nn.Linear | nn.Embedding) -> tuple[Tensor, Tensor]:
+    """The integers and scales of a quantized layer: weight = q · scale.
+
+    Args:
+        module: A linear layer or an embedding that ``quantize`` has changed.
+
+    Returns:
+        q int8 [out, in] (an embedding: [rows, dim]; 4-bit values lie in [-8, 7]) and scale
+        float32 [out, groups], where group g covers the in / groups inputs from g · in / groups.
+
+    Raises:
+        TypeError: The layer is not quantized.
+    """
+    weight = module.weight
+    if not is_quantized(module):
+        raise TypeError(f"{type(module).__name__} holds a plain {weight.dtype} weight")
+    return _parts(weight)
+
+
+def _parts(weight: Any) -> tuple[Tensor, Tensor]:
+    assert not weight.zero_point.any(), "every scheme here is symmetric"
+    return weight.qdata, weight.scale.float()
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Whether ``quantize`` has changed this layer's weight."""
+    return hasattr(getattr(module, "weight", None), "qdata")
+
+
+def dequantize(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy with plain float32 weights that hold exactly q · scale, and no other quantization.
+
+    Activations are not quantized, so its distance to the quantized model is the activations'
+    share of the error, and its distance to the float32 model the weights' share.
+    """
+    plain = copy.deepcopy(model)
+    for module in plain.modules():
+        if isinstance(module, nn.Linear | nn.Embedding) and is_quantized(module):
+            _replace(module, _values(*quantized_weight(module)))
+    return plain
+
+
+def _values(data: Tensor, scale: Tensor) -> Tensor:
+    return (data.float().unflatten(1, (scale.shape[1], -1)) * scale.unsqueeze(-1)).flatten(1)
+
+
+def rounded(weight: Tensor, precision: str) -> Tensor:
+    """The float32 values q · scale that ship for one linear weight [out, in].
+
+    Exactly what ``quantize`` and ``dequantize`` give for it; for training through them.
+    """
+    if precision == "fp32":
+        return weight
+    form: Form = "int4" if precision == "int4" and not weight.shape[1] % GROUP_SIZE else "int8"
+    return _values(*_parts(quantized(weight, form)))
+
+
+def as_shipped(model: PreTrainedModel, precision: str, keep: Iterable[str] = ()) -> PreTrainedModel:
+    """A plain float32 copy of a model that holds the values that ship in ``precision``.
+
+    Args:
+        model: A float32 decoder; stays as it is.
+        precision: One of ``PRECISIONS``.
+        keep: Linear layers whose own weights are kept, since they are rounded later together
+            with an update (``rounded``).
+    """
+    plain = dequantize(quantize(copy.deepcopy(model), precision))
+    for name in keep:
+        weight = model.get_submodule(name).weight
+        assert isinstance(weight, Tensor)
+        _replace(plain.get_submodule(name), weight.detach().clone())
+    return plain
+
+
+def _check_matrices(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear | nn.Embedding):
+            for key, parameter in module.named_parameters(recurse=False):
+                if parameter.dim() > 1:
+                    raise InputError(
+                        f"{name}.{key}: a weight matrix in a {type(module).__name__} cannot be "
+                        "quantized; expected linear layers and embeddings only, or precision fp32"
+                    )
+
+
+def _untie(model: PreTrainedModel) -> None:
+    """Give a tied head a weight of its own: head and embedding are quantized differently."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is not None and head.weight is embedding.weight:
+        head.weight = nn.Parameter(embedding.weight.detach().clone(), requires_grad=False)
+    model.config.tie_word_embeddings = False
+
+
+def _replace(module: nn.Module, weight: Tensor) -> None:
+    module.weight = nn.Parameter(weight, requires_grad=False)
+
+
+def quantized(weight: Tensor, form: Form) -> Tensor:
+    """A float weight [out, in] as the torchao tensor of the integers and scales of ``integers``."""
+    rows, width = weight.shape
+    parts = list(integers(lambda start, stop: weight[start:stop], rows, width, form))
+    data = torch.cat([unpacked(data) if form.endswith("int4") else data for data, _ in parts])
+    scale = torch.cat([scale for _, scale in parts]).float()
+    return torchao_tensor(data, scale, form)
+
+
+def torchao_tensor(data: Tensor, scale: Tensor, form: Form) -> Tensor:
+    """Integers and scales as the torchao tensor that eager PyTorch runs and exporters know.
+
+    Args:
+        data: int8 [out, in].
+        scale: float32 [out, groups].
+        form: Of the layer.
+    """
+    return _tensor_type()(
+        qdata=data,
+        scale=scale,
+        zero_point=torch.zeros(scale.shape, dtype=torch.int8),
+        target_dtype=_INT4 if form.endswith("int4") else torch.int8,
+        block_size=(1, data.shape[1] // scale.shape[1]),
+        dtype=torch.float32,
+        activation_quantization=None if form.startswith("rows") else _PER_TOKEN,
+    )
+
+
+def unpacked(data: Tensor) -> Tensor:
+    """4-bit values as int8 [n, width], from two in a byte.
+
+    Both runtimes read them so: the first in the low half, each offset by 8; uint8 [n, width / 2].
+    """
+    return torch.stack([data & 15, data >> 4], dim=-1).flatten(1).to(torch.int8) - 8
+
+
+def _tensor_type() -> Any:
+    with quiet():
+        from torchao.quantization import IntxUnpackedToInt8Tensor
+    return IntxUnpackedToInt8Tensor

@@ -1,0 +1,69 @@
+"""Eager references that quantize activations in blocks, as ONNX Runtime's kernels do."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from caliport.export.quantization.choices import GROUP_SIZE, row_scale_block
+from caliport.export.quantization.tensors import dequantize, is_quantized, quantized_weight
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_LARGEST = 127
+
+
+def reference(model: PreTrainedModel, precision: str) -> PreTrainedModel:
+    """The eager model whose logits the ONNX artifact should give.
+
+    ONNX Runtime's ``MatMulNBits`` with ``accuracy_level`` 4 quantizes its input by block of the
+    inner dimension, torchao's tensors by token, so a quantized model as ``quantize`` leaves it is
+    not what the artifact computes. This one holds the same integers and quantizes its inputs as
+    the x86 kernels of ONNX Runtime 1.31 do (AVX2 and later). On Arm, builds with KleidiAI quantize
+    4-bit products' inputs by token, as torchao's tensors do; there this reference is only near.
+
+    Args:
+        model: As loaded (``fp32``) or as ``caliport.export.quantization.tensors.quantize`` left it.
+        precision: One of ``caliport.export.quantization.tensors.PRECISIONS``.
+
+    Returns:
+        ``model`` itself for ``fp32``, otherwise a copy with float weights.
+    """
+    if precision == "fp32":
+        return model
+    plain = dequantize(model)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and is_quantized(module):
+            _, scale = quantized_weight(module)
+            grouped = scale.shape[1] > 1
+            block = GROUP_SIZE if grouped else row_scale_block(module.in_features)
+            quantize_inputs(plain.get_submodule(name), block)
+    return plain
+
+
+def quantize_inputs(module: nn.Module, block: int) -> None:
+    """Make a layer round its input as ``quantize_blocks`` does, from now on."""
+    module.register_forward_pre_hook(lambda _, args: (quantize_blocks(args[0], block), *args[1:]))
+
+
+def quantize_blocks(values: Tensor, block: int) -> Tensor:
+    """Round to signed 8 bits, one scale absmax / 127 per block of the last dimension.
+
+    Ties go to the even integer. A last block that is not full is scaled by the values it has.
+
+    Args:
+        values: float32 [..., n].
+        block: Values per block.
+
+    Returns:
+        float32 [..., n], each value an integer in [-127, 127] times its block's scale.
+    """
+    size = values.shape[-1]
+    padded = nn.functional.pad(values, (0, -size % block)).unflatten(-1, (-1, block))
+    largest = padded.abs().amax(-1, keepdim=True)
+    inverse = torch.where(largest > 0, _LARGEST / largest, 0.0)
+    rounded = torch.round(padded * inverse) * (largest / _LARGEST)
+    return rounded.flatten(-2)[..., :size]

@@ -1,0 +1,5 @@
+"""XXX."""
+
+from __future__ import annotations
+
+RUNTIMES = ("executorch", "onnx")

@@ -1,0 +1,60 @@
+"""The records of an error budget: what each stage between the adapters and the artifact lost."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from caliport.validation.records.gate import Measures
+from caliport.validation.records.record import Record
+
+StageName = Literal["exact sum", "merge", "calibration", "quantized eager", "artifact", "device"]
+
+
+class BudgetStage(Record):
+    """What one stage says to the prompts of a composition.
+
+    The exact sum is the base with the unmerged sum of the single-task adapters, in fp32; the merge
+    is the method's without its correction; calibration is the composed adapter that ships. These
+    three are shared by all artifacts of a composition; each form of the artifact then has its own
+    quantized eager model, artifact and maybe device.
+
+    Attributes:
+        stage: Where it stands on the way.
+        label: For people, such as ``linear merge`` or ``int4, as ONNX Runtime rounds``.
+        form: Of the artifact that it belongs to, such as ``onnx-int4`` or ``onnx-int4-bundle``;
+            empty for a stage that all share.
+        previous: Against the stage before; None for the first.
+        first: Against the first stage of the budget; None for the first itself.
+        perplexity: Of the target tokens.
+        task: Mean of the task metric, 0 to 100; None without references or where the stage wrote
+            no text.
+        by_position: KL in nats against the stage before, mean over prompts, at each position of
+            the answer; empty for the first.
+        by_layer: Distance of the residual stream from that of the stage before, relative to its
+            norm, mean over positions, after the embedding and after each layer; empty unless asked
+            for, and for a stage whose layers cannot be read.
+    """
+
+    stage: StageName
+    label: str
+    form: str = ""
+    previous: Measures | None = None
+    first: Measures | None = None
+    perplexity: float
+    task: float | None = None
+    by_position: tuple[float, ...] = ()
+    by_layer: tuple[float, ...] = ()
+
+
+class Budget(Record):
+    """The stages of one composition, shared ones first, then those of each form in their order.
+
+    Attributes:
+        composition: Its name.
+        metric: Of ``task``; None without references.
+        stages: At least two.
+    """
+
+    composition: str
+    metric: str | None
+    stages: tuple[BudgetStage, ...]

@@ -1,0 +1,114 @@
+"""The records of a device: what it is, and whether an artifact says on it what it says here."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from caliport.validation.records.gate import Gate, Measures
+from caliport.validation.records.record import Record, shown_form
+
+
+class DeviceUsed(Record):
+    """What a result was measured on.
+
+    Attributes:
+        serial: What adb names it.
+        kind: ``phone``; ``emulator`` for a virtual machine; ``linux`` for what stands in for a
+            phone: anything that is not Android, or runs a program that no phone could.
+        model: Of the maker.
+        android: Version; empty where it is not Android.
+        abi: Such as ``arm64-v8a``.
+        cores: Of the processor.
+        features: Of the processor, among ``dotprod`` and ``i8mm``.
+    """
+
+    serial: str
+    kind: Literal["phone", "emulator", "linux"]
+    model: str
+    android: str
+    abi: str
+    cores: int
+    features: tuple[str, ...]
+
+    @property
+    def label(self) -> str:
+        """What must stand beside it wherever it is shown; empty for a phone."""
+        return {
+            "phone": "",
+            "emulator": "emulated CPU: times are no results",
+            "linux": "Linux stand-in: times are no results",
+        }[self.kind]
+
+    @property
+    def shown(self) -> str:
+        """It in one line, its label included."""
+        system = f"Android {self.android}" if self.android else "no Android"
+        what = f"{self.serial} ({self.model}, {system}, {self.abi})"
+        return f"{what}, {self.label}" if self.label else what
+
+
+class DeviceTask(Record):
+    """Task metric, 0 to 100, of the same artifact on the host and on the device.
+
+    ``interval`` is the bootstrap interval of the paired difference, in points.
+    """
+
+    metric: str
+    host: float
+    device: float
+    difference: float
+    interval: tuple[float, float]
+
+
+class DeviceResult(Record):
+    """One artifact, or one composition of a bundle, on one device.
+
+    Attributes:
+        path: Of the artifact, as in reports.
+        runner: What ran it, its version included; ``runner_sha256`` is of its files.
+        runtime_version: Of ONNX Runtime or ExecuTorch there; ``host_version`` here. None where the
+            runner does not say.
+        exact: Whether processor and version are the host's, so that no rounding is allowed.
+        threads: Of the runtime.
+        examples: Number of prompts.
+        identical: Prompts with the host's answer, token by token.
+        ties: Further ones that leave it where the host itself was nearer a tie than rounding.
+        measures: Device against host. What the device does not tell of its logits is filled in, see
+            ``caliport.android_harness.parity.estimated``; None for a runner that tells only text.
+        seconds: From starting the runner until its end.
+        lost_at: ``device`` where a gate failed.
+        notes: What was not checked, and why.
+    """
+
+    composition: str
+    runtime: str
+    precision: str
+    bundle: bool
+    path: str
+    device: DeviceUsed
+    runner: str
+    runner_sha256: str
+    runtime_version: str | None
+    host_version: str
+    exact: bool
+    threads: int
+    examples: int
+    identical: int
+    ties: int
+    measures: Measures | None
+    task: DeviceTask | None
+    gates: list[Gate]
+    seconds: float
+    passed: bool
+    lost_at: Literal["device"] | None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def form(self) -> str:
+        """How it ships, such as ``int4`` or ``int4 bundle``."""
+        return shown_form(self.precision, self.bundle)
+
+    @property
+    def name(self) -> str:
+        """What tells it from the others of a run."""
+        return f"{self.composition}: {self.runtime} {self.form} on {self.device.serial}"

@@ -1,0 +1,71 @@
+"""XXX."""
+
+from __future__ import annotations
+
+from caliport.validation.records.record import Record
+
+
+class Gate(Record):
+    """One verdict.
+
+    Attributes:
+        name: What is checked.
+        measure: What was measured, with its unit.
+        limit: The bound; see ``reason`` for its direction.
+        found: What was measured; None where nothing could be.
+        passed: The verdict.
+        decided: False where there are too few examples to say; such a gate passes.
+        stage: What lost the accuracy where the gate fails.
+        reason: Why this limit, and what was found.
+    """
+
+    name: str
+    measure: str
+    limit: float
+    found: float | None
+    passed: bool
+    decided: bool = True
+    stage: str
+    reason: str
+
+
+class AdapterEffect(Record):
+    """KL in nats that tell whether the adapter is in the artifact.
+
+    Attributes:
+        kl_base: KL(base || artifact).
+        kl_composition: KL(fp32 composition || artifact).
+        effect: KL(base || fp32 composition).
+    """
+
+    kl_base: float
+    kl_composition: float
+    effect: float
+
+
+class StockResult(Record):
+    """How many texts the runtime's own runner wrote as ours did."""
+
+    runner: str
+    matches: int
+    examples: int
+
+
+class Measures(Record):
+    """How far the logits of a model are from a reference's, over all compared positions.
+
+    Attributes:
+        positions: Number of positions compared.
+        max_abs: Largest absolute difference of two logits.
+        kl: Mean KL(reference || model) of the next-token distributions, in nats.
+        top1: Share of positions where both put the same token first, in [0, 1].
+        perplexity: Of the target tokens under the model.
+        reference_perplexity: Of the same tokens under the reference.
+    """
+
+    positions: int
+    max_abs: float
+    kl: float
+    top1: float
+    perplexity: float
+    reference_perplexity: float

@@ -1,0 +1,417 @@
+"""The JSON files of a run's reports, their schema, and reading them back."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from pydantic import Field, ValidationError
+
+from caliport.core.directories import versions
+from caliport.core.errors import InputError
+from caliport.core.machine import _cpu_name
+from caliport.validation.records.budget import Budget
+from caliport.validation.records.device import DeviceResult
+from caliport.validation.records.gate import AdapterEffect, Gate, Measures, StockResult
+from caliport.validation.records.latency import LatencyReport
+from caliport.validation.records.record import Machine, Record, shown_form
+
+QUALITY, PARITY, LATENCY = "quality.json", "parity.json", "latency.json"
+AUDIT = "audit.json"
+
+
+class Point(Record):
+    """A point of a training curve: mean loss in nats up to a step."""
+
+    step: int
+    loss: float
+
+
+class QuantizedScore(Record):
+    """A method's score with quantized weights in place of fp32 ones."""
+
+    loss: float
+    rougeL: float
+    chrf: float
+
+
+class MethodResult(Record):
+    """One way to do a composition.
+
+    Attributes:
+        method: Its key, such as ``lc``; ``label`` is for people.
+        loss: Of the references in nats a token, None where no single model wrote the outputs.
+        rougeL, chrf, weighted_rouge: 0 to 100.
+        judge: Percentage of answers that a judge called right; None without a judge.
+        parameters, bytes: What must be stored beyond the base and the single-task adapters.
+        passes: Inference passes an answer takes.
+        seconds: To train or merge it.
+        quantized: Scores by weights: ``int4`` folded, ``int4-bundle`` beside a quantized base.
+    """
+
+    method: str
+    label: str
+    loss: float | None
+    rougeL: float
+    chrf: float
+    weighted_rouge: float | None = None
+    judge: float | None = None
+    parameters: int
+    bytes: int
+    passes: int
+    seconds: float
+    quantized: dict[str, QuantizedScore] = Field(default_factory=dict)
+
+
+class QualitySample(Record):
+    """One example: what was asked, what is right, and what each method wrote."""
+
+    input: str
+    reference: str
+    outputs: dict[str, str]
+
+
+class CompositionResult(Record):
+    """All methods on one composition. ``best`` is the one that is exported."""
+
+    tasks: list[str]
+    split: str
+    examples: int
+    methods: list[MethodResult]
+    best: str
+    samples: list[QualitySample]
+
+
+class QualityReport(Record):
+    """``quality.json``: how well each method does each composition, in eager fp32."""
+
+    name: str
+    machine: Machine
+    versions: dict[str, str]
+    metric: Literal["rougeL", "chrf", "weighted_rouge"]
+    compositions: dict[str, CompositionResult]
+    training: dict[str, list[Point]]
+
+
+class Asked(Record):
+    """What every model was asked and how it answered: enough to ask the same again.
+
+    Attributes:
+        prompts: SHA-256 of the prompts' token ids, in their order.
+        targets: SHA-256 of the token ids that were fed after each prompt.
+        max_new_tokens: Longest answer.
+        sampling: How the next token is chosen.
+        seeds: Of everything that is drawn, by what it is.
+    """
+
+    prompts: str
+    targets: str
+    max_new_tokens: int
+    sampling: Literal["greedy"] = "greedy"
+    seeds: dict[str, int]
+
+
+class TaskResult(Record):
+    """The task metric, 0 to 100, in fp32 and from the artifact, on the same examples.
+
+    ``interval`` is the bootstrap interval of the difference, in points; ``fp32_scores`` and
+    ``artifact_scores`` are those of each example.
+    """
+
+    metric: str
+    fp32: float
+    artifact: float
+    difference: float
+    interval: tuple[float, float]
+    fp32_scores: tuple[float, ...] = ()
+    artifact_scores: tuple[float, ...] = ()
+
+
+class ParitySample(Record):
+    """One prompt, what fp32 writes and what the artifact writes."""
+
+    input: str
+    reference: str | None
+    fp32: str
+    artifact: str
+
+
+class Findings(Record):
+    """A runner held against eager models. Measures are None where logits were not finite.
+
+    Attributes:
+        lowering: Runner against the quantized eager model, all positions.
+        prefill, decode: The same, at the first target and at the others.
+        one_by_one: The runner's prefill against the same prompt fed one token at a time.
+        quantization: Quantized eager against fp32.
+        total: Runner against fp32.
+        generation: Share of prompts where the runner writes exactly the quantized eager tokens.
+        samples: A few examples, those where runner and fp32 differ first.
+    """
+
+    lowering: Measures | None = None
+    prefill: Measures | None = None
+    decode: Measures | None = None
+    one_by_one: Measures | None = None
+    quantization: Measures
+    total: Measures | None = None
+    adapter: AdapterEffect | None = None
+    task: TaskResult | None = None
+    generation: float | None = None
+    samples: tuple[ParitySample, ...] = ()
+    gates: list[Gate]
+
+
+class ArtifactResult(Findings):
+    """One artifact's findings and verdict, or those of one composition of a bundle.
+
+    Attributes:
+        path: Within the run's ``artifacts``; of a bundle ``bundles`` and its name.
+        files: Bytes of each file; ``bytes`` is their sum.
+        bundle: Whether it is one of several compositions over one base.
+        parts: Bytes of the weights by part, from the manifest, and of the rest.
+        bits_per_weight: Of the base's weights, scales included.
+        examples: Number of prompts.
+        asked: What they were.
+        lost_at: Stage that failed, None where all gates passed.
+        seconds: That the validation took.
+        notes: What was not checked, and why.
+    """
+
+    composition: str
+    method: str
+    runtime: str
+    precision: str
+    path: str
+    bytes: int
+    files: dict[str, int]
+    bundle: bool = False
+    parts: dict[str, int] = Field(default_factory=dict)
+    bits_per_weight: float | None = None
+    examples: int
+    asked: Asked | None = None
+    stock: StockResult | None
+    passed: bool
+    lost_at: str | None
+    seconds: float
+    notes: tuple[str, ...] = ()
+
+    @property
+    def form(self) -> str:
+        """How it ships, such as ``int4`` or ``int4 bundle``."""
+        return shown_form(self.precision, self.bundle)
+
+
+class BaselineUse(Record):
+    """Which baseline a run was held to.
+
+    Attributes:
+        file: Where it lies.
+        machine, versions: What it was made on.
+        notes: What makes it another one than this run's, and what was not held to it.
+    """
+
+    file: str
+    machine: Machine
+    versions: dict[str, str]
+    notes: tuple[str, ...]
+
+
+class ParityReport(Record):
+    """``parity.json``: every artifact of a run against its references, and maybe a baseline.
+
+    ``devices`` are artifacts on a device against themselves on this machine.
+    """
+
+    machine: Machine
+    versions: dict[str, str]
+    artifacts: list[ArtifactResult]
+    baseline: BaselineUse | None = None
+    budgets: list[Budget] = Field(default_factory=list)
+    devices: list[DeviceResult] = Field(default_factory=list)
+
+
+class AdapterPart(Record):
+    """One adapter's update of one module: its norm ‖ΔW‖_F and its ranks.
+
+    Attributes:
+        rank: Nominal: rows of its A.
+        numerical_rank: Singular values that are not rounding.
+        effective_rank: Exponential of the entropy of the singular values.
+    """
+
+    norm: float
+    rank: int
+    numerical_rank: int
+    effective_rank: float
+
+
+class AngleCosines(Record):
+    """Cosines of principal angles between two spaces; ``chance``: random spaces at most."""
+
+    mean: float
+    highest: float
+    chance: float
+
+
+class PairOverlap(Record):
+    """Two adapters in one module: of the flattened updates, column spaces and row spaces."""
+
+    first: str
+    second: str
+    cosine: float
+    columns: AngleCosines
+    rows: AngleCosines
+
+
+class MergeError(Record):
+    """A merge M against the weighted sum S in one module.
+
+    Attributes:
+        error: ‖M − S‖ / ‖S‖; None where the sum is zero.
+        residual: ‖M − S‖.
+        kept: ⟨M, S⟩ / ‖S‖², the multiple of the sum that the merge holds; None likewise.
+    """
+
+    error: float | None
+    residual: float
+    kept: float | None
+
+
+class AuditedModule(Record):
+    """One module. ``adapters`` has those that target it, ``merges`` those that apply.
+
+    Attributes:
+        layer: Its layer's index; None outside of layers.
+        component: What it is within its layer, such as ``q_proj``.
+        shape: (out, in).
+        sum_norm: ‖Σ wᵢΔWᵢ‖.
+    """
+
+    name: str
+    layer: int | None
+    component: str
+    shape: tuple[int, int]
+    sum_norm: float
+    adapters: dict[str, AdapterPart]
+    overlaps: list[PairOverlap]
+    merges: dict[str, MergeError]
+
+
+class AuditedMerge(Record):
+    """A merge over all modules: error and kept share as in a module, and the verdict in words."""
+
+    merge: str
+    verdict: Literal["exact", "close", "approximate", "far", "does not apply", "undefined"]
+    error: float | None
+    kept: float | None
+    text: str
+
+
+class CompositionAudit(Record):
+    """Adapters with the weight of each in the sum, what they share, and how true merges are."""
+
+    weights: dict[str, float]
+    modules: list[AuditedModule]
+    merges: list[AuditedMerge]
+
+
+class AuditReport(Record):
+    """``audit.json``: the adapters of each composition before anything is trained."""
+
+    machine: Machine
+    versions: dict[str, str]
+    compositions: dict[str, CompositionAudit]
+
+
+R = TypeVar("R", QualityReport, ParityReport, LatencyReport, AuditReport)
+
+
+def this_machine() -> Machine:
+    """The machine this runs on."""
+    import psutil
+
+    return Machine(
+        cpu=_cpu_name(),
+        cores=len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count() or 1,
+        memory_gb=round(psutil.virtual_memory().total / 1e9, 1),
+        os=f"{platform.system()} {platform.machine()}",
+    )
+
+
+def environment() -> dict[str, str]:
+    """Versions of Python and of the packages that can change a result."""
+    return {"python": platform.python_version(), **versions()}
+
+
+def shown_path(directory: Path, composition: str, bundle: bool) -> str:
+    """An artifact's ``path`` in reports."""
+    return f"{'bundles' if bundle else composition}/{directory.name}".removeprefix("/")
+
+
+def file_sizes(directory: Path) -> dict[str, int]:
+    """Bytes of every file below a directory, by its path within it."""
+    entries = sorted(entry for entry in directory.rglob("*") if entry.is_file())
+    return {entry.relative_to(directory).as_posix(): entry.stat().st_size for entry in entries}
+
+
+def write_result(
+    report: QualityReport | ParityReport | LatencyReport | AuditReport, path: Path
+) -> None:
+    """Write a report as JSON; the file appears whole or not at all.
+
+    Raises:
+        InputError: The path cannot be written.
+    """
+    write_text(path, report.model_dump_json(indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file, which appears whole or not at all, and the directories it lies in.
+
+    Raises:
+        InputError: The path cannot be written.
+    """
+    beside = path.with_suffix(".new")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(path)
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be written: {error.strerror}; name a writable place"
+        ) from error
+
+
+def read_result(kind: type[R], path: Path) -> R:
+    """Read a report back.
+
+    Raises:
+        InputError: Missing, not JSON, or with a field that is wrong, missing or unknown; the
+            first such field is named.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; run the stage that writes it") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not readable ({error})") from None
+    try:
+        return kind.model_validate_json(text)
+    except ValidationError as error:
+        raise InputError(f"{path}: {first_problem(error)}; expected what caliport writes") from None
+
+
+def read_if_there(kind: type[R], path: Path) -> R | None:
+    """As ``read_result``, or None where there is no such file."""
+    return read_result(kind, path) if path.exists() else None
+
+
+def first_problem(error: ValidationError) -> str:
+    """The first field that is wrong, and how."""
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc'])) or 'the file'}: {first['msg']}"

@@ -1,0 +1,63 @@
+"""XXX."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class EagerRunner:
+    """A transformers causal language model as a ``Runner``, with a cache of its own.
+
+    Args:
+        model: In eval mode, quantized or not.
+        name: Names it in reasons and reports.
+    """
+
+    def __init__(self, model: PreTrainedModel, name: str) -> None:
+        self.name = name
+        self.model = model
+        self.context = int(model.config.max_position_embeddings)
+        self._cache: Any = None
+
+    def prefill(self, tokens: list[int]) -> np.ndarray:
+        """Forget what came before, read ``tokens``; logits after the last, float32 [vocab]."""
+        self.reset()
+        return self._forward(tokens)
+
+    def step(self, token: int) -> np.ndarray:
+        """Read one more token; logits after it, float32 [vocab]."""
+        return self._forward([token])
+
+    def reset(self) -> None:
+        """Forget all tokens read so far."""
+        self._cache = None
+
+    def logits(self, tokens: Sequence[int]) -> np.ndarray:
+        """Logits after every token in one pass without a cache, float32 [len(tokens), vocab].
+
+        No cache takes part, so a reference made this way cannot share a cache's faults.
+        """
+        import torch
+
+        with torch.no_grad():
+            out = self.model(torch.tensor([list(tokens)]), use_cache=False)
+        return np.asarray(out.logits[0].float().numpy())
+
+    def _forward(self, tokens: Sequence[int]) -> np.ndarray:
+        import torch
+
+        with torch.no_grad():
+            out = self.model(
+                torch.tensor([list(tokens)]),
+                past_key_values=self._cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        self._cache = out.past_key_values
+        return np.asarray(out.logits[0, -1].float().numpy())

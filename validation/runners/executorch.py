@@ -1,0 +1,328 @@
+"""Run an ExecuTorch artifact: token by token, and through the stock LLM runner."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from caliport.core.directories import check_recorded
+from caliport.core.errors import InputError
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+PROGRAM = "model.pte"
+TOKENIZER = "tokenizer.json"
+BASE_METHOD = "forward"
+
+_loaded: weakref.WeakSet[ExecuTorchRunner] = weakref.WeakSet()
+
+
+class ExecuTorchRunner:
+    """An ExecuTorch program with its key-value cache, fed token by token.
+
+    Attributes:
+        name: Names the runner in reasons and reports.
+        context: Most tokens that the cache holds.
+        threads: Threads of ExecuTorch's pool, which delegates and operators share.
+    """
+
+    def __init__(
+        self, directory: Path, threads: int | None = None, method: str = BASE_METHOD
+    ) -> None:
+        """Load the one ``.pte`` of a directory.
+
+        Args:
+            directory: An artifact directory, or one with a program of another tool:
+                ``forward(tokens [1, n], position)``, where the position is that of the first token
+                or [n], of each, gives logits of the last token or of all.
+            threads: Threads to run with; default ExecuTorch's own choice. The pool belongs to the
+                process: while a runner lives, others must ask for the same number.
+            method: Which of the program's methods to run; a bundle has one for each composition.
+
+        Raises:
+            InputError: No program there, no such method in it, one that cannot be loaded, or
+                another number of threads than living runners use.
+        """
+        check_recorded(directory)
+        self.name = "ExecuTorch"
+        self._directory = directory
+        self._program = program_in(directory)
+        self._module = _load(self._program, threads)
+        if method not in (methods := self._module.method_names()):
+            listed = ", ".join(sorted(n for n in methods if not n.startswith(("get_", "use_"))))
+            raise InputError(f"{directory}: has no method {method!r}, expected one of {listed}")
+        self._method = method
+        longest = "get_max_context_len"
+        self.context = self._constant(longest if longest in methods else "get_max_seq_len")
+        with _native(self._program, "cannot be run"):
+            positions = self._module.method_meta(method).input_tensor_meta(1).sizes()
+            self._every = tuple(positions) != (1,)
+            self._vocabulary = self._run([0], 0).shape[-1]  # loads it, which packs the weights
+        self._position = 0
+        self.threads = int(binding()._threadpool_get_thread_count())
+        _loaded.add(self)
+
+    def prefill(self, tokens: list[int]) -> np.ndarray:
+        """Forget what came before, read ``tokens``; logits after the last, float32 [vocab].
+
+        Raises:
+            InputError: No tokens, more than the context, or one outside the vocabulary.
+        """
+        self.reset()
+        return self.extend(tokens)
+
+    def step(self, token: int) -> np.ndarray:
+        """Read one more token; logits after it, float32 [vocab].
+
+        Raises:
+            InputError: The context is full, or the token is outside the vocabulary.
+        """
+        return self.extend([token])
+
+    def extend(self, tokens: list[int]) -> np.ndarray:
+        """Read more tokens at once; logits after the last, float32 [vocab].
+
+        Raises:
+            InputError: As ``prefill``.
+        """
+        end = self._position + len(tokens)
+        if not tokens or end > self.context:
+            room = self.context - self._position
+            raise InputError(
+                f"{self._directory}: {len(tokens)} tokens after {self._position}, "
+                f"expected 1 to {room} within its context of {self.context}"
+            )
+        odd = [token for token in tokens if not 0 <= token < self._vocabulary]
+        if odd:
+            raise InputError(
+                f"{self._directory}: token {odd[0]}, expected 0 to {self._vocabulary - 1}"
+            )
+        logits = self._run(tokens, self._position)[-1]
+        self._position = end
+        return logits
+
+    def reset(self) -> None:
+        """Forget all tokens read so far.
+
+        Attention only looks at positions before its own, so starting again at 0 is enough.
+        """
+        self._position = 0
+
+    def _run(self, tokens: list[int], position: int) -> np.ndarray:
+        """Logits float32 [1 or n, vocab]."""
+        import torch
+
+        end = position + (len(tokens) if self._every else 1)
+        inputs = [torch.tensor([tokens]), torch.arange(position, end)]
+        logits = self._module.run_method(self._method, inputs)[0]
+        return np.asarray(logits.float().flatten(0, -2).numpy())
+
+    def _constant(self, method: str) -> int:
+        with _native(self._program, f"has no {method}; expected a decoder with a cache"):
+            return int(self._module.run_method(method, [])[0])
+
+
+def try_elsewhere(directory: Path) -> None:
+    """Run a program once in a process of its own, since a damaged one may crash its process.
+
+    The binding asks for a program's verification, but the wheel of executorch 1.5.1 is built
+    without it and follows any offset. A hash in a manifest leaves nothing to try.
+
+    Raises:
+        InputError: The process crashed. What else is wrong is said when the program is opened.
+    """
+    code = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from validation.executorch_runner import ExecuTorchRunner\n"
+        "runner = ExecuTorchRunner(Path(sys.argv[1]), threads=1)\n"
+        "runner.prefill([0, 0, 0])\n"
+        "runner.step(0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, directory], capture_output=True, check=False)
+    if done.returncode < 0:
+        name = signal.Signals(-done.returncode).name
+        raise InputError(
+            f"{program_in(directory)}: ExecuTorch crashed on it ({name}); expected a sound program"
+        )
+
+
+def program_in(directory: Path) -> Path:
+    """The program of a directory: ``model.pte``, or the only ``.pte`` there is.
+
+    Raises:
+        InputError: None, or several of which none is ``model.pte``.
+    """
+    if (directory / PROGRAM).is_file():
+        return directory / PROGRAM
+    found = sorted(directory.glob("*.pte"))
+    if len(found) != 1:
+        raise InputError(f"{directory}: {len(found)} .pte files, expected {PROGRAM} or exactly one")
+    return found[0]
+
+
+def generate(directory: Path, prompt_text: str, max_new_tokens: int) -> str:
+    """What ExecuTorch's own ``TextLLMRunner`` writes after a prompt, greedily.
+
+    The runner is the C++ behind ``llama_main`` and Android's ``LlmModule``. It reads the tokens
+    that ``encode_prompt`` makes: a chat template brings its own begin token as text, so the runner
+    is told to add none; without a template it adds one if ``tokenizer.json`` says so. It stops
+    after a token of the program's ``get_eos_ids``, at ``max_new_tokens``, or when the context is
+    full.
+
+    The process's standard output and error go elsewhere meanwhile, because the C++ prints to them;
+    so do not print from other threads.
+
+    Args:
+        directory: An artifact directory with ``model.pte`` and ``tokenizer.json``.
+        prompt_text: The whole prompt as ``caliport.core.checkpoints.render_prompt`` gives it.
+        max_new_tokens: Most tokens to write.
+
+    Returns:
+        The text of the new tokens.
+
+    Raises:
+        InputError: A file is missing or cannot be loaded, or the prompt does not fit the context.
+    """
+    check_recorded(directory)
+    program = program_in(directory)
+    _load(program, None)
+    if not (directory / TOKENIZER).is_file():
+        raise InputError(f"{directory}: no {TOKENIZER}; expected an artifact with its tokenizer")
+    with _redirected():
+        from executorch.extension.llm.runner import GenerationConfig, TextLLMRunner
+
+    config = GenerationConfig(
+        echo=False,
+        max_new_tokens=max_new_tokens,
+        temperature=0.0,
+        num_bos=0 if _has_chat_template(directory) else 1,
+        num_eos=0,
+    )
+    pieces: list[str] = []
+    with _native(program, "cannot be run by TextLLMRunner"):
+        runner = TextLLMRunner(str(program), str(directory / TOKENIZER))
+        runner.generate(prompt_text, config, pieces.append)
+    return "".join(pieces)
+
+
+def _has_chat_template(directory: Path) -> bool:
+    settings = directory / "tokenizer_config.json"
+    return (directory / "chat_template.jinja").is_file() or (
+        settings.is_file() and "chat_template" in json.loads(settings.read_text(encoding="utf-8"))
+    )
+
+
+def _load(path: Path, threads: int | None) -> Any:
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; expected an ExecuTorch program")
+    runtime = binding()
+    _set_threads(runtime, threads)
+    with _native(path, "not loadable as an ExecuTorch program"):
+        module = runtime._load_for_executorch(str(path))
+        module.method_names()  # the file is read only now
+    return module
+
+
+def binding() -> ModuleType:
+    """ExecuTorch's Python binding, with the operators that our programs call registered.
+
+    Only its libraries are loaded. Their Python modules (``portable_lib``, ``custom_ops``) import
+    ``executorch.exir`` and torch's compiler beside: six times the seconds and 150 MB more.
+    """
+    with _redirected():
+        import executorch.extension.llm.custom_ops as operators
+        import executorch.kernels.quantized  # noqa: F401  loads its library
+        import torch
+        from executorch.extension.pybindings import _C
+
+        (library,) = Path(operators.__path__[0]).glob("*custom_ops_aot_lib.*")
+        torch.ops.load_library(library)
+        _C._threadpool_get_thread_count()  # makes the pool, which logs what it looks for
+    return _C
+
+
+def _set_threads(runtime: ModuleType, threads: int | None) -> None:
+    """Resize the process's pool.
+
+    executorch 1.5.1 keeps a bare pointer to the pool in every loaded XNNPACK delegate and frees
+    the pool when it is resized, so it must not be resized under a loaded program.
+    """
+    current = runtime._threadpool_get_thread_count()
+    if threads is None or threads == current:
+        return
+    if threads < 1:
+        raise InputError(f"threads: found {threads}, expected 1 or more")
+    if len(_loaded):
+        raise InputError(
+            f"threads: found {threads}, expected {current} as long as runners with {current} live"
+        )
+    with _redirected():
+        runtime._unsafe_reset_threadpool(threads)
+
+
+@contextlib.contextmanager
+def _native(path: Path, problem: str) -> Iterator[None]:
+    """Turn a failure of the C++ runtime into one line, with what it logged as the reason."""
+    log = b""
+    try:
+        with _redirected() as read:
+            try:
+                yield
+            finally:
+                log = read()
+    except RuntimeError as error:
+        raise InputError(f"{path}: {problem} ({_reason(log, error)})") from error
+
+
+def _reason(log: bytes, error: Exception) -> str:
+    """Operators that are missing, or the first logged line without its source position."""
+    text = log.decode(errors="replace")
+    if missing := re.findall(r"Missing operator: \[\d+\] (\S+)", text):
+        return f"the runtime lacks operators that it calls: {', '.join(dict.fromkeys(missing))}"
+    lines = re.findall(r"^\[\w+\.\w+:\d+\] (.+)$", text, re.MULTILINE)
+    return " ".join((lines or [str(error)])[0].split())[:200]
+
+
+@contextlib.contextmanager
+def _redirected() -> Iterator[Callable[[], bytes]]:
+    """Send standard output and error, C++'s and Python's, to a file; yields what reads it.
+
+    Both, because ExecuTorch's binding writes part of its log through ``sys.stderr``.
+    """
+    flush_c = ctypes.CDLL(None).fflush
+    sys.stdout.flush()
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as file, contextlib.ExitStack() as undo:
+        for descriptor in (1, 2):
+            kept = os.dup(descriptor)
+            undo.callback(os.close, kept)
+            undo.callback(os.dup2, kept, descriptor)
+            os.dup2(file.fileno(), descriptor)
+        text = io.TextIOWrapper(file, write_through=True)
+        undo.callback(text.detach)
+        undo.callback(flush_c, None)
+        undo.enter_context(contextlib.redirect_stdout(text))
+        undo.enter_context(contextlib.redirect_stderr(text))
+
+        def read() -> bytes:
+            text.flush()
+            flush_c(None)
+            return os.pread(file.fileno(), 1 << 16, 0)
+
+        yield read

@@ -1,0 +1,331 @@
+"""Run an ONNX artifact: logits through ONNX Runtime, text through onnxruntime_genai."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path, PurePath
+from typing import Any
+
+import numpy as np
+
+from caliport.core.directories import check_recorded
+from caliport.core.errors import InputError
+
+_CONFIG = "genai_config.json"
+_FOLDER = "session.model_external_initializers_file_folder_path"
+
+
+class OnnxRunner:
+    """An ONNX artifact as a ``Runner``: tokens in, the last token's logits out.
+
+    Args:
+        directory: An artifact directory: ``genai_config.json`` and the graph it names.
+        threads: Threads of ONNX Runtime's pool; None for its own choice, one a physical core.
+        float_activations: Multiply in float32 instead of rounding the inputs of quantized products
+            to 8 bits. Not what ships, but what tells a wrong graph from rounding: without the
+            rounding, logits equal those of the dequantized eager model to about 1e-5.
+        adapter: Of a bundle, the ``.onnx_adapter`` file of a composition; None for its base alone.
+
+    Attributes:
+        name: Names the runner in reasons and reports.
+        context: Most tokens that the artifact is made for.
+
+    Raises:
+        InputError: A file is missing, or ONNX Runtime cannot load the graph.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        threads: int | None = None,
+        float_activations: bool = False,
+        adapter: Path | None = None,
+    ) -> None:
+        import onnxruntime
+
+        check_recorded(directory)
+        model = read_config(directory)["model"]
+        decoder = model["decoder"]
+        self.name = "ONNX Runtime"
+        self.context = int(model["context_length"])
+        self._past, self._present, shape = _cache(directory, decoder)
+        self._inputs, self._outputs = decoder["inputs"], decoder["outputs"]
+        self._graph = directory / decoder["filename"]
+        self._session = _open(self._graph, threads, float_activations)
+        self._adapter = None if adapter is None else _read_adapter(adapter)
+        self._factors = {} if self._adapter is None else self._adapter.get_parameters()
+        self._value = onnxruntime.OrtValue.ortvalue_from_numpy
+        self._empty = np.zeros(shape, np.float32)
+        self._length = 0
+        self._caches: list[Any] = []
+        self.reset()
+
+    def prefill(self, tokens: list[int]) -> np.ndarray:
+        """Forget what came before, read ``tokens``; logits after the last, float32 [vocab]."""
+        self.reset()
+        return self.extend(tokens)
+
+    def step(self, token: int) -> np.ndarray:
+        """Read one more token; logits after it, float32 [vocab]."""
+        return self.extend([token])
+
+    def extend(self, tokens: Sequence[int]) -> np.ndarray:
+        """Read some more tokens in one pass; logits after the last, float32 [vocab].
+
+        Raises:
+            InputError: No tokens, more than the context has room for, or something that the graph
+                refuses, such as a token outside its vocabulary.
+        """
+        check_room(len(tokens), self._length, self.context)
+        end = self._length + len(tokens)
+        feeds = dict(zip(self._past, self._caches, strict=True)) | self._factors
+        feeds[self._inputs["input_ids"]] = self._value(np.array([tokens], np.int64))
+        feeds[self._inputs["attention_mask"]] = self._value(np.ones((1, end), np.int64))
+        if "position_ids" in self._inputs:  # others count inside the graph
+            positions = np.arange(self._length, end, dtype=np.int64)[None]
+            feeds[self._inputs["position_ids"]] = self._value(positions)
+        names = [self._outputs["logits"], *self._present]
+        try:
+            logits, *self._caches = self._session.run_with_ort_values(names, feeds)
+        except Exception as error:
+            raise InputError(
+                f"{self._graph}: ONNX Runtime cannot run it ({line_of(error)})"
+            ) from error
+        self._length = end
+        return np.asarray(logits.numpy()[0, -1])
+
+    def reset(self) -> None:
+        """Forget all tokens read so far."""
+        self._length = 0
+        self._caches = [self._value(self._empty) for _ in self._past]
+
+
+def generate(
+    directory: Path, prompt_text: str, max_new_tokens: int, adapter: Path | None = None
+) -> str:
+    """What onnxruntime_genai writes after ``prompt_text``, greedily, special tokens left out.
+
+    Its decoder (0.18) ends the text at the first byte that is not UTF-8.
+
+    Args:
+        directory: An artifact directory with its tokenizer files.
+        prompt_text: As rendered by the chat template.
+        max_new_tokens: Most tokens to write.
+        adapter: Of a bundle, the ``.onnx_adapter`` file of a composition; None for its base alone.
+
+    Raises:
+        InputError: Not loadable, or no room for the prompt in the context.
+    """
+    import onnxruntime_genai as genai
+
+    model = genai_model(directory)
+    try:
+        tokenizer = genai.Tokenizer(model)
+    except Exception as error:
+        raise InputError(
+            f"{directory}: onnxruntime_genai cannot read its tokenizer ({line_of(error)})"
+        ) from error
+    prompt = [int(token) for token in tokenizer.encode(prompt_text)]
+    return str(tokenizer.decode(_generate(directory, model, prompt, max_new_tokens, adapter)))
+
+
+def generate_ids(
+    directory: Path, prompt_ids: Sequence[int], max_new_tokens: int, adapter: Path | None = None
+) -> list[int]:
+    """The tokens that onnxruntime_genai writes after ``prompt_ids``, greedily.
+
+    ``adapter`` as for ``generate``.
+
+    Returns:
+        At most ``max_new_tokens`` tokens. onnxruntime_genai 0.18 leaves the token that ended the
+        text out.
+
+    Raises:
+        InputError: Not loadable, or no room for the prompt in the context.
+    """
+    return _generate(directory, genai_model(directory), prompt_ids, max_new_tokens, adapter)
+
+
+def _generate(
+    directory: Path,
+    model: Any,
+    prompt: Sequence[int],
+    max_new_tokens: int,
+    adapter: Path | None,
+) -> list[int]:
+    import onnxruntime_genai as genai
+
+    context = int(read_config(directory)["model"]["context_length"])
+    if not 0 < len(prompt) < context:
+        raise InputError(
+            f"a prompt of {len(prompt)} tokens; expected 1 to {context - 1}, since the context of "
+            f"{directory} is {context}"
+        )
+    settings = genai.GeneratorParams(model)
+    length = min(context, len(prompt) + max_new_tokens)
+    settings.set_search_options(max_length=length, do_sample=False)
+    generator = genai.Generator(model, settings)
+    if adapter is not None:
+        adapters = genai_adapters(model, adapter)
+        generator.set_active_adapter(adapters, adapter.stem)
+    generator.append_tokens(np.array([list(prompt)], np.int32))
+    while not generator.is_done():
+        generator.generate_next_token()
+    return [int(token) for token in generator.get_sequence(0)[len(prompt) :]]
+
+
+def check_room(count: int, length: int, context: int) -> None:
+    """Raise ``InputError`` unless ``count`` tokens fit after ``length`` within ``context``."""
+    if not count or length + count > context:
+        raise InputError(
+            f"{count} tokens after {length}; expected 1 to {context - length}, since the "
+            f"artifact's context is {context}"
+        )
+
+
+def genai_model(directory: Path, threads: int | None = None) -> Any:
+    """An ``onnxruntime_genai.Model``; ``threads`` in place of what its configuration says.
+
+    Raises:
+        InputError: The directory is not what its manifest records, or cannot be loaded.
+    """
+    import onnxruntime_genai as genai
+
+    check_recorded(directory)
+    read_config(directory)
+    try:
+        config = genai.Config(str(directory))
+        options = {"log_severity_level": 4}  # errors come as exceptions
+        if threads is not None:
+            options["intra_op_num_threads"] = threads
+        config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
+        return genai.Model(config)
+    except Exception as error:
+        raise InputError(
+            f"{directory}: onnxruntime_genai cannot load it ({line_of(error)})"
+        ) from error
+
+
+def genai_adapters(model: Any, adapter: Path) -> Any:
+    """An ``onnxruntime_genai.Adapters`` with one adapter, named after its file."""
+    import onnxruntime_genai as genai
+
+    adapters = genai.Adapters(model)
+    try:
+        adapters.load(str(adapter), adapter.stem)
+    except Exception as error:
+        raise InputError(f"{adapter}: not an adapter of ONNX Runtime ({line_of(error)})") from error
+    return adapters
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """What ``genai_config.json`` says; the files that it names are the directory's own.
+
+    Raises:
+        InputError: No such file, none of a decoder, or one that names a graph that is not there or
+            a path outside the directory.
+    """
+    path = directory / _CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        graph = directory / config["model"]["decoder"]["filename"]
+        int(config["model"]["context_length"])
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; expected an ONNX artifact directory") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: not a generation config ({line_of(error)})") from None
+    for field, name in _named_files(config):
+        if PurePath(name).is_absolute() or ".." in PurePath(name).parts:
+            raise InputError(f"{path}: {field} is {name!r}, expected a file of the directory")
+    if not graph.is_file():
+        raise InputError(f"{graph}: no such file, but {_CONFIG} names it as the decoder's graph")
+    assert isinstance(config, dict)
+    return config
+
+
+def _named_files(part: object) -> Iterator[tuple[str, str]]:
+    """Every field of a config, at any depth, that names a file which is opened, and its value."""
+    members = part if isinstance(part, list) else []
+    if isinstance(part, dict):
+        members = list(part.values())
+        for field, value in part.items():
+            if isinstance(value, str) and field.endswith(("filename", "custom_ops_library")):
+                yield field, value
+    for member in members:
+        yield from _named_files(member)
+
+
+def _cache(
+    directory: Path, decoder: Mapping[str, Any]
+) -> tuple[list[str], list[str], tuple[int, ...]]:
+    """Names of the inputs and of the outputs of keys and values, and the shape of empty ones.
+
+    Raises:
+        InputError: The configuration lacks them.
+    """
+    kinds = {
+        "inputs": ("past_key_names", "past_value_names"),
+        "outputs": ("present_key_names", "present_value_names"),
+    }
+    try:
+        layers = range(int(decoder["num_hidden_layers"]))
+        past, present = (
+            [decoder[side][kind] % layer for layer in layers for kind in names]
+            for side, names in kinds.items()
+        )
+        return past, present, (1, int(decoder["num_key_value_heads"]), 0, int(decoder["head_size"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{directory / _CONFIG}: not of a decoder with keys and values ({line_of(error)})"
+        ) from None
+
+
+def line_of(error: BaseException) -> str:
+    """What an error says, in one line of at most 300 characters."""
+    return " ".join(str(error).split())[:300]
+
+
+def _open(graph: Path, threads: int | None, float_activations: bool) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors only, and they come as exceptions too
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    try:
+        source: str | bytes = str(graph)
+        if float_activations:
+            source = _without_rounding(graph)
+            options.add_session_config_entry(_FOLDER, str(graph.parent))
+        # Its fallback is the same provider again, announced on the standard output.
+        how: dict[str, Any] = {"providers": ["CPUExecutionProvider"], "enable_fallback": 0}
+        return onnxruntime.InferenceSession(source, options, **how)
+    except Exception as error:
+        raise InputError(f"{graph}: ONNX Runtime cannot load it ({line_of(error)})") from error
+
+
+def _read_adapter(path: Path) -> Any:
+    """A composition's values by the names of the graph's inputs; they lie in what is returned.
+
+    They are fed like other inputs: onnxruntime 1.31 looks at ``RunOptions.add_active_adapter`` in
+    ``run`` alone, not in ``run_with_ort_values``.
+    """
+    import onnxruntime
+
+    try:
+        return onnxruntime.AdapterFormat.read_adapter(str(path))
+    except Exception as error:
+        raise InputError(f"{path}: not an adapter of ONNX Runtime ({line_of(error)})") from error
+
+
+def _without_rounding(graph: Path) -> bytes:
+    """The graph with every ``MatMulNBits`` told to multiply in float32 (accuracy level 0)."""
+    import onnx
+
+    model = onnx.load(graph, load_external_data=False)
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if node.op_type == "MatMulNBits" and attribute.name == "accuracy_level":
+                attribute.i = 0
+    return bytes(model.SerializeToString())
