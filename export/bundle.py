@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from caliport.core.directories import content_hash
 from caliport.core.errors import InputError
 from caliport.export.executorch.lower import is_method
 from caliport.export.quantization.choices import Quantization
-
-if TYPE_CHECKING:
-    pass
 
 
 def bundle_inputs(

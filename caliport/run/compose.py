@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from caliport.data.examples import Example, read_jsonl, write_jsonl
 from caliport.recipe.methods import CORRECTED, Method, parse
@@ -17,9 +17,6 @@ from caliport.stages.compose import Job, compose_shared, compose_to, pick
 from caliport.stages.sources import Source
 from caliport.stages.stage import stage
 from caliport.stages.train import Training, compose_features_to, features_to, lora_to
-
-if TYPE_CHECKING:
-    pass
 
 SPLITS = ("train", "validation")
 

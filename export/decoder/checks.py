@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from caliport.export.decoder.attention import _SHORT_TEXTS
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
 import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from caliport.core.errors import InputError
+from caliport.export.decoder.attention import _SHORT_TEXTS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

@@ -9,27 +9,16 @@ in keys alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Hashable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from caliport.export.artifact import fill_with
-from caliport.export.decoder.terms import halves
-from caliport.export.quantization.choices import Quantization
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from caliport.export.decoder.shipped import Lean
-
-from collections import defaultdict
-from collections.abc import Hashable
-from functools import partial
-from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from caliport.core.patching import quiet
+from caliport.export.artifact import fill_with
 from caliport.export.decoder.shipped import Lean, every, forms_of
 from caliport.export.decoder.skeleton import (
     CannotRepeat,
@@ -40,18 +29,21 @@ from caliport.export.decoder.skeleton import (
     skeleton,
 )
 from caliport.export.decoder.stored import put_matrix
+from caliport.export.decoder.terms import halves
 from caliport.export.executorch.lower import PROGRAM, constant_methods
 from caliport.export.executorch.patches.quantize_once import quantized_once
 from caliport.export.executorch.patches.skip_idle_passes import fast_lowering
 from caliport.export.executorch.patches.tied_tables import shared_tables
 from caliport.export.executorch.repeat import repeat
 from caliport.export.executorch.steps import count_delegated, finish, lower_skeleton, with_weights
+from caliport.export.quantization.choices import Quantization
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from caliport.calibrate.low_rank import LowRankUpdate
+    from caliport.export.decoder.shipped import Lean
     from caliport.export.decoder.terms import Composed
     from caliport.export.executorch.steps import Lowered
     from caliport.export.quantization.choices import Form
