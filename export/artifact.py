@@ -11,7 +11,7 @@ from caliport.export.quantization.choices import Quantization
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from caliport.export.decoder.shipped import Lean
+    from caliport.export.decoder.shipped import ShippedDecoder
 
 
 def fill(
@@ -26,7 +26,9 @@ def fill(
     """Write an artifact's files into a directory and its facts into ``extra``."""
     from caliport.core.checkpoints import eos_ids
 
-    def lower(decoder: Lean, length: int, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    def lower(
+        decoder: ShippedDecoder, length: int, tokenizer: PreTrainedTokenizerBase
+    ) -> dict[str, Any]:
         if runtime == "executorch":
             from caliport.export.executorch import lower as executorch
 
@@ -40,7 +42,7 @@ def fill(
 
 
 def fill_with(
-    lower: Callable[[Lean, int, PreTrainedTokenizerBase], dict[str, Any]],
+    lower: Callable[[ShippedDecoder, int, PreTrainedTokenizerBase], dict[str, Any]],
     directory: Path,
     extra: dict[str, Any],
     base: str | Path,
@@ -64,7 +66,7 @@ def fill_with(
     """
     from caliport.core.checkpoints import eos_ids, load_tokenizer
     from caliport.export.decoder.checks import check_exportable
-    from caliport.export.decoder.shipped import lean
+    from caliport.export.decoder.shipped import shipped_decoder
     from caliport.export.package.card import describe, write_card
     from caliport.export.package.generation import save_generation_config
     from caliport.export.package.tokenizer import save_tokenizer
@@ -78,7 +80,7 @@ def fill_with(
         check_exportable(model, length(model))
         check_cache_bits(how, runtime, model.config)
 
-    with lean(base, adapter, how, directory, check=check) as decoder:
+    with shipped_decoder(base, adapter, how, directory, check=check) as decoder:
         model = decoder.whole
         tokenizer = load_tokenizer(base, model)
         lowered = lower(decoder, length(model), tokenizer)

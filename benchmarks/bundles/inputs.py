@@ -25,7 +25,7 @@ from caliport.core.checkpoints import eos_ids
 from caliport.core.directories import content_hash, new_directory, read_manifest
 from caliport.core.patching import quiet, swapped
 from caliport.export.artifact import fill_with
-from caliport.export.decoder.shipped import Lean, group
+from caliport.export.decoder.shipped import ShippedDecoder, group
 from caliport.export.decoder.skeleton import Layers, furnish, skeleton
 from caliport.export.decoder.terms import Composed, halves, split
 from caliport.export.executorch.lower import PROGRAM, constant_methods
@@ -70,7 +70,9 @@ def to_inputs(
 
     with new_directory(out, "export", inputs, settings) as (directory, extra):
 
-        def lower(decoder: Lean, length: int, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+        def lower(
+            decoder: ShippedDecoder, length: int, tokenizer: PreTrainedTokenizerBase
+        ) -> dict[str, Any]:
             shared = {name: LowRankUpdate.from_peft(path) for name, path in adapters.items()}
             for folder in ("adapters", "compositions"):
                 (directory / folder).mkdir()
@@ -93,7 +95,7 @@ def to_inputs(
 
 
 def _lower(
-    decoder: Lean,
+    decoder: ShippedDecoder,
     ranks: Mapping[str, int],
     directory: Path,
     context: int,

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Lean:
+class ShippedDecoder:
     """A decoder whose weights are in files.
 
     Attributes:
@@ -82,34 +82,35 @@ class Lean:
         return {**parts, "total": total, "bits_per_weight": round(8 * total / weights, 3)}
 
 
-def forms_of(decoder: Lean, layer: int) -> tuple[Form, ...]:
+def forms_of(decoder: ShippedDecoder, layer: int) -> tuple[Form, ...]:
     """The forms that the weights of a layer ship in."""
     path = f"{every(decoder).path}.{layer}."
     return tuple(form for name, form in decoder.forms.items() if name.startswith(path))
 
 
-def group(decoder: Lean) -> Layers:
+def group(decoder: ShippedDecoder) -> Layers:
     """Which layers are alike, the forms of their weights too."""
     return group_layers(decoder.whole, lambda layer: forms_of(decoder, layer))
 
 
-def every(decoder: Lean) -> Layers:
+def every(decoder: ShippedDecoder) -> Layers:
     """Each layer by itself."""
     return group_layers(decoder.whole, lambda layer: layer)
 
 
 @contextmanager
-def lean(
+def shipped_decoder(
     base: str | Path,
     adapter: Path | None,
     how: Quantization | str,
     scratch: Path,
     *,
     check: Callable[[PreTrainedModel], None] = lambda model: None,
-) -> Iterator[Lean]:
+) -> Iterator[ShippedDecoder]:
     """Fold an adapter into a base and quantize, without ever holding the model in memory.
 
-    The body runs meanwhile, up to where it asks for ``Lean.weights``: tracing needs none of them.
+    The body runs in parallel until it asks for ``ShippedDecoder.weights``: tracing needs none of
+    them.
 
     Args:
         base: A Hugging Face directory or hub name of a decoder.
@@ -140,7 +141,7 @@ def lean(
             # Loading builds modules, which the body does too, in ways that change them all.
             stored: Future[Weights] = Future()
             stored.set_result(fill())
-            yield Lean(whole, forms, stored, how.cache_bits)
+            yield ShippedDecoder(whole, forms, stored, how.cache_bits)
             return
         # torch.export 2.13 replaces math.pow while it traces, which numba must not see as it loads.
         import caliport.export.quantization.quantizers.hqq  # noqa: F401
@@ -149,6 +150,6 @@ def lean(
         with ThreadPoolExecutor(1) as pool:
             stored = pool.submit(copy_context().run, fill, stop)
             try:
-                yield Lean(whole, forms, stored, how.cache_bits)
+                yield ShippedDecoder(whole, forms, stored, how.cache_bits)
             finally:
                 stop.set()

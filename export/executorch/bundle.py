@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from caliport.core.patching import quiet
 from caliport.export.artifact import fill_with
-from caliport.export.decoder.shipped import Lean, every, forms_of
+from caliport.export.decoder.shipped import ShippedDecoder, every, forms_of
 from caliport.export.decoder.skeleton import (
     CannotRepeat,
     Layers,
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from caliport.calibrate.low_rank import LowRankUpdate
-    from caliport.export.decoder.shipped import Lean
+    from caliport.export.decoder.shipped import ShippedDecoder
     from caliport.export.decoder.terms import Composed
     from caliport.export.executorch.steps import Lowered
     from caliport.export.quantization.choices import Form
@@ -54,7 +54,7 @@ _SHARED, _OWN = "shared", "own"
 
 
 def lower_bundle(
-    decoder: Lean,
+    decoder: ShippedDecoder,
     adapters: Mapping[str, LowRankUpdate],
     compositions: Mapping[str, Composed],
     directory: Path,
@@ -117,7 +117,7 @@ def lower_bundle(
 
 
 def _methods(
-    decoder: Lean,
+    decoder: ShippedDecoder,
     terms: _Terms,
     layers: Layers,
     names: list[str],
@@ -141,7 +141,7 @@ def _methods(
 
 
 def _store(
-    decoder: Lean,
+    decoder: ShippedDecoder,
     adapters: Mapping[str, LowRankUpdate],
     compositions: Mapping[str, Composed],
     form: Form | None,
@@ -158,7 +158,9 @@ def _store(
     return sizes
 
 
-def _put(decoder: Lean, owner: str, update: LowRankUpdate, form: Form | None = None) -> int:
+def _put(
+    decoder: ShippedDecoder, owner: str, update: LowRankUpdate, form: Form | None = None
+) -> int:
     return sum(
         put_matrix(decoder.weights, f"{owner} {module} {part}.weight", matrix, form)
         for module in update.modules
@@ -166,7 +168,7 @@ def _put(decoder: Lean, owner: str, update: LowRankUpdate, form: Form | None = N
     )
 
 
-def _put_halves(decoder: Lean, owner: str, update: LowRankUpdate) -> int:
+def _put_halves(decoder: ShippedDecoder, owner: str, update: LowRankUpdate) -> int:
     """Store an update in float16; XNNPACK computes with it in float32."""
     before = decoder.weights.nbytes
     for module in update.modules:
@@ -228,7 +230,7 @@ class _Terms:
         names = {n for u in (self.shared, self.own) if u is not None for n in u.modules}
         return (self.count, self.factor, tuple((n, self.of(n)) for n in sorted(names)))
 
-    def kind(self, decoder: Lean, layer: int) -> Hashable:
+    def kind(self, decoder: ShippedDecoder, layer: int) -> Hashable:
         """What sets a layer apart beside its modules: the forms and ranks in it."""
         path = f"{every(decoder).path}.{layer}."
         linears = (n for n, m in decoder.whole.named_modules() if isinstance(m, nn.Linear))
@@ -307,7 +309,9 @@ def fill_bundle(
     used = {name for parts in composed.values() for name in parts.adapters}
     single = {name: update for name, update in single.items() if name in used}
 
-    def lower(decoder: Lean, length: int, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    def lower(
+        decoder: ShippedDecoder, length: int, tokenizer: PreTrainedTokenizerBase
+    ) -> dict[str, Any]:
         from caliport.core.checkpoints import eos_ids
         from caliport.export.executorch.bundle import lower_bundle
         from caliport.export.package.card import describe_adapter

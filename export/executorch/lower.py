@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from caliport.core.patching import quiet
-from caliport.export.decoder.shipped import Lean, every, group
+from caliport.export.decoder.shipped import ShippedDecoder, every, group
 from caliport.export.decoder.skeleton import CannotRepeat, Layers, furnish, skeleton
 from caliport.export.executorch.patches.skip_idle_passes import fast_lowering
 from caliport.export.executorch.patches.tied_tables import shared_tables
@@ -25,7 +25,7 @@ PROGRAM = "model.pte"
 
 
 def lower(
-    decoder: Lean, directory: Path, context: int, eos_ids: list[int], bos_id: int | None
+    decoder: ShippedDecoder, directory: Path, context: int, eos_ids: list[int], bos_id: int | None
 ) -> dict[str, Any]:
     """Write ``directory/model.pte``: one method that serves prefill, chunks and single steps.
 
@@ -68,7 +68,7 @@ def lower(
 
 
 def whole_program(
-    decoder: Lean, layers: Layers, context: int, constants: dict[str, Any]
+    decoder: ShippedDecoder, layers: Layers, context: int, constants: dict[str, Any]
 ) -> EdgeProgramManager:
     """The lowered program of the whole decoder, by way of a skeleton of ``layers.kept``.
 

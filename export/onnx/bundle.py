@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from caliport.calibrate.low_rank import LowRankUpdate
-    from caliport.export.decoder.shipped import Lean
+    from caliport.export.decoder.shipped import ShippedDecoder
 
 ENDING = ".onnx_adapter"
 _ERRORS_ONLY = 3
@@ -99,7 +99,9 @@ def fill_bundle(
 
     updates = read_updates(base, compositions)
 
-    def lower(decoder: Lean, length: int, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    def lower(
+        decoder: ShippedDecoder, length: int, tokenizer: PreTrainedTokenizerBase
+    ) -> dict[str, Any]:
         shapes = _updatable(decoder, modules, updates.values())
         lowered = lower_bundle(decoder, directory, length, tokenizer, shapes)
         facts = {}
@@ -114,7 +116,7 @@ def fill_bundle(
 
 
 def lower_bundle(
-    decoder: Lean,
+    decoder: ShippedDecoder,
     directory: Path,
     context: int,
     tokenizer: Any,
@@ -234,7 +236,7 @@ def _check_shapes(
 
 
 def _updatable(
-    decoder: Lean, ends: Iterable[str] | None, updates: Iterable[LowRankUpdate]
+    decoder: ShippedDecoder, ends: Iterable[str] | None, updates: Iterable[LowRankUpdate]
 ) -> dict[str, tuple[int, int]]:
     """(out, in) of the linear layers that get low-rank terms, in the model's order."""
     from torch import nn

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from caliport.core.checkpoints import eos_ids
 from caliport.core.errors import InputError
 from caliport.export.decoder.checks import cache_shape
-from caliport.export.decoder.shipped import Lean, every, group
+from caliport.export.decoder.shipped import ShippedDecoder, every, group
 from caliport.export.decoder.skeleton import CannotRepeat
 from caliport.export.onnx.fuse import fuse_between_layers, fuse_inside_layers
 from caliport.export.onnx.repeat import PAST, PRESENT, repeat
@@ -52,7 +52,7 @@ decodes at 0.90 of the rate of 2 spinning threads, 4 spinning ones at 0.4, 1 at 
 
 
 def lower(
-    decoder: Lean,
+    decoder: ShippedDecoder,
     directory: Path,
     context: int,
     tokenizer: PreTrainedTokenizerBase,
@@ -87,7 +87,7 @@ def lower(
 
 
 def graph_of(
-    decoder: Lean, context: int, change: Callable[[onnx_ir.Graph], None] | None = None
+    decoder: ShippedDecoder, context: int, change: Callable[[onnx_ir.Graph], None] | None = None
 ) -> onnx_ir.Model:
     """The graph of a decoder, its weights still inputs after the others.
 
@@ -104,7 +104,10 @@ def graph_of(
 
 
 def _repeated(
-    decoder: Lean, layers: Layers, context: int, change: Callable[[onnx_ir.Graph], None] | None
+    decoder: ShippedDecoder,
+    layers: Layers,
+    context: int,
+    change: Callable[[onnx_ir.Graph], None] | None,
 ) -> onnx_ir.Model:
     skeleton = trace(decoder, layers, context)
     fuse_inside_layers(skeleton.graph, join=change is None)
@@ -115,7 +118,7 @@ def _repeated(
     return program
 
 
-def save(program: onnx_ir.Model, decoder: Lean, directory: Path) -> None:
+def save(program: onnx_ir.Model, decoder: ShippedDecoder, directory: Path) -> None:
     """Write a graph and, beside it, its weights."""
     import onnx_ir
 
@@ -123,7 +126,7 @@ def save(program: onnx_ir.Model, decoder: Lean, directory: Path) -> None:
     onnx_ir.save(program, directory / GRAPH)
 
 
-def describe(program: onnx_ir.Model, decoder: Lean) -> dict[str, Any]:
+def describe(program: onnx_ir.Model, decoder: ShippedDecoder) -> dict[str, Any]:
     """Manifest entries of a graph."""
     operators = Counter(node.op_type for node in program.graph)
     lookups = [form for form in decoder.forms.values() if form.startswith("rows")]

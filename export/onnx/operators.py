@@ -22,7 +22,7 @@ from caliport.export.onnx.layouts import Layout, lookup_layout, product_layout
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from caliport.export.decoder.shipped import Lean
+    from caliport.export.decoder.shipped import ShippedDecoder
 
 MARK = "Boundary"
 OURS = "caliport"
@@ -30,7 +30,7 @@ OURS = "caliport"
 _INT8_ACTIVATIONS = 4
 
 
-def furnish(model: PreTrainedModel, layers: Layers, decoder: Lean) -> PreTrainedModel:
+def furnish(model: PreTrainedModel, layers: Layers, decoder: ShippedDecoder) -> PreTrainedModel:
     """Give a skeleton stand-ins of the tensors that ship, in place.
 
     Quantized linear layers and embeddings also get ``qdata`` and ``scale`` as their operators
@@ -52,7 +52,7 @@ def _give(module: nn.Module, key: str, value: Tensor) -> None:
     setattr(module, key, nn.Parameter(value, requires_grad=False))
 
 
-def _layouts(decoder: Lean) -> dict[str, Layout]:
+def _layouts(decoder: ShippedDecoder) -> dict[str, Layout]:
     """How each quantized layer of the whole decoder is stored."""
     found: dict[str, Layout] = {}
     products: dict[tuple[int, str], Layout] = {}  # by the parameter, and its form

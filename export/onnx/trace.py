@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     import onnx_ir
     from transformers import PreTrainedModel
 
-    from caliport.export.decoder.shipped import Lean
+    from caliport.export.decoder.shipped import ShippedDecoder
 
 TOKENS, MASK, POSITIONS, LOGITS = "input_ids", "attention_mask", "position_ids", "logits"
 _KIND = "pkg.torch.export.graph_signature.InputSpec.kind"
 
 
-def trace(decoder: Lean, layers: Layers, context: int) -> onnx_ir.Model:
+def trace(decoder: ShippedDecoder, layers: Layers, context: int) -> onnx_ir.Model:
     """The graph of the layers ``layers.kept``, with marks between them.
 
     Weights are inputs after the others, by the names of ``Weights``; a quantized layer has

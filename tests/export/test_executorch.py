@@ -20,7 +20,7 @@ from caliport.core.checkpoints import encode_prompt, load_base, load_tokenizer, 
 from caliport.core.errors import InputError
 from caliport.core.patching import quiet
 from caliport.export import to_executorch
-from caliport.export.decoder.shipped import every, group, lean
+from caliport.export.decoder.shipped import every, group, shipped_decoder
 from caliport.export.executorch import lower as executorch
 from caliport.export.executorch.patches.skip_idle_passes import fast_lowering
 from caliport.export.executorch.steps import finish
@@ -72,7 +72,7 @@ def artifact_of(
             greedy = _greedy(model, encode_prompt(tokenizer, TEXT), 8)
             greedy = greedy[: greedy.index(greedy[-1]) + 1]
             out = tmp_path_factory.mktemp(precision)
-            with lean(base_dir, None, precision, out) as decoder:
+            with shipped_decoder(base_dir, None, precision, out) as decoder:
                 facts = executorch.lower(
                     decoder, out, CONTEXT, [greedy[-1]], tokenizer.bos_token_id
                 )
@@ -241,7 +241,9 @@ def test_repeated_layers_give_the_program_of_all_layers(
     """Lowered as two layers and repeated, four layers give the very logits of four lowered ones."""
     base = _checkpoint(tmp_path / "base", 4, tie_word_embeddings=tied)
     found = []
-    with lean(base, None, Quantization("int4", cache_bits=cache_bits), tmp_path) as decoder:
+    with shipped_decoder(
+        base, None, Quantization("int4", cache_bits=cache_bits), tmp_path
+    ) as decoder:
         assert group(decoder).kept == [0, 1]
         assert every(decoder).kept == [0, 1, 2, 3]
         constants = executorch.constant_methods(decoder.whole, 16, [2], 1)
@@ -258,7 +260,7 @@ def test_repeated_layers_give_the_program_of_all_layers(
 def test_fast_lowering_gives_the_same_program(tmp_path: Path) -> None:
     """Tells when another executorch makes ``patches/skip_idle_passes.py`` needless or wrong."""
     base = _checkpoint(tmp_path / "base", 1)
-    with lean(base, None, "int4", tmp_path) as decoder, quiet():
+    with shipped_decoder(base, None, "int4", tmp_path) as decoder, quiet():
         constants = executorch.constant_methods(decoder.whole, 16, [2], 1)
         plain = finish(executorch.whole_program(decoder, every(decoder), 16, constants)).buffer
         with fast_lowering():

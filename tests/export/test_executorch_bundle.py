@@ -19,7 +19,7 @@ from caliport.calibrate.merges.linear import linear
 from caliport.core.checkpoints import load_base
 from caliport.core.errors import InputError
 from caliport.export import to_executorch_bundle
-from caliport.export.decoder.shipped import lean
+from caliport.export.decoder.shipped import shipped_decoder
 from caliport.export.decoder.terms import Composed, halves, split
 from caliport.export.executorch.bundle import lower_bundle
 from caliport.export.executorch.patches.quantize_once import join
@@ -69,7 +69,7 @@ def _bundle(
         for seed, to in enumerate(("de", "fr"), start=7)
     }
     parts = {name: split(update, adapters) for name, update in compositions.items()}
-    with lean(base, None, precision, out) as decoder:
+    with shipped_decoder(base, None, precision, out) as decoder:
         facts = lower_bundle(decoder, adapters, parts, out, CONTEXT, [2], 1, form)
     return adapters, compositions, facts
 

@@ -17,7 +17,7 @@ from caliport.core.checkpoints import load_tokenizer
 from caliport.core.directories import read_manifest
 from caliport.core.errors import InputError
 from caliport.export.api import to_onnx
-from caliport.export.decoder.shipped import Lean, every
+from caliport.export.decoder.shipped import ShippedDecoder, every
 from caliport.export.decoder.skeleton import Layers
 from caliport.export.onnx import lower as lowering
 from caliport.export.reference.folded import eager
@@ -75,7 +75,7 @@ def test_layers_that_use_one_another_are_all_traced(
         read.append(hidden_states)
         return plain(self, hidden_states + read[1] if index > 1 else hidden_states, **kwargs)
 
-    def three(decoder: Lean) -> Layers:
+    def three(decoder: ShippedDecoder) -> Layers:
         tried.append(decoder)
         return Layers("model.layers", [0, 1, 2], [0, 1, 2, 2, 2])
 

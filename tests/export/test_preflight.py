@@ -22,7 +22,7 @@ from caliport.core.errors import InputError
 from caliport.core.machine import available_memory
 from caliport.export import preflight, to_executorch, to_onnx
 from caliport.export.api import to_executorch_bundle, to_onnx_bundle
-from caliport.export.decoder import shipped as lean
+from caliport.export.decoder import shipped
 from caliport.export.preflight import Needs, needs
 from caliport.export.quantization.choices import Quantization
 from caliport.export.runtime import RUNTIMES
@@ -119,7 +119,7 @@ def peaks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
             found.append(_bytes(Path(self.name).parent))
             super().cleanup()
 
-    monkeypatch.setattr(lean, "TemporaryDirectory", Watched)
+    monkeypatch.setattr(shipped, "TemporaryDirectory", Watched)
     return found
 
 

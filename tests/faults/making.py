@@ -98,16 +98,16 @@ def make(fault: Fault | None, scene: Scene, runtime: str, out: Path, precision: 
 
 
 def _change_weights(monkeypatch: pytest.MonkeyPatch, change: Callable[[Weights], None]) -> None:
-    from caliport.export.decoder import shipped as lean
+    from caliport.export.decoder import shipped
 
-    make = lean.store
+    make = shipped.store
 
     def store(*args: object) -> Weights:
         weights = make(*args)  # type: ignore[arg-type]
         change(weights)
         return weights
 
-    monkeypatch.setattr(lean, "store", store)
+    monkeypatch.setattr(shipped, "store", store)
 
 
 def _lower_once(monkeypatch: pytest.MonkeyPatch, form: str) -> None:

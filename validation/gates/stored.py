@@ -58,7 +58,7 @@ class Held:
 
 
 def asked_for(weights: Weights, name: str) -> Held:
-    """The weight of a module as ``caliport.export.decoder.shipped.lean`` made it."""
+    """The weight of a module as ``caliport.export.decoder.shipped.shipped_decoder`` made it."""
     if f"{name}.weight" in weights:
         return Held(weights[f"{name}.weight"].tensor(), None)
     data = weights[f"{name}.weight.data"].tensor()

@@ -31,7 +31,7 @@ from caliport.validation.records.gate import Gate
 
 if TYPE_CHECKING:
     from caliport.calibrate.low_rank import LowRankUpdate
-    from caliport.export.decoder.shipped import Lean
+    from caliport.export.decoder.shipped import ShippedDecoder
 
 _LOOKED_AT = 8  # differing matrices that are looked into
 _NOISE = 3.0  # times the energy of quantization that is still quantization
@@ -62,12 +62,14 @@ def weights_gate(directory: Path, source: Source) -> Gate:
         InputError: The base or the adapter cannot be read, or do not fit.
     """
     from caliport.calibrate.low_rank import LowRankUpdate
-    from caliport.export.decoder.shipped import lean
+    from caliport.export.decoder.shipped import shipped_decoder
 
     how = Quantization.of(read_manifest(directory))
     update = None if source.adapter is None else LowRankUpdate.from_peft(source.adapter)
     with TemporaryDirectory(prefix="caliport-weights-") as scratch, ExitStack() as made:
-        decoder = made.enter_context(lean(source.base, source.adapter, how, Path(scratch)))
+        decoder = made.enter_context(
+            shipped_decoder(source.base, source.adapter, how, Path(scratch))
+        )
         count = len(_matrices(decoder))
         ranks = {} if update is None else {name: update.rank(name) for name in update.modules}
         odd = _differing(directory, decoder, ranks)
@@ -76,7 +78,7 @@ def weights_gate(directory: Path, source: Source) -> Gate:
         stale = _stale(directory, source)
         if stale is not None:
             return _gate(len(odd), count, "adapter", stale)
-        plain = made.enter_context(lean(source.base, None, "fp32", Path(scratch)))
+        plain = made.enter_context(shipped_decoder(source.base, None, "fp32", Path(scratch)))
         causes = [
             _cause(name, find(), decoder, plain, update)
             for name, find in list(odd.items())[:_LOOKED_AT]
@@ -99,7 +101,7 @@ def _gate(odd: int, count: int, stage: str, reason: str) -> Gate:
     )
 
 
-def _matrices(decoder: Lean) -> list[str]:
+def _matrices(decoder: ShippedDecoder) -> list[str]:
     """Modules whose weight is a matrix."""
     return [
         name
@@ -124,7 +126,7 @@ def _stale(directory: Path, source: Source) -> str | None:
 
 
 def _differing(
-    directory: Path, decoder: Lean, ranks: Mapping[str, int]
+    directory: Path, decoder: ShippedDecoder, ranks: Mapping[str, int]
 ) -> dict[str, Callable[[], Held | None]]:
     """Matrices other than those asked for, with what finds what is there instead, if anything."""
     runtime, _ = artifact_form(directory)
@@ -142,7 +144,7 @@ def _differing(
 
 
 def _differing_in_program(
-    program: Program, decoder: Lean, ranks: Mapping[str, int]
+    program: Program, decoder: ShippedDecoder, ranks: Mapping[str, int]
 ) -> dict[str, Callable[[], Held | None]]:
     """By hash; programs do not name their weights."""
     weights, odd = decoder.weights, dict[str, Callable[[], Held | None]]()
@@ -204,7 +206,11 @@ def _alike(program: Program, stored: Tensor, wanted: Held) -> Iterator[Held]:
 
 
 def _cause(
-    name: str, found: Held | None, decoder: Lean, plain: Lean, update: LowRankUpdate | None
+    name: str,
+    found: Held | None,
+    decoder: ShippedDecoder,
+    plain: ShippedDecoder,
+    update: LowRankUpdate | None,
 ) -> tuple[str, str]:
     """The stage that a differing matrix is put down to, and what speaks for it."""
     if found is None:

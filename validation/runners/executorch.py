@@ -149,7 +149,7 @@ def try_elsewhere(directory: Path) -> None:
     code = (
         "import sys\n"
         "from pathlib import Path\n"
-        "from validation.executorch_runner import ExecuTorchRunner\n"
+        "from caliport.validation.runners.executorch import ExecuTorchRunner\n"
         "runner = ExecuTorchRunner(Path(sys.argv[1]), threads=1)\n"
         "runner.prefill([0, 0, 0])\n"
         "runner.step(0)"

@@ -19,12 +19,12 @@ from caliport.core.patching import swapped
 from caliport.export.executorch.patches.weight_keys import final_key
 
 if TYPE_CHECKING:
-    from caliport.export.decoder.shipped import Lean
+    from caliport.export.decoder.shipped import ShippedDecoder
     from caliport.export.decoder.stored import Stored
 
 
 @contextmanager
-def shared_tables(decoder: Lean) -> Iterator[None]:
+def shared_tables(decoder: ShippedDecoder) -> Iterator[None]:
     """While the body runs, programs are emitted with the decoder's tied tables stored once.
 
     Args:
@@ -66,7 +66,7 @@ def shared_tables(decoder: Lean) -> Iterator[None]:
         yield
 
 
-def _tables(decoder: Lean) -> dict[bytes, tuple[str, Stored]]:
+def _tables(decoder: ShippedDecoder) -> dict[bytes, tuple[str, Stored]]:
     """Names and contents of the quantized embeddings, by the hash of their content."""
     found = {}
     for name, module in decoder.whole.named_modules():
