@@ -1,4 +1,8 @@
-"""XXX."""
+"""Read and write LoRA adapters as PEFT directories.
+
+A directory holds ``adapter_config.json`` and ``adapter_model.safetensors``. ``read_peft`` accepts
+an adapter only if PEFT's forward pass with it is W0·x + B·(A·x); it refuses all others by name.
+"""
 
 from __future__ import annotations
 
@@ -10,20 +14,16 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from caliport.calibrate.low_rank import LowRankUpdate
 from caliport.core.checkpoints import check_safetensors
 from caliport.core.errors import InputError
 
 _CONFIG = "adapter_config.json"
-
-
 _WEIGHTS = "adapter_model.safetensors"
-
-
 _PREFIX = "base_model.model."
-
 
 # Settings under which what the adapter does is not W0 + B·A of the base as published, and why.
 # Read in PEFT 0.21.2's LoraConfig and LoRA variants; a test compares the lists with its fields.
@@ -52,7 +52,6 @@ _REFUSED = {
     "checkpoint",
 }
 
-
 # Settings that are read here; settings that say how the adapter was trained or which layers it has
 # (its file says that), not what it computes; and initialisations that leave the base as it is.
 # fan_in_fan_out: the base stores its weight transposed, A and B are as ever.
@@ -61,8 +60,6 @@ _READ = frozenset((
     "peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora",
     "fan_in_fan_out", "bias", "init_lora_weights",
 ))
-
-
 _HARMLESS = frozenset((
     "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
     "inference_mode", "runtime_config", "target_modules", "exclude_modules",
@@ -70,19 +67,13 @@ _HARMLESS = frozenset((
     "eva_config", "corda_config", "lora_ga_config", "velora_config", "monteclora_config",
     "qalora_group_size", "ensure_weight_tying",
 ))
-
-
 _STARTS = frozenset(("true", "false", "none", "gaussian", "eva", "orthogonal", "mica"))
-
-
 # fmt: on
 # Initialisations that also change the base's weights, so that the adapter fits only that base.
 _CHANGES_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
 
-
 # Training state of VeLoRA and MonteCLoRA, whose forward in eval mode is a plain LoRA's.
 _TRAINING_STATE = (".lora_velora_embed", ".lora_monteclora_sampler.")
-
 
 _OTHER_TENSORS = {
     ".lora_embedding_": "LoRA on an embedding looks A up by token, it is no update of a linear "
@@ -92,6 +83,80 @@ _OTHER_TENSORS = {
     ".base_layer.": "a layer of the base saved along with the adapter, which may differ from the "
     "base as published; save the adapter again with save_embedding_layers=False",
 }
+
+
+def read_peft(directory: str | Path) -> LowRankUpdate:
+    """Read a PEFT LoRA directory; the scaling (α/r, or α/√r for rsLoRA) goes into B.
+
+    Raises:
+        InputError: The directory or a file is missing; the weights are pickled, truncated or not
+            finite; or the adapter's effect is not B·A on linear layers (DoRA, biases, fully
+            trained modules, LoRA on embeddings, …) or not known to this version. The message
+            names the setting or tensor and the reason.
+    """
+    directory = Path(directory)
+    config = _read_config(directory)
+    weights = directory / _WEIGHTS
+    a: dict[str, Tensor] = {}
+    b: dict[str, Tensor] = {}
+    for key, tensor in _read_tensors(directory).items():
+        name, side = _parse_key(key, weights)
+        (a if side == "A" else b)[name] = tensor.to(torch.float32)
+    if not a:
+        raise InputError(f"{weights}: no LoRA matrices; expected …lora_A.weight, …lora_B.weight")
+    for name in sorted(a.keys() | b.keys()):
+        if name not in a or name not in b:
+            raise InputError(f"{weights}: {name} has only one of lora_A and lora_B")
+        rank, alpha = _rank_and_alpha(config, name)
+        if a[name].shape[0] != rank or b[name].shape[1] != rank:
+            raise InputError(
+                f"{weights}: {name} has rank {a[name].shape[0]} and {b[name].shape[1]}, "
+                f"{_CONFIG} says {rank}"
+            )
+        b[name] = b[name] * (alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
+    return LowRankUpdate(a, b)
+
+
+def write_peft(update: LowRankUpdate, directory: str | Path, base: str | None = None) -> None:
+    """Write a PEFT LoRA directory that PEFT loads to the same ΔW (α = r, so scaling 1).
+
+    PEFT has no rank 0: a module of rank 0 is written as rank 1 with A = 0 and B = 0.
+
+    Args:
+        update: The adapter.
+        directory: Where to write; created if missing.
+        base: The base model's directory or hub name, for ``base_model_name_or_path``.
+    """
+    from peft import LoraConfig
+
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    ranks = {name: max(update.rank(name), 1) for name in update.modules}
+    most = max(ranks.values())
+    odd = {name: rank for name, rank in ranks.items() if rank != most}
+    config = LoraConfig(
+        r=most,
+        lora_alpha=most,
+        rank_pattern=dict(odd),
+        alpha_pattern=dict(odd),
+        target_modules=list(update.modules),
+        task_type="CAUSAL_LM",
+        inference_mode=True,
+        base_model_name_or_path=base,
+    )
+    config.save_pretrained(str(directory))
+    # PEFT 0.21 holds target_modules as a set, so their order in the file would differ by run.
+    path = directory / _CONFIG
+    content = {**json.loads(path.read_text(encoding="utf-8")), "target_modules": update.modules}
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    tensors = {}
+    for name in update.modules:
+        a, b = update.a[name], update.b[name]
+        if update.rank(name) == 0:
+            a, b = a.new_zeros(1, a.shape[1]), b.new_zeros(b.shape[0], 1)
+        tensors[f"{_PREFIX}{name}.lora_A.weight"] = a.contiguous()
+        tensors[f"{_PREFIX}{name}.lora_B.weight"] = b.contiguous()
+    save_file(tensors, directory / _WEIGHTS, metadata={"format": "pt"})
 
 
 def check_same_base(directories: Sequence[str | Path]) -> None:

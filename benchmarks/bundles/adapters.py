@@ -20,6 +20,7 @@ from caliport.calibrate.corrections.lc_plus_plus import LCPlusPlus
 from caliport.calibrate.low_rank import LowRankUpdate
 from caliport.calibrate.merges.common import none
 from caliport.calibrate.merges.linear import linear
+from caliport.calibrate.peft_files import read_peft, write_peft
 from caliport.core.checkpoints import load_config
 from caliport.core.directories import content_hash, new_directory
 from caliport.data.pocket import LANGUAGES, TONES
@@ -50,16 +51,13 @@ def write_adapters(checkpoint: Path, out: Path, compositions: Sequence[str], see
         shapes = linear_shapes(empty(load_config(checkpoint)[0]))
         for index, name in enumerate(needed(compositions)):
             made = _random(shapes, seed * 1000 + index)
-            made.to_peft(part / "adapters" / name, str(checkpoint))
+            write_peft(made, part / "adapters" / name, str(checkpoint))
         for index, name in enumerate(compositions):
-            updates = {
-                task: LowRankUpdate.from_peft(part / "adapters" / task)
-                for task in COMPOSITIONS[name]
-            }
+            updates = {task: read_peft(part / "adapters" / task) for task in COMPOSITIONS[name]}
             for family, merge in zip(FAMILIES, (linear, none), strict=True):
                 composition = Composition(updates, merge(list(updates.values())))
                 corrected = _corrected(composition, seed * 1000 + 500 + index)
-                corrected.to_peft(part / family / name, str(checkpoint))
+                write_peft(corrected, part / family / name, str(checkpoint))
 
 
 def needed(compositions: Sequence[str]) -> list[str]:

@@ -83,7 +83,7 @@ def audit_composition(
         InputError: Fewer than two adapters, one that cannot be read, adapters of different
             bases, or weights that are not one finite number an adapter.
     """
-    from caliport.calibrate import LowRankUpdate
+    from caliport.calibrate import read_peft
     from caliport.calibrate.audit import audit_merge, audit_module, check_one_base, norm_of
     from caliport.calibrate.merges.exact import exact
     from caliport.calibrate.merges.registry import MERGES
@@ -91,7 +91,7 @@ def audit_composition(
     from caliport.validation.records.reports import CompositionAudit
 
     used = _weights(len(adapters), weights)
-    updates = {name: LowRankUpdate.from_peft(path) for name, path in adapters.items()}
+    updates = {name: read_peft(path) for name, path in adapters.items()}
     check_same_base(list(adapters.values()))
     check_one_base(updates)
     parts = list(updates.values())

@@ -141,7 +141,7 @@ def _judged(space: Workspace, composition: str, method: str) -> float | None:
 
 def _with_adapter(space: Workspace, adapter: Path | None, variant: str = FP32) -> PreTrainedModel:
     """The base with an adapter folded in: in fp32, quantized, or beside a quantized base."""
-    from caliport.calibrate import LowRankUpdate
+    from caliport.calibrate import read_peft
     from caliport.core.checkpoints import load_base
     from caliport.export.decoder.fold import fold
     from caliport.export.quantization.tensors import as_shipped, quantize
@@ -151,7 +151,7 @@ def _with_adapter(space: Workspace, adapter: Path | None, variant: str = FP32) -
     if bundle:
         model = as_shipped(model, precision)
     if adapter is not None:
-        model = fold(model, LowRankUpdate.from_peft(adapter), adapter)
+        model = fold(model, read_peft(adapter), adapter)
     return model if bundle else quantize(model, precision)
 
 

@@ -103,12 +103,12 @@ def _shared_steps(
     space: Workspace, method: str, adapters: Mapping[str, Path], references: References
 ) -> list[Step]:
     """Exact sum, the merge under a correction, and what ships, all in fp32."""
-    from caliport.calibrate import LowRankUpdate
+    from caliport.calibrate import read_peft
     from caliport.validation.evaluation.budget import Step
 
     made = parse(method)
     how = how_of(space, made)
-    updates = [LowRankUpdate.from_peft(path) for path in adapters.values()]
+    updates = [read_peft(path) for path in adapters.values()]
     label = f"1/{len(updates)} of each adapter"
     exact = references.of_update(merged("exact", updates, how), "exact sum")
     steps = [Step("exact sum", label, exact)]

@@ -98,12 +98,14 @@ def _tuned(out: Path, title: str, jobs: Mapping[str, Job], how: How) -> None:
 
 def _compose(out: Path, title: str, jobs: Mapping[str, Job], how: How, tune: bool = False) -> None:
     def build(partial: Path, extra: dict[str, Any], resume: Path) -> None:
+        from caliport.calibrate import write_peft
+
         bench = _Bench(jobs, how, title)
         updates = bench.updates(extra, resume)
         if tune:
             extra["tuning_loss"] = bench.tuning_loss(updates)
         for name, update in updates.items():
-            update.to_peft(partial if name == _ONE else partial / name, base=str(how.base))
+            write_peft(update, partial if name == _ONE else partial / name, base=str(how.base))
 
     method = how.method
     inputs: dict[str, Path | str] = {"base": how.base}
@@ -142,7 +144,7 @@ class _Bench:
     """What the methods work with: the base, its tokenizer, the adapters and the examples."""
 
     def __init__(self, jobs: Mapping[str, Job], how: How, title: str) -> None:
-        from caliport.calibrate import LowRankUpdate
+        from caliport.calibrate import read_peft
         from caliport.calibrate.peft_files import check_same_base
         from caliport.core.checkpoints import load_base
 
@@ -151,7 +153,7 @@ class _Bench:
         self.rounding: Rounding | None = None
         paths = {p for job in jobs.values() for p in job.adapters.values()}
         check_same_base(sorted(paths))
-        read = {path: LowRankUpdate.from_peft(path) for path in paths}
+        read = {path: read_peft(path) for path in paths}
         for path, update in read.items():
             update.check_fits(self.model, path)
         self.adapters = {

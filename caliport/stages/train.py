@@ -48,6 +48,7 @@ def lora_to(
     def build(
         partial: Path, training: Training, extra: dict[str, Any], resume: Path, tune: bool
     ) -> None:
+        from caliport.calibrate import write_peft
         from caliport.calibrate.training.attach import attached
         from caliport.calibrate.training.loop import evaluate
         from caliport.calibrate.training.lora import train_lora
@@ -65,7 +66,7 @@ def lora_to(
             with attached(model, update.modules, lambda n: [(None, update.a[n], update.b[n])]):
                 losses = evaluate(model, held_out)
             extra["tuning_loss"] = sum(losses) / len(losses)
-        update.to_peft(partial, base=str(training.base))
+        write_peft(update, partial, base=str(training.base))
 
     _at_rates(out, "lora", title, sources, {"lora": lora}, {}, training, build)
 
@@ -93,6 +94,7 @@ def features_to(
     def build(
         partial: Path, training: Training, extra: dict[str, Any], resume: Path, tune: bool
     ) -> None:
+        from caliport.calibrate import write_peft
         from caliport.calibrate.training.flix import train_features
         from caliport.core.checkpoints import load_base, load_tokenizer
 
@@ -112,7 +114,7 @@ def features_to(
             resume=resume,
         )
         for name, update in {**earlier, **trained}.items():
-            update.to_peft(partial / name, base=str(training.base))
+            write_peft(update, partial / name, base=str(training.base))
         extra["parameters"] = sum(update.parameter_count for update in trained.values())
         extra["features"] = sorted({**earlier, **trained})
         if tune:
@@ -128,14 +130,14 @@ def read_features(directory: Path) -> dict[str, Any]:
     Raises:
         InputError: It is no directory of features.
     """
-    from caliport.calibrate import LowRankUpdate
+    from caliport.calibrate import read_peft
 
     if not directory.is_dir():
         raise InputError(f"{directory}: no such directory; expected FLix features, one in each")
     found = sorted(p.parent for p in directory.glob("*/adapter_config.json"))
     if not found:
         raise InputError(f"{directory}: no features in it; expected a PEFT directory for each")
-    return {path.name: LowRankUpdate.from_peft(path) for path in found}
+    return {path.name: read_peft(path) for path in found}
 
 
 def compose_features_to(
@@ -144,12 +146,13 @@ def compose_features_to(
     """Write the sum of features as one PEFT directory."""
 
     def build(partial: Path, extra: dict[str, Any], resume: Path) -> None:
+        from caliport.calibrate import write_peft
         from caliport.calibrate.training.flix import compose
 
         update = compose(read_features(source), names)
         extra["earlier_seconds"] = seconds_of(read_manifest(source))
         extra["parameters"] = update.parameter_count
-        update.to_peft(partial, base=base)
+        write_peft(update, partial, base=base)
 
     stage(out, "compose", title, {"features": source}, {"names": list(names)}, build)
 

@@ -122,7 +122,7 @@ def shipped_decoder(
     Raises:
         InputError: See ``plan``, ``check`` and ``LowRankUpdate``.
     """
-    from caliport.calibrate.low_rank import LowRankUpdate
+    from caliport.calibrate.peft_files import read_peft
     from caliport.core.checkpoints import load_config
 
     how = Quantization(how) if isinstance(how, str) else how
@@ -132,7 +132,7 @@ def shipped_decoder(
         whole.generation_config = generation
     check(whole)
     forms = plan(whole, how.precision, how.int8_layers, how.embedding_bits)
-    update = None if adapter is None else LowRankUpdate.from_peft(adapter)
+    update = None if adapter is None else read_peft(adapter)
     if update is not None and adapter is not None:
         update.check_fits(whole, adapter)
     with TemporaryDirectory(dir=scratch, prefix="weights-") as directory:

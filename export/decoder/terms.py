@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from caliport.calibrate.low_rank import LowRankUpdate
+from caliport.calibrate.peft_files import read_peft
 from caliport.core.errors import InputError
 from caliport.export.quantization.choices import Form
 
@@ -102,7 +103,7 @@ def read_updates(base: str | Path, adapters: Mapping[str, Path]) -> dict[str, Lo
     from caliport.export.decoder.skeleton import empty
 
     whole = empty(load_config(base)[0])
-    updates = {name: LowRankUpdate.from_peft(path) for name, path in adapters.items()}
+    updates = {name: read_peft(path) for name, path in adapters.items()}
     for name, update in updates.items():
         update.check_fits(whole, adapters[name])
         for module in update.modules:

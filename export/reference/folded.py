@@ -22,13 +22,13 @@ def eager(base: str | Path, adapter: Path | None, how: Quantization | str) -> Pr
     Raises:
         InputError: Unknown precision, or a base or adapter that cannot be read or do not fit.
     """
-    from caliport.calibrate.low_rank import LowRankUpdate
+    from caliport.calibrate.peft_files import read_peft
     from caliport.core.checkpoints import load_base
     from caliport.export.decoder.fold import fold
     from caliport.export.quantization.tensors import plan, quantize
 
     how = Quantization(how) if isinstance(how, str) else how
-    update = None if adapter is None else LowRankUpdate.from_peft(adapter)
+    update = None if adapter is None else read_peft(adapter)
     model = load_base(base)
     if update is not None and adapter is not None:
         fold(model, update, adapter)

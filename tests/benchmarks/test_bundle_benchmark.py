@@ -16,7 +16,7 @@ from benchmarks.bundles.inputs import Factors
 from benchmarks.bundles.records import Results
 from benchmarks.bundles.tables import added, render, whole
 from benchmarks.export.checkpoint import SHAPES, tensor_shapes, write_checkpoint
-from caliport.calibrate.low_rank import LowRankUpdate
+from caliport.calibrate.peft_files import read_peft
 from caliport.core.checkpoints import load_config
 from caliport.core.directories import read_manifest
 from caliport.export.decoder.skeleton import empty
@@ -66,12 +66,12 @@ def test_the_paper_has_fourteen_compositions() -> None:
 
 def test_adapters_have_the_papers_form(place: Path, shapes: dict[str, tuple[int, int]]) -> None:
     made = place / "out" / "made"
-    adapters = {n: LowRankUpdate.from_peft(made / "adapters" / n) for n in needed(NAMES)}
+    adapters = {n: read_peft(made / "adapters" / n) for n in needed(NAMES)}
     for name in NAMES:
-        merged = split(LowRankUpdate.from_peft(made / "merged" / name), adapters)
+        merged = split(read_peft(made / "merged" / name), adapters)
         assert set(merged.adapters) == set(COMPOSITIONS[name])
         assert merged.weight == pytest.approx(0.5)
-        alone = LowRankUpdate.from_peft(made / "alone" / name)
+        alone = read_peft(made / "alone" / name)
         assert {alone.rank(module) for module in alone.modules} == {RANK}
         assert set(alone.modules) == set(shapes)
         layers = [alone.delta(f"model.layers.{i}.mlp.up_proj") for i in (0, 1)]
@@ -123,7 +123,7 @@ def test_both_ways_compute_the_same(results: Results) -> None:
 def test_inputs_are_the_compositions(place: Path) -> None:
     factors = Factors(place / "out" / "merged-inputs")
     for name in NAMES[:2]:
-        update = LowRankUpdate.from_peft(place / "out" / "made" / "merged" / name)
+        update = read_peft(place / "out" / "made" / "merged" / name)
         inputs = zip(factors.inputs, factors.of(name), strict=True)
         terms = {place: term[0] for place, term in inputs}
         assert len(terms) == 2 * len(update.modules)

@@ -13,7 +13,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from caliport.calibrate import LowRankUpdate
+from caliport.calibrate import LowRankUpdate, read_peft, write_peft
 from caliport.calibrate.corrections.common import Composition, component_of, frozen
 from caliport.calibrate.corrections.registry import CORRECTIONS
 from caliport.calibrate.corrections.train import calibrate
@@ -31,7 +31,7 @@ METHODS = ("lc", "lc++", "scales")
 
 @pytest.fixture(scope="module")
 def updates(adapter_dirs: list[Path]) -> dict[str, LowRankUpdate]:
-    return {f"task{i}": LowRankUpdate.from_peft(d) for i, d in enumerate(adapter_dirs)}
+    return {f"task{i}": read_peft(d) for i, d in enumerate(adapter_dirs)}
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,7 @@ def test_equation(
         ranks = {"lc": 1, "lc++": 4, "scales": 8}
         below = 0 if method == "scales" else composition.merged.rank(module)
         assert update.rank(module) == below + ranks[method]
-    update.to_peft(tmp_path, base=str(base_dir))
+    write_peft(update, tmp_path, base=str(base_dir))
     base = AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32)
     model = load_base(base_dir)
     tokens = torch.tensor([prompts[2]])
@@ -165,7 +165,7 @@ def test_three_tasks_and_different_ranks(
 ) -> None:
     """Column scales take any adapters, one of another rank and on fewer modules among them."""
     third = random_adapter(base_dir, tmp_path / "c", 9, rank=2, target_modules=["q_proj"])
-    three = {**updates, "c": LowRankUpdate.from_peft(third)}
+    three = {**updates, "c": read_peft(third)}
     composition = Composition(three, none(list(three.values())))
     settings = TrainSettings(steps=5, batch_size=16, learning_rate=1e-2)
     found = calibrate(

@@ -20,7 +20,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
-from caliport.calibrate import LowRankUpdate, peft_files
+from caliport.calibrate import LowRankUpdate, peft_files, read_peft, write_peft
 from caliport.calibrate.training.attach import attached
 from caliport.core.checkpoints import load_base
 from caliport.core.errors import InputError
@@ -79,7 +79,7 @@ def test_delta_and_logits_equal_peft(
         },
         weights,
     )
-    update = LowRankUpdate.from_peft(adapter)
+    update = read_peft(adapter)
     peft = PeftModel.from_pretrained(load_base(base_dir), adapter)
     assert set(update.modules) == {
         n.removesuffix(".lora_A")
@@ -126,7 +126,7 @@ def test_fan_in_fan_out_is_exact(
         target_modules=["c_attn", "c_fc", "attn.c_proj"],
         fan_in_fan_out=stated,
     )
-    update = LowRankUpdate.from_peft(adapter)
+    update = read_peft(adapter)
     assert update.shape("transformer.h.0.attn.c_attn") == (48, 16)
     peft = PeftModel.from_pretrained(load_base(gpt2), adapter)
     for name in update.modules:
@@ -143,7 +143,7 @@ def test_fan_in_fan_out_is_exact(
     assert_equal(logits(folded, prompts[1]), wanted)
     for name in update.modules:
         assert_equal(folded.get_submodule(name).weight, merged.get_submodule(name).weight)
-    update.to_peft(tmp_path / "again", base=str(gpt2))
+    write_peft(update, tmp_path / "again", base=str(gpt2))
     again = PeftModel.from_pretrained(load_base(gpt2), tmp_path / "again")
     assert_equal(logits(again, prompts[1]), wanted)
 
@@ -166,7 +166,7 @@ def test_folding_into_a_tied_head_leaves_the_embedding(
         LoraConfig(r=2, target_modules=["lm_head", "q_proj"], init_lora_weights=False),
     )
     peft.save_pretrained(tmp_path / "a", save_embedding_layers=False)
-    folded = fold(model, LowRankUpdate.from_peft(tmp_path / "a"), "adapter")
+    folded = fold(model, read_peft(tmp_path / "a"), "adapter")
     wanted = logits(peft, prompts[1])
     assert_equal(logits(folded, prompts[1]), wanted)
     assert torch.equal(folded.get_input_embeddings().weight, embedding)
@@ -178,15 +178,15 @@ def test_folding_into_a_tied_head_leaves_the_embedding(
 
 
 def test_folding_elsewhere_leaves_the_head_tied(base_dir: Path, adapter_dirs: list[Path]) -> None:
-    model = fold(load_base(base_dir), LowRankUpdate.from_peft(adapter_dirs[0]), "adapter")
+    model = fold(load_base(base_dir), read_peft(adapter_dirs[0]), "adapter")
     assert model.lm_head.weight is model.get_input_embeddings().weight
     assert model.config.tie_word_embeddings
 
 
 def test_rank_0_is_saved_as_zeros(base_dir: Path, tmp_path: Path) -> None:
     name = "model.layers.0.mlp.up_proj"
-    LowRankUpdate({name: torch.ones(0, 64)}, {name: torch.ones(160, 0)}).to_peft(tmp_path)
-    again = LowRankUpdate.from_peft(tmp_path)
+    write_peft(LowRankUpdate({name: torch.ones(0, 64)}, {name: torch.ones(160, 0)}), tmp_path)
+    again = read_peft(tmp_path)
     assert torch.equal(again.delta(name), torch.zeros(160, 64))
     assert not peft_delta(base_dir, tmp_path, name).any()
 
@@ -205,8 +205,8 @@ def test_save_and_load_round_trips(
         a[name] = torch.randn(rank, module.in_features, generator=draw)
         b[name] = torch.randn(module.out_features, rank, generator=draw)
     out = tmp_path_factory.mktemp("saved")
-    LowRankUpdate(a, b).to_peft(out, base=str(base_dir))
-    again = LowRankUpdate.from_peft(out)
+    write_peft(LowRankUpdate(a, b), out, base=str(base_dir))
+    again = read_peft(out)
     assert {n: again.rank(n) for n in again.modules} == dict(zip(linears, ranks, strict=True))
     for name in linears:
         torch.testing.assert_close(again.delta(name), b[name] @ a[name])
@@ -312,7 +312,7 @@ def test_bad_adapters_are_one_line(
     kind: str, says: str, adapter_dirs: list[Path], tmp_path: Path
 ) -> None:
     with pytest.raises(InputError, match=says) as caught:
-        LowRankUpdate.from_peft(broken(adapter_dirs[0], tmp_path, kind))
+        read_peft(broken(adapter_dirs[0], tmp_path, kind))
     assert "\n" not in str(caught.value)
     assert kind in str(caught.value), "the message names the directory"
 
@@ -343,7 +343,7 @@ def test_what_is_no_low_rank_update_is_refused_with_the_reason(
     """Adapters that PEFT itself has written."""
     adapter = random_adapter(base_dir, tmp_path / "a", seed=0, **kind)
     with pytest.raises(InputError, match=says) as caught:
-        LowRankUpdate.from_peft(adapter)
+        read_peft(adapter)
     assert "\n" not in str(caught.value)
     assert str(adapter) in str(caught.value)
 
@@ -356,7 +356,7 @@ def test_every_refused_field_has_a_reason(
     config = out / "adapter_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), field: {"any": 1}}))
     with pytest.raises(InputError) as caught:
-        LowRankUpdate.from_peft(out)
+        read_peft(out)
     assert str(caught.value) == f"{config}: {field} = {{'any': 1}}: {peft_files._REFUSED[field]}"
 
 
@@ -370,11 +370,11 @@ def test_every_setting_of_this_peft_is_known() -> None:
 
 def test_missing_directory(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such directory"):
-        LowRankUpdate.from_peft(tmp_path / "gone")
+        read_peft(tmp_path / "gone")
 
 
 def test_adapter_of_another_base(base_dir: Path, adapter_dirs: list[Path]) -> None:
-    update = LowRankUpdate.from_peft(adapter_dirs[0])
+    update = read_peft(adapter_dirs[0])
     model = load_base(base_dir)
     renamed = LowRankUpdate(
         {n.replace("q_proj", "query"): t for n, t in update.a.items()},

@@ -18,7 +18,7 @@ from conftest import random_adapter
 from peft import PeftModel
 from torch import Tensor
 
-from caliport.calibrate import LowRankUpdate
+from caliport.calibrate import LowRankUpdate, read_peft
 from caliport.calibrate.merges.dare import dare
 from caliport.calibrate.merges.exact import exact
 from caliport.calibrate.merges.linear import linear
@@ -69,7 +69,7 @@ def merge(base_dir: Path, tmp_path: Path) -> Callable[..., Merged]:
             for name, module in model.base_model.model.named_modules()
             if "all" in getattr(module, "lora_A", {})
         }
-        return Merged([LowRankUpdate.from_peft(path) for path in paths], deltas)
+        return Merged([read_peft(path) for path in paths], deltas)
 
     return run
 
@@ -183,7 +183,7 @@ def test_how_far_our_own_approximations_are(adapter_dirs: list[Path]) -> None:
 
     DARE's noise has error √((1 − density)/density) = 1, but most of it lies beyond the kept rank.
     """
-    updates = [LowRankUpdate.from_peft(path) for path in adapter_dirs]
+    updates = [read_peft(path) for path in adapter_dirs]
     wanted = exact(updates)
     errors = {
         merge.__name__: distance({n: merge(updates).delta(n) for n in wanted.modules}, wanted)

@@ -10,7 +10,7 @@ import torch
 from commands import caliport
 from conftest import random_adapter
 
-from caliport.calibrate import LowRankUpdate
+from caliport.calibrate import LowRankUpdate, read_peft, write_peft
 from caliport.calibrate.merges.exact import exact
 from caliport.calibrate.merges.linear import linear
 from caliport.calibrate.merges.registry import MERGES
@@ -36,7 +36,7 @@ def test_command_end_to_end(adapter_dirs: list[Path], tmp_path: Path) -> None:
     assert "linear: far from exact" in done.stdout
     assert "<h3>task0 + task1</h3>" in (tmp_path / "out" / "report.html").read_text()
 
-    updates = [LowRankUpdate.from_peft(path) for path in adapter_dirs]
+    updates = [read_peft(path) for path in adapter_dirs]
     merged, wanted = linear(updates), exact(updates)
     gone = torch.cat([(merged.delta(n) - wanted.delta(n)).flatten() for n in wanted.modules])
     whole = torch.cat([wanted.delta(n).flatten() for n in wanted.modules])
@@ -68,9 +68,9 @@ def test_nothing_is_written_unasked_and_weights_count(
 def test_bad_input_ends_in_one_line(
     arguments: list[str], says: str, adapter_dirs: list[Path], tmp_path: Path
 ) -> None:
-    one = LowRankUpdate.from_peft(adapter_dirs[0])
+    one = read_peft(adapter_dirs[0])
     larger = {name: torch.cat([b, b]) for name, b in one.b.items()}
-    LowRankUpdate(one.a, larger).to_peft(tmp_path / "other")
+    write_peft(LowRankUpdate(one.a, larger), tmp_path / "other")
     places = {"ONE": adapter_dirs[0], "TWO": adapter_dirs[1], "OTHER": tmp_path / "other"}
     found = [places.get(a, a) for a in arguments]
     done = caliport("audit", *found, "--out", "out", cwd=tmp_path)
@@ -109,7 +109,7 @@ def test_modules_come_in_the_order_of_layers(tmp_path: Path) -> None:
             {name: torch.randn(2, 4) for name in names},
             {name: torch.randn(3, 2) for name in names},
         )
-        update.to_peft(tmp_path / task)
+        write_peft(update, tmp_path / task)
     audit = audit_composition({"a": tmp_path / "a", "b": tmp_path / "b"})
     assert [module.layer for module in audit.modules] == list(range(12))
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from commands import caliport
 
-from caliport.calibrate import LowRankUpdate
+from caliport.calibrate import LowRankUpdate, read_peft
 from caliport.core.directories import read_manifest
 
 RECIPE = """
@@ -62,7 +62,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def update_of(run: Path, composition: str, method: str) -> LowRankUpdate:
-    return LowRankUpdate.from_peft(run / "composed" / composition / method)
+    return read_peft(run / "composed" / composition / method)
 
 
 @pytest.mark.slow
@@ -96,7 +96,7 @@ def test_a_shared_correction_is_the_same_in_every_composition(run: Path) -> None
 
 @pytest.mark.slow
 def test_flix_is_the_sum_of_its_features(run: Path) -> None:
-    features = {n: LowRankUpdate.from_peft(run / "shared/flix" / n) for n in ("summarize", "es")}
+    features = {n: read_peft(run / "shared/flix" / n) for n in ("summarize", "es")}
     update = update_of(run, "summarize_es", "flix")
     for module in update.modules:
         wanted = sum(feature.delta(module) for feature in features.values())
@@ -139,7 +139,7 @@ def test_a_feature_is_added_from_the_command_line(run: Path, tmp_path: Path) -> 
     )
     assert done.returncode == 0, done.stderr
     for name in ("summarize", "translate", "casual", "es"):
-        old, new = (LowRankUpdate.from_peft(d / name) for d in (features, tmp_path / "more"))
+        old, new = (read_peft(d / name) for d in (features, tmp_path / "more"))
         assert all(torch.equal(old.b[m], new.b[m]) for m in old.modules), "others stay"
     done = caliport(
         "calibrate",
@@ -160,9 +160,7 @@ def test_a_feature_is_added_from_the_command_line(run: Path, tmp_path: Path) -> 
         cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
-    both, one, other = (
-        LowRankUpdate.from_peft(tmp_path / n) for n in ("both", "more/summarize", "more/it")
-    )
+    both, one, other = (read_peft(tmp_path / n) for n in ("both", "more/summarize", "more/it"))
     for module in both.modules:
         wanted = one.delta(module) + other.delta(module)
         torch.testing.assert_close(both.delta(module), wanted, rtol=1e-4, atol=1e-6)

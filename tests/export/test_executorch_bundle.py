@@ -16,6 +16,7 @@ from transformers import GPT2Config, PreTrainedModel
 from caliport.calibrate.low_rank import LowRankUpdate
 from caliport.calibrate.merges.exact import exact
 from caliport.calibrate.merges.linear import linear
+from caliport.calibrate.peft_files import write_peft
 from caliport.core.checkpoints import load_base
 from caliport.core.errors import InputError
 from caliport.export import to_executorch_bundle
@@ -206,7 +207,7 @@ def test_layers_without_terms_are_refused(tmp_path: Path) -> None:
     GPT2Config(
         n_layer=1, n_embd=32, n_head=2, vocab_size=64, architectures=["GPT2LMHeadModel"]
     ).save_pretrained(base)
-    _random({"transformer.h.0.attn.c_attn": (96, 32)}, 2, 0).to_peft(tmp_path / "adapter")
+    write_peft(_random({"transformer.h.0.attn.c_attn": (96, 32)}, 2, 0), tmp_path / "adapter")
     with pytest.raises(InputError, match=r"c_attn, a Conv1D; a bundle has terms beside linear"):
         to_executorch_bundle(base, {"one": tmp_path / "adapter"}, tmp_path / "out")
     assert not (tmp_path / "out").exists()

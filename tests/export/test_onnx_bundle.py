@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import random_adapter
 
-from caliport.calibrate.low_rank import LowRankUpdate
+from caliport.calibrate.peft_files import read_peft
 from caliport.core.directories import check_files, read_manifest
 from caliport.core.errors import InputError
 from caliport.export.api import to_onnx_bundle
@@ -66,7 +66,7 @@ def expected_logits(base: Path, adapter: Path | None, precision: str) -> np.ndar
     if precision != "fp32":
         model = dequantize(model)
     if adapter is not None:
-        model = beside(model, split(LowRankUpdate.from_peft(adapter), {}), {})
+        model = beside(model, split(read_peft(adapter), {}), {})
     with torch.no_grad():
         return model(torch.tensor([TOKENS]), use_cache=False).logits[0].numpy()
 
@@ -137,7 +137,7 @@ def test_a_composition_costs_its_parameters(
     bundle = bundle_of("int4")
     facts = read_manifest(bundle)["bundle"]["compositions"]
     for name, adapter in adapters.items():
-        update = LowRankUpdate.from_peft(adapter)
+        update = read_peft(adapter)
         size = (bundle / f"{name}.onnx_adapter").stat().st_size
         assert facts[name]["parameters"] == update.parameter_count
         assert size < 4 * update.parameter_count + 400 * len(update.modules)

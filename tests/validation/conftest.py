@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from caliport.calibrate.low_rank import LowRankUpdate
+from caliport.calibrate.peft_files import read_peft
 from caliport.core.checkpoints import load_base, load_tokenizer
 from caliport.export.decoder.fold import fold
 from caliport.validation.evaluation.evaluation import (
@@ -58,8 +58,8 @@ def scene(base_dir: Path, adapter_dirs: list[Path]) -> Scene:
     base = load_base(base_dir)
     tokenizer = load_tokenizer(base_dir, base)
     adapter = adapter_dirs[0]
-    composed = fold(load_base(base_dir), LowRankUpdate.from_peft(adapter), adapter)
-    rounded = fold(load_base(base_dir), LowRankUpdate.from_peft(adapter), adapter)
+    composed = fold(load_base(base_dir), read_peft(adapter), adapter)
+    rounded = fold(load_base(base_dir), read_peft(adapter), adapter)
     with torch.no_grad():
         for parameter in rounded.parameters():
             parameter.copy_(parameter.bfloat16().float())

@@ -61,11 +61,11 @@ def weights_gate(directory: Path, source: Source) -> Gate:
     Raises:
         InputError: The base or the adapter cannot be read, or do not fit.
     """
-    from caliport.calibrate.low_rank import LowRankUpdate
+    from caliport.calibrate.peft_files import read_peft
     from caliport.export.decoder.shipped import shipped_decoder
 
     how = Quantization.of(read_manifest(directory))
-    update = None if source.adapter is None else LowRankUpdate.from_peft(source.adapter)
+    update = None if source.adapter is None else read_peft(source.adapter)
     with TemporaryDirectory(prefix="caliport-weights-") as scratch, ExitStack() as made:
         decoder = made.enter_context(
             shipped_decoder(source.base, source.adapter, how, Path(scratch))
