@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.export.graph_signature import InputKind
 
 from caliport.calibrate.low_rank import LowRankUpdate
+from caliport.calibrate.peft_files import read_peft
 from caliport.core.checkpoints import eos_ids
 from caliport.core.directories import content_hash, new_directory, read_manifest
 from caliport.core.patching import quiet, swapped
@@ -73,14 +74,14 @@ def to_inputs(
         def lower(
             decoder: ShippedDecoder, length: int, tokenizer: PreTrainedTokenizerBase
         ) -> dict[str, Any]:
-            shared = {name: LowRankUpdate.from_peft(path) for name, path in adapters.items()}
+            shared = {name: read_peft(path) for name, path in adapters.items()}
             for folder in ("adapters", "compositions"):
                 (directory / folder).mkdir()
             for name, update in shared.items():
                 _save_rows(update, directory / "adapters" / f"{name}.safetensors")
             ranks: dict[str, int] = {}
             for name, path in compositions.items():
-                update = LowRankUpdate.from_peft(path)
+                update = read_peft(path)
                 ranks = {module: update.rank(module) for module in update.modules}
                 composed = split(update, shared)
                 _save_own(composed, directory / "compositions" / f"{name}.safetensors")

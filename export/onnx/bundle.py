@@ -56,7 +56,7 @@ def add_to_onnx_bundle(bundle: Path, name: str, adapter: Path) -> Path:
             cannot be read or updates a layer that the bundle has not, or not in that shape. Nothing
             is changed then.
     """
-    from caliport.calibrate.low_rank import LowRankUpdate
+    from caliport.calibrate.peft_files import read_peft
 
     check_name(name)
     manifest = read_manifest(bundle)
@@ -66,7 +66,7 @@ def add_to_onnx_bundle(bundle: Path, name: str, adapter: Path) -> Path:
         )
     if "bundle" not in manifest:
         raise InputError(f"{bundle}: {MANIFEST} has no `bundle`; expected one for onnx")
-    update = LowRankUpdate.from_peft(adapter)
+    update = read_peft(adapter)
     shapes = {module: tuple(shape) for module, shape in manifest["bundle"]["modules"].items()}
     _check_shapes(update, shapes, adapter, bundle)
     path = bundle / f"{name}{ENDING}"
