@@ -1,100 +1,129 @@
-"""From a base and an adapter to one artifact directory, and to its eager references."""
+"""An exported artifact: one read of its directory answers what everyone asks of it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from caliport.export.quantization.choices import Quantization
+from caliport.core.directories import MANIFEST, check_files, read_manifest
+from caliport.core.errors import InputError
+from caliport.export import runtime as runtimes
+from caliport.export.quantization.choices import PRECISIONS, Quantization
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from caliport.export.decoder.shipped import ShippedDecoder
-
-
-def fill(
-    directory: Path,
-    extra: dict[str, Any],
-    base: str | Path,
-    runtime: str,
-    adapter: Path | None,
-    how: Quantization,
-    context: int | None,
-) -> None:
-    """Write an artifact's files into a directory and its facts into ``extra``."""
-    from caliport.core.checkpoints import eos_ids
-
-    def lower(
-        decoder: ShippedDecoder, length: int, tokenizer: PreTrainedTokenizerBase
-    ) -> dict[str, Any]:
-        if runtime == "executorch":
-            from caliport.export.executorch import lower as executorch
-
-            ends = eos_ids(decoder.whole)
-            return executorch.lower(decoder, directory, length, ends, tokenizer.bos_token_id)
-        from caliport.export.onnx import lower as onnx
-
-        return onnx.lower(decoder, directory, length, tokenizer)
-
-    fill_with(lower, directory, extra, base, runtime, adapter, how, context)
+UNKNOWN = "unknown"
+"""The precision of an artifact that no manifest of ours describes."""
 
 
-def fill_with(
-    lower: Callable[[ShippedDecoder, int, PreTrainedTokenizerBase], dict[str, Any]],
-    directory: Path,
-    extra: dict[str, Any],
-    base: str | Path,
-    runtime: str,
-    adapter: Path | None,
-    how: Quantization,
-    context: int | None,
-) -> None:
-    """What every artifact has beside its program: tokenizer, settings, facts, card.
+@dataclass(frozen=True)
+class Artifact:
+    """A directory with a program that a runtime can run, and what its manifest says.
 
-    Args:
-        lower: Writes the program; is given the decoder, the context and the tokenizer and returns
-            the manifest's entries about it.
-        directory: Where to.
-        extra: Takes the manifest's entries.
-        base: A Hugging Face directory or hub name.
-        runtime: One of ``RUNTIMES``.
-        adapter: What is folded in, or None.
-        how: How the base is quantized.
-        context: Tokens of the cache; None for the base's own maximum.
+    Attributes:
+        directory: Where its files are.
+        runtime: The name of its runtime (``caliport.export.runtime.names``).
+        precision: ``fp32``, ``int8`` or ``int4``; ``UNKNOWN`` if another tool made it.
+        manifest: What ``manifest.json`` says; empty if another tool made it.
     """
-    from caliport.core.checkpoints import eos_ids, load_tokenizer
-    from caliport.export.decoder.checks import check_exportable
-    from caliport.export.decoder.shipped import shipped_decoder
-    from caliport.export.package.card import describe, write_card
-    from caliport.export.package.generation import save_generation_config
-    from caliport.export.package.tokenizer import save_tokenizer
-    from caliport.export.quantization.cache import SCHEME, check_cache_bits
-    from caliport.export.quantization.tensors import scheme
 
-    def length(model: PreTrainedModel) -> int:
-        return int(model.config.max_position_embeddings) if context is None else context
+    directory: Path
+    runtime: str
+    precision: str
+    manifest: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
-    def check(model: PreTrainedModel) -> None:
-        check_exportable(model, length(model))
-        check_cache_bits(how, runtime, model.config)
+    @classmethod
+    def read(cls, directory: str | Path) -> Artifact:
+        """Read the facts of an artifact; its other files are not opened.
 
-    with shipped_decoder(base, adapter, how, directory, check=check) as decoder:
-        model = decoder.whole
-        tokenizer = load_tokenizer(base, model)
-        lowered = lower(decoder, length(model), tokenizer)
-        sizes = decoder.sizes()
-    save_tokenizer(tokenizer, directory)
-    save_generation_config(base, model.config, directory, eos_ids(model), tokenizer.bos_token_id)
-    extra |= {
-        "runtime": runtime,
-        "precision": how.precision,
-        "context": length(model),
-        "scheme": scheme(how.precision) | ({"cache": SCHEME} if how.cache_bits else {}),
-        "quantization": how.choices(),
-        "sizes": sizes,
-        "lowering": lowered,
-        **describe(base, model.config, adapter),
-    }
-    write_card(directory, extra)
+        A directory with a program but no manifest is another tool's.
+
+        Raises:
+            InputError: No program, programs of two runtimes, or a manifest without a known runtime
+                and precision.
+        """
+        directory = Path(directory)
+        if not (directory / MANIFEST).is_file() and (found := runtimes.recognized(directory)):
+            if len(found) > 1:
+                raise InputError(
+                    f"{directory}: holds programs of {' and '.join(found)}, expected those of one"
+                )
+            return cls(directory, found[0], UNKNOWN)
+        manifest = read_manifest(directory)
+        runtime, precision = manifest.get("runtime"), manifest.get("precision")
+        if runtime not in runtimes.names():
+            expected = " or ".join(runtimes.names())
+            raise InputError(f"{directory / MANIFEST}: runtime is {runtime!r}, expected {expected}")
+        if not isinstance(precision, str):
+            raise InputError(
+                f"{directory / MANIFEST}: precision is {precision!r}, expected "
+                f"{', '.join(PRECISIONS[:-1])} or {PRECISIONS[-1]}"
+            )
+        return cls(directory, str(runtime), precision, manifest)
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether caliport made it, so that a manifest describes it."""
+        return bool(self.manifest)
+
+    @property
+    def quantization(self) -> Quantization:
+        """How its weights are quantized; only of an artifact of ours."""
+        return Quantization.of(self.manifest)
+
+    @property
+    def context(self) -> int | None:
+        """Tokens that its cache holds; None where no manifest says it."""
+        context = self.manifest.get("context")
+        return context if isinstance(context, int) else None
+
+    @property
+    def is_bundle(self) -> bool:
+        """Whether compositions stand beside a frozen base instead of being folded into it."""
+        return "bundle" in self.manifest
+
+    @property
+    def compositions(self) -> Mapping[str, Mapping[str, Any]]:
+        """Of a bundle: the facts of each composition by name; empty for a fold."""
+        found: Mapping[str, Mapping[str, Any]] = self.manifest.get("bundle", {}).get(
+            "compositions", {}
+        )
+        return found
+
+    @property
+    def inputs(self) -> Mapping[str, str]:
+        """Content hashes of what it was made from, by label."""
+        found: Mapping[str, str] = self.manifest.get("inputs", {})
+        return found
+
+    @property
+    def form(self) -> str:
+        """Names it among the artifacts of a composition, such as ``onnx-int4`` and ``-bundle``."""
+        return form_of(self.runtime, self.precision, self.is_bundle)
+
+    def composition(self, name: str) -> Mapping[str, Any]:
+        """The facts of one composition of a bundle.
+
+        Raises:
+            InputError: There is none of that name.
+        """
+        if name not in self.compositions:
+            listed = ", ".join(self.compositions) or "none"
+            raise InputError(
+                f"{self.directory}: has no composition {name!r}, expected one of {listed}"
+            )
+        return self.compositions[name]
+
+    def check(self) -> None:
+        """Check that its files are those that its manifest records; one without vouches for none.
+
+        Raises:
+            InputError: The first file that is missing, changed or not recorded.
+        """
+        if self.is_ours:
+            check_files(self.directory)
+
+
+def form_of(runtime: str, precision: str, bundle: bool) -> str:
+    """Names an artifact, or one part of a bundle, among those of its composition."""
+    return f"{runtime}-{precision}{'-bundle' if bundle else ''}"

@@ -78,7 +78,7 @@ def artifact(
     base_dir: Path, adapter_dirs: list[Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """The first adapter folded in, for ONNX in int4, in a directory with a space in its name."""
-    from caliport.export.api import to_onnx
+    from tests.exports import to_onnx
 
     out = tmp_path_factory.mktemp("made") / "my artifact"
     return to_onnx(base_dir, out, adapter=adapter_dirs[0], precision="int4")

@@ -25,7 +25,6 @@ from caliport.calibrate.peft_files import read_peft
 from caliport.core.checkpoints import eos_ids
 from caliport.core.directories import content_hash, new_directory, read_manifest
 from caliport.core.patching import quiet, swapped
-from caliport.export.artifact import fill_with
 from caliport.export.decoder.shipped import ShippedDecoder, group
 from caliport.export.decoder.skeleton import Layers, furnish, skeleton
 from caliport.export.decoder.terms import Composed, halves, split
@@ -33,9 +32,12 @@ from caliport.export.executorch.lower import PROGRAM, constant_methods
 from caliport.export.executorch.patches.skip_idle_passes import fast_lowering
 from caliport.export.executorch.patches.tied_tables import shared_tables
 from caliport.export.executorch.repeat import repeat
+from caliport.export.executorch.runtime import RUNTIME, ExecuTorch
 from caliport.export.executorch.steps import count_delegated, finish, lower_skeleton, with_weights
+from caliport.export.make import fill
 from caliport.export.quantization.choices import Quantization
 from caliport.export.quantization.quantizers.registry import integers
+from caliport.export.request import Request
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -68,31 +70,41 @@ def to_inputs(
     inputs = {"base": content_hash(base)}
     inputs |= {name: content_hash(path) for name, path in {**adapters, **compositions}.items()}
     settings = {"way": "inputs", "precision": precision, "context": context}
-
+    request = Request(base, RUNTIME.name, Quantization(precision), context)
     with new_directory(out, "export", inputs, settings) as (directory, extra):
-
-        def lower(
-            decoder: ShippedDecoder, length: int, tokenizer: PreTrainedTokenizerBase
-        ) -> dict[str, Any]:
-            shared = {name: read_peft(path) for name, path in adapters.items()}
-            for folder in ("adapters", "compositions"):
-                (directory / folder).mkdir()
-            for name, update in shared.items():
-                _save_rows(update, directory / "adapters" / f"{name}.safetensors")
-            ranks: dict[str, int] = {}
-            for name, path in compositions.items():
-                update = read_peft(path)
-                ranks = {module: update.rank(module) for module in update.modules}
-                composed = split(update, shared)
-                _save_own(composed, directory / "compositions" / f"{name}.safetensors")
-            ends = eos_ids(decoder.whole)
-            constants = constant_methods(decoder.whole, length, ends, tokenizer.bos_token_id)
-            return _lower(decoder, ranks, directory, length, constants)
-
-        fill_with(
-            lower, directory, extra, base, "executorch", None, Quantization(precision), context
-        )
+        fill(directory, extra, request, _AsInputs(compositions, adapters))
     return out
+
+
+class _AsInputs(ExecuTorch):
+    """ExecuTorch with the terms of compositions as inputs of one method."""
+
+    def __init__(self, compositions: Mapping[str, Path], adapters: Mapping[str, Path]) -> None:
+        self._compositions, self._adapters = compositions, adapters
+
+    def lower(
+        self,
+        decoder: ShippedDecoder,
+        directory: Path,
+        request: Request,
+        context: int,
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> dict[str, Any]:
+        """Write the program, and the terms as safetensors files."""
+        shared = {name: read_peft(path) for name, path in self._adapters.items()}
+        for folder in ("adapters", "compositions"):
+            (directory / folder).mkdir()
+        for name, update in shared.items():
+            _save_rows(update, directory / "adapters" / f"{name}.safetensors")
+        ranks: dict[str, int] = {}
+        for name, path in self._compositions.items():
+            update = read_peft(path)
+            ranks = {module: update.rank(module) for module in update.modules}
+            composed = split(update, shared)
+            _save_own(composed, directory / "compositions" / f"{name}.safetensors")
+        ends = eos_ids(decoder.whole)
+        constants = constant_methods(decoder.whole, context, ends, tokenizer.bos_token_id)
+        return {"lowering": _lower(decoder, ranks, directory, context, constants)}
 
 
 def _lower(

@@ -19,6 +19,7 @@ from caliport.cli.inspect import register as register_inspecting
 from caliport.cli.options import BaselineOption, DeviceOption, with_baseline
 from caliport.cli.runner import register as register_runner
 from caliport.core.errors import InputError
+from caliport.recipe.methods import CORRECTED, MERGED, WEIGHTED
 
 _INTERRUPTED = 130
 
@@ -104,8 +105,8 @@ def calibrate(
     method: Annotated[
         str,
         typer.Option(
-            help="linear, exact, svd, ties, dare, slerp; lorahub, lm-cocktail; lc, lc++, scales, "
-            "with variants such as lc++-per-layer or lc++-int4 (docs/calibrate.md)."
+            help=f"{', '.join(MERGED)}; {', '.join(WEIGHTED)}; {', '.join(CORRECTED)}, with "
+            "variants such as lc++-per-layer or lc++-int4; flix (docs/calibrate.md)."
         ),
     ] = "lc++",
     weight: Annotated[
@@ -118,8 +119,8 @@ def calibrate(
     prompt: Annotated[str, typer.Option(help="Prompt around each input.")] = "{input}",
     steps: Annotated[int, typer.Option(help="Optimizer steps of a correction.", min=1)] = 300,
     batch_size: Annotated[int, typer.Option(help="Examples a step.", min=1)] = 32,
-    learning_rate: Annotated[float, typer.Option(help="Of Adam, at its highest.")] = 5e-4,
-    seed: Annotated[int, typer.Option(help="Of the order of examples and initial values.")] = 0,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 5e-4,
+    seed: Annotated[int, typer.Option(help="Random seed of the training.")] = 0,
     rank: Annotated[
         list[str] | None, typer.Option("--rank", help="FLix: NAME=RANK of a feature to train.")
     ] = None,
@@ -149,6 +150,7 @@ def calibrate(
         _show(space.reports)
         return
     from caliport.flags.calibrate import calibrate_one, features_one
+    from caliport.stages.sources import Source
 
     training = {
         "steps": steps,
@@ -161,7 +163,8 @@ def calibrate(
         features_one(base, data, prompt, rank, training, features, target)
         return
     base, adapters, target = _needed(base=base, adapter=adapter, out=out)
-    calibrate_one(base, adapters, method, data, prompt, training, weight or [], target)
+    source = Source(data, prompt) if data is not None else None
+    calibrate_one(base, adapters, method, source, training, weight or [], target)
 
 
 @app.command()
@@ -225,21 +228,20 @@ def export(
         add_to_bundle(into, added)
         return
     from caliport.export.quantization.choices import Quantization
-    from caliport.flags.export import bundle_one, export_one
+    from caliport.export.request import Request
+    from caliport.flags.export import bundle_of, export_one
 
     base, runtime, target = _needed(base=base, runtime=runtime, out=out)
     if private and push_to_hub is None:
         raise InputError("--private goes with --push-to-hub REPO_ID alone")
-    how = Quantization(precision, tuple(int8_layer or ()), embedding_bits, cache_bits)
-    more: dict[str, Any] = {"preflight": preflight, "repo_id": push_to_hub, "private": private}
-    if bundle:
-        if adapter is not None:
-            raise InputError("--adapter goes without --bundle; expected --share NAME=DIR")
-        bundle_one(base, bundle, share or [], runtime, how, context, target, **more)
-        return
-    if share:
+    if bundle and adapter is not None:
+        raise InputError("--adapter goes without --bundle; expected --share NAME=DIR")
+    if share and not bundle:
         raise InputError("--share goes with --bundle NAME=DIR")
-    export_one(base, adapter, runtime, how, context, target, **more)
+    how = Quantization(precision, tuple(int8_layer or ()), embedding_bits, cache_bits)
+    beside = bundle_of(runtime, bundle, share or []) if bundle else None
+    request = Request(base, runtime, how, context, adapter, beside)
+    export_one(request, target, preflight=preflight, repo_id=push_to_hub, private=private)
 
 
 @app.command()

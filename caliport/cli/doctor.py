@@ -12,21 +12,21 @@ from packaging.requirements import Requirement
 from rich.console import Console
 from rich.table import Table
 
+from caliport.export.runtime import get, names
+
 _SMALL_MEMORY = 4e9
 _SMALL_DISK = 5e9
-# What each ability needs to import; a package can be installed and still not load.
-_ABILITIES = {
-    "train and calibrate": ("torch", "transformers", "peft"),
-    "quantize": ("torchao",),
-    "export and run .pte": (
-        "executorch.exir",
-        "executorch.extension.llm.custom_ops.custom_ops",
-        "executorch.kernels.quantized",
-        "executorch.extension.llm.runner",
-    ),
-    "export and run .onnx": ("onnx", "onnxscript", "onnxruntime", "onnxruntime_genai"),
-    "reports": ("jinja2", "matplotlib", "rouge_score", "sacrebleu"),
-}
+
+
+def abilities() -> dict[str, tuple[str, ...]]:
+    """What each ability needs to import; a package can be installed and still not load."""
+    runtimes = [get(name) for name in names()]
+    return {
+        "train and calibrate": ("torch", "transformers", "peft"),
+        "quantize": ("torchao",),
+        **{f"export and run {Path(each.program).suffix}": each.modules for each in runtimes},
+        "reports": ("jinja2", "matplotlib", "rouge_score", "sacrebleu"),
+    }
 
 
 def examine() -> bool:
@@ -66,13 +66,13 @@ def examine() -> bool:
         problems.append(f"only {memory.available / 1e9:.1f} GB of memory free; demo needs about 4")
     if disk.free < _SMALL_DISK:
         problems.append(f"only {disk.free / 1e9:.1f} GB of disk free here")
-    abilities = Table("ability", "", title="Abilities", title_justify="left")
-    for ability, modules in _ABILITIES.items():
+    table = Table("ability", "", title="Abilities", title_justify="left")
+    for ability, modules in abilities().items():
         reason = _import_problem(modules)
-        abilities.add_row(ability, f"[red]{reason}[/red]" if reason else "ok")
+        table.add_row(ability, f"[red]{reason}[/red]" if reason else "ok")
         if reason:
             problems.append(f"{ability}: {reason}")
-    console.print(abilities)
+    console.print(table)
     for problem in problems:
         console.print(f"[red]would not work:[/red] {problem}")
     if not problems:

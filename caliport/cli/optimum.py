@@ -50,21 +50,16 @@ class CaliportExportCommand(BaseOptimumCLICommand):
 
     def _export(self) -> None:
         from caliport.export.quantization.choices import Quantization
+        from caliport.export.request import Request
         from caliport.flags.export import export_one
 
         given = self.args
         if given.context is not None and given.context < 1:
             raise InputError(f"--context is {given.context}, expected at least 1")
         check_task(given.model)
-        export_one(
-            given.model,
-            given.adapter,
-            given.runtime,
-            Quantization(given.precision),
-            given.context,
-            given.output,
-            preflight=not given.no_preflight,
-        )
+        how = Quantization(given.precision)
+        request = Request(given.model, given.runtime, how, given.context, given.adapter)
+        export_one(request, given.output, preflight=not given.no_preflight)
 
 
 def check_task(base: str) -> None:

@@ -1,4 +1,4 @@
-"""Exports from flags, one artifact or a bundle, and which layers lose most at 4 bits."""
+"""An export from flags: one artifact, or a bundle that is added to."""
 
 from __future__ import annotations
 
@@ -7,82 +7,64 @@ from pathlib import Path
 
 from caliport.core.errors import InputError
 from caliport.core.progress import console
-from caliport.export.quantization.choices import Quantization
-from caliport.export.runtime import RUNTIMES
+from caliport.export.request import Bundle, Request
+from caliport.export.runtime import get, names
 from caliport.flags.named import named
-from caliport.stages.export import bundle_to, export_to
+from caliport.stages.export import export_to
 
 
 def export_one(
-    base: str,
-    adapter: Path | None,
-    runtime: str,
-    how: Quantization,
-    context: int | None,
+    request: Request,
     out: Path,
     *,
     preflight: bool = True,
     repo_id: str | None = None,
     private: bool = False,
 ) -> None:
-    """Export one artifact into ``out`` and push it to ``repo_id`` where one is given."""
-    _check(runtime, repo_id)
-    title = f"{runtime} {how.precision}"
-    export_to(out, title, base, adapter, runtime, how, context, preflight=preflight)
-    _finish("artifact", out, repo_id, private)
-
-
-def bundle_one(
-    base: str,
-    compositions: Sequence[str],
-    shared: Sequence[str],
-    runtime: str,
-    how: Quantization,
-    context: int | None,
-    out: Path,
-    *,
-    preflight: bool = True,
-    repo_id: str | None = None,
-    private: bool = False,
-) -> None:
-    """Export a bundle of compositions, each ``NAME=DIR``, over one base; push it as ``export_one``.
+    """Export one artifact into ``out`` and push it to ``repo_id`` where one is given.
 
     Raises:
-        InputError: A flag that is no ``NAME=DIR``, an unknown runtime, shared adapters with onnx.
+        InputError: An unknown runtime, a name that is no hub repository's, or see ``export_to``.
     """
-    _check(runtime, repo_id)
-    parts, adapters = named("--bundle", compositions), named("--share", shared)
-    if runtime == "onnx" and adapters:
-        raise InputError("--share goes with --runtime executorch; an .onnx_adapter holds all of it")
-    title = f"bundle of {len(parts)}: {runtime} {how.precision}"
-    bundle_to(out, title, base, parts, adapters, runtime, how, context, preflight=preflight)
-    _finish("bundle", out, repo_id, private)
+    from caliport.export.package.hub import check_repo_id, push
 
-
-def _check(runtime: str, repo_id: str | None) -> None:
-    from caliport.export.package.hub import check_repo_id
-
-    if runtime not in RUNTIMES:
-        raise InputError(f"--runtime is {runtime!r}, expected one of {', '.join(RUNTIMES)}")
+    if request.runtime not in names():
+        raise InputError(f"--runtime is {request.runtime!r}, expected one of {', '.join(names())}")
     if repo_id is not None:
         check_repo_id(repo_id)
-
-
-def _finish(kind: str, out: Path, repo_id: str | None, private: bool) -> None:
-    from caliport.export.package.hub import push
-
+    bundle = request.bundle
+    kind = "artifact" if bundle is None else "bundle"
+    title = request.label
+    if bundle is not None:
+        title = f"bundle of {len(bundle.compositions)}: {title}"
+    export_to(out, title, request, refuse=preflight)
     console.print(f"{kind}: {out}")
     if repo_id is not None:
         console.print(f"pushed: {push(out, repo_id, private=private)}")
+
+
+def bundle_of(runtime: str, compositions: Sequence[str], shared: Sequence[str]) -> Bundle:
+    """The bundle that ``--bundle NAME=DIR`` and ``--share NAME=DIR`` name.
+
+    Raises:
+        InputError: A flag that is no ``NAME=DIR``, or shared adapters where the runtime has none.
+    """
+    parts, adapters = named("--bundle", compositions), named("--share", shared)
+    if adapters and runtime in names() and not get(runtime).shares_adapters:
+        sharing = " or ".join(name for name in names() if get(name).shares_adapters)
+        raise InputError(
+            f"--share goes with --runtime {sharing}; {runtime} stores each composition whole"
+        )
+    return Bundle(parts, adapters)
 
 
 def add_to_bundle(bundle: Path, compositions: Sequence[str]) -> None:
     """Add compositions, each ``NAME=DIR``, to a finished bundle for ONNX.
 
     Raises:
-        InputError: See ``caliport.export.onnx.bundle.add_to_onnx_bundle``.
+        InputError: See ``caliport.export.api.add_composition``.
     """
-    from caliport.export.onnx.bundle import add_to_onnx_bundle
+    from caliport.export.api import add_composition
 
     for name, path in named("--bundle", compositions).items():
-        console.print(f"added: {add_to_onnx_bundle(bundle, name, path)}")
+        console.print(f"added: {add_composition(bundle, name, path)}")

@@ -15,12 +15,29 @@ from pydantic import (
     model_validator,
 )
 
-from caliport.export.executorch.lower import is_method
-from caliport.recipe.methods import Method, parse
+from caliport.core.errors import InputError
+from caliport.export.runtime import get, names
+from caliport.recipe.methods import CORRECTED, MERGED, Method, parse
 from caliport.validation.baseline.regression import RegressionLimits
 
-Runtime = Literal["executorch", "onnx"]
+
+def _runtime(name: str) -> str:
+    if name not in names():
+        raise ValueError(f"expected one of {', '.join(names())}")
+    return name
+
+
+Runtime = Annotated[str, AfterValidator(_runtime)]
 Precision = Literal["fp32", "int8", "int4"]
+
+
+def _merge(name: str) -> str:
+    if name not in MERGED:
+        raise ValueError(f"expected one of {', '.join(MERGED)}")
+    return name
+
+
+MergeName = Annotated[str, AfterValidator(_merge)]
 MethodName = Annotated[str, AfterValidator(lambda name: parse(name).name)]
 Metric = Literal["rougeL", "chrf", "weighted_rouge"]
 
@@ -154,7 +171,7 @@ class Calibration(_Part):
 
     examples: int = Field(10_000, gt=0)
     tuning: int = Field(0, ge=0)
-    merge: Literal["linear", "exact", "svd", "ties", "dare", "slerp"] = "linear"
+    merge: MergeName = "linear"
     density: float = Field(0.5, gt=0, le=1)
     methods: tuple[MethodName, ...] = (
         "zero-shot",
@@ -173,9 +190,13 @@ class Calibration(_Part):
     overrides: dict[MethodName, Train] = {}
 
     def training(self, method: Method) -> Train:
-        """How a method is trained: by its own entry of ``overrides``, else as its kind is."""
+        """How a method is trained: its own entry of ``overrides``, else its kind's field.
+
+        A correction without a field of its own takes the default of the others.
+        """
         kinds = {"lc": self.lc, "lc++": self.lcpp, "scales": self.scales, "joint": self.joint}
-        return self.overrides.get(method.name) or kinds[method.kind]
+        default = Train(steps=300, learning_rate=5e-3)
+        return self.overrides.get(method.name) or kinds.get(method.kind, default)
 
 
 class Flix(_Part):
@@ -269,7 +290,7 @@ class Export(_Part):
 
     method: str = "best"
     ship: tuple[Literal["fold", "bundle"], ...] = Field(("fold",), min_length=1)
-    runtimes: tuple[Runtime, ...] = ("executorch", "onnx")
+    runtimes: tuple[Runtime, ...] = names()
     precisions: tuple[Precision, ...] = ("fp32", "int8", "int4")
     context: int | None = Field(None, gt=0)
     int8_layers: tuple[str, ...] = ()
@@ -350,17 +371,16 @@ class Recipe(_Part):
                 f"export.method is {wanted}, expected best or one of calibration.methods that "
                 f"give an adapter: {', '.join(composed) or 'none'}"
             )
-        if "bundle" in self.export.ship and "executorch" in self.export.runtimes:
+        for runtime in self.export.runtimes if "bundle" in self.export.ship else ():
             for name in self.compositions:
-                if not is_method(name):
-                    raise ValueError(
-                        f"compositions.{name}: found {name!r}, expected letters, digits and _ (not "
-                        "forward), since a bundle for executorch has a method of that name"
-                    )
+                try:
+                    get(runtime).check_name(name)
+                except InputError as error:
+                    raise ValueError(f"compositions.{name}: {error}") from None
 
     def _training_fits(self, methods: Mapping[str, Method]) -> None:
         calibration = self.calibration
-        trained = {"lc", "lc++", "scales", "joint"}
+        trained = {*CORRECTED, "joint"}
         plans: dict[str, Train | None] = {"adapters": self.lora.train}
         plans |= {n: calibration.training(m) for n, m in methods.items() if m.kind in trained}
         if self.flix is not None:

@@ -1,4 +1,4 @@
-"""The artifacts of a run, and artifacts from flags."""
+"""The artifacts of a run."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from caliport.export.artifact import form_of
 from caliport.export.quantization.choices import Quantization
+from caliport.export.request import Bundle, Request
+from caliport.export.runtime import get
 from caliport.run.resolve import best_method
 from caliport.run.workspace import Workspace, need
-from caliport.stages.export import bundle_to, export_to
-from caliport.validation.artifact import form_of
+from caliport.stages.export import export_to
 
 ALONE = "base alone"
 """What stands for a composition where a bundle's base is meant."""
@@ -54,40 +56,40 @@ def rows_of(space: Workspace) -> Iterator[Row]:
 
 def export_all(space: Workspace, *, preflight: bool = True) -> None:
     """Export all compositions in every form that the recipe asks for."""
-    recipe, settings = space.recipe, space.recipe.export
+    recipe = space.recipe
     adapters = {
         name: need(space.composed(name, best_method(space, name)), "composed adapter", "calibrate")
         for name in recipe.compositions
     }
-    shared = {t: space.adapter(t) for tasks in recipe.compositions.values() for t in tasks}
     for row in rows_of(space):
-        how = Quantization(
-            row.precision,
-            settings.int8_layers if row.precision == "int4" else (),
-            settings.embedding_bits if row.precision == "int4" else None,
-            settings.cache_bits if row.runtime == "executorch" else None,
-        )
+        how, length = _quantization(space, row), recipe.export.context
         form = f"{row.runtime} {row.precision}"
         if not row.bundle:
-            export_to(
-                row.artifact,
-                f"{row.composition}: {form}",
-                space.base,
-                adapters[row.composition],
-                row.runtime,
-                how,
-                settings.context,
-                preflight=preflight,
+            request = Request(
+                space.base, row.runtime, how, length, adapter=adapters[row.composition]
             )
+            export_to(row.artifact, f"{row.composition}: {form}", request, refuse=preflight)
         elif row.composition == ALONE:
-            bundle_to(
-                row.artifact,
-                f"bundle of {len(adapters)}: {form}",
-                space.base,
-                adapters,
-                shared if row.runtime == "executorch" else {},
-                row.runtime,
-                how,
-                settings.context,
-                preflight=preflight,
-            )
+            bundle = Bundle(adapters, _shared(space, row))
+            request = Request(space.base, row.runtime, how, length, bundle=bundle)
+            title = f"bundle of {len(adapters)}: {form}"
+            export_to(row.artifact, title, request, refuse=preflight)
+
+
+def _quantization(space: Workspace, row: Row) -> Quantization:
+    """What the recipe asks for, as far as it concerns this form."""
+    settings, is_int4 = space.recipe.export, row.precision == "int4"
+    return Quantization(
+        row.precision,
+        settings.int8_layers if is_int4 else (),
+        settings.embedding_bits if is_int4 else None,
+        settings.cache_bits if get(row.runtime).has_int8_cache else None,
+    )
+
+
+def _shared(space: Workspace, row: Row) -> dict[str, Path]:
+    """Single-task adapters of all compositions, where the runtime can share them."""
+    if not get(row.runtime).shares_adapters:
+        return {}
+    tasks = (task for tasks in space.recipe.compositions.values() for task in tasks)
+    return {task: space.adapter(task) for task in tasks}

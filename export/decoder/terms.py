@@ -1,4 +1,4 @@
-"""XXX."""
+"""A composition beside a frozen base: its low-rank terms, and what of them is shared."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from caliport.calibrate.low_rank import LowRankUpdate
 from caliport.calibrate.peft_files import read_peft
 from caliport.core.errors import InputError
-from caliport.export.quantization.choices import Form
 
 _SAME = 1e-5
 
@@ -113,11 +112,6 @@ def read_updates(base: str | Path, adapters: Mapping[str, Path]) -> dict[str, Lo
                     "terms beside linear layers alone, so fold this adapter instead"
                 )
     return updates
-
-
-def shared_form(precision: str) -> Form | None:
-    """How a bundle of a precision ships its shared adapters: 8 bits a row, or float32 (None)."""
-    return None if precision == "fp32" else "int8"
 
 
 def halves(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

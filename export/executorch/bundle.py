@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from caliport.core.patching import quiet
-from caliport.export.artifact import fill_with
 from caliport.export.decoder.shipped import ShippedDecoder, every, forms_of
 from caliport.export.decoder.skeleton import (
     CannotRepeat,
@@ -29,39 +29,64 @@ from caliport.export.decoder.skeleton import (
     skeleton,
 )
 from caliport.export.decoder.stored import put_matrix
-from caliport.export.decoder.terms import halves
+from caliport.export.decoder.terms import Composed, halves, read_updates, split
 from caliport.export.executorch.lower import PROGRAM, constant_methods
 from caliport.export.executorch.patches.quantize_once import quantized_once
 from caliport.export.executorch.patches.skip_idle_passes import fast_lowering
 from caliport.export.executorch.patches.tied_tables import shared_tables
 from caliport.export.executorch.repeat import repeat
 from caliport.export.executorch.steps import count_delegated, finish, lower_skeleton, with_weights
-from caliport.export.quantization.choices import Quantization
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
     from caliport.calibrate.low_rank import LowRankUpdate
     from caliport.export.decoder.shipped import ShippedDecoder
-    from caliport.export.decoder.terms import Composed
     from caliport.export.executorch.steps import Lowered
     from caliport.export.quantization.choices import Form
+    from caliport.export.request import Bundle
 
 BASE_METHOD = "forward"
 # Names of the linear layers that hold a module's terms: shared A and B by number, own A and B.
 _SHARED, _OWN = "shared", "own"
 
 
+@dataclass(frozen=True)
+class Terms:
+    """The low-rank terms that a bundle computes beside its base.
+
+    Attributes:
+        adapters: The shared adapters by name.
+        compositions: What each composition adds to the base, by the name of its method.
+        form: How the shared adapters ship: ``int8`` or None for float32. A composition's own terms
+            are float16, or float32 with None.
+    """
+
+    adapters: Mapping[str, LowRankUpdate]
+    compositions: Mapping[str, Composed]
+    form: Form | None = "int8"
+
+
+def read_terms(base: str | Path, bundle: Bundle, form: Form | None) -> Terms:
+    """Read a bundle's adapters; shared ones that no composition contains are left out.
+
+    Raises:
+        InputError: See ``read_updates``.
+    """
+    single = read_updates(base, bundle.shared)
+    composed = {n: split(u, single) for n, u in read_updates(base, bundle.compositions).items()}
+    used = {name for parts in composed.values() for name in parts.adapters}
+    return Terms({name: single[name] for name in single if name in used}, composed, form)
+
+
 def lower_bundle(
     decoder: ShippedDecoder,
-    adapters: Mapping[str, LowRankUpdate],
-    compositions: Mapping[str, Composed],
+    terms: Terms,
     directory: Path,
     context: int,
     eos_ids: list[int],
     bos_id: int | None,
-    adapter_form: Form | None = "int8",
 ) -> dict[str, Any]:
     """Write ``directory/model.pte``: ``forward`` is the base, each composition a method beside it.
 
@@ -70,33 +95,31 @@ def lower_bundle(
 
     Args:
         decoder: The base, nothing folded.
-        adapters: The shared adapters by name.
-        compositions: Method names with what they add to the base.
+        terms: What the methods compute beside it.
         directory: Where to; must exist.
         context: Cache length in tokens.
         eos_ids: Token ids that end a generation.
         bos_id: The token id that begins a text, if there is one.
-        adapter_form: How the shared adapters ship: ``int8`` or None for float32. A composition's
-            own terms are float16, or float32 with None.
 
     Returns:
         Manifest entries: methods, constant methods, bytes by part.
     """
+    adapters, compositions = terms.adapters, terms.compositions
     constants = constant_methods(decoder.whole, context, eos_ids, bos_id)
-    sizes = _store(decoder, adapters, compositions, adapter_form)
+    sizes = _store(decoder, adapters, compositions, terms.form)
     programs: dict[str, ExportedProgram] = {}
     used: set[str] = set()
     held: dict[str, bytes] = {}
     with quiet(), fast_lowering(), quantized_once():
         wanted = {BASE_METHOD: None, **compositions}
         for names in _alike(wanted, adapters):
-            terms = _Terms(wanted[names[0]], adapters, adapter_form)
-            layers = group_layers(decoder.whole, partial(terms.kind, decoder))
+            structure = _Structure(wanted[names[0]], adapters, terms.form)
+            layers = group_layers(decoder.whole, partial(structure.kind, decoder))
             try:
-                lowered, repeated = _methods(decoder, terms, layers, names, wanted, context)
+                lowered, repeated = _methods(decoder, structure, layers, names, wanted, context)
             except CannotRepeat:
                 layers = every(decoder)
-                lowered, repeated = _methods(decoder, terms, layers, names, wanted, context)
+                lowered, repeated = _methods(decoder, structure, layers, names, wanted, context)
             held |= lowered.constants
             for name, (program, stored) in repeated.items():
                 programs[name] = program
@@ -118,7 +141,7 @@ def lower_bundle(
 
 def _methods(
     decoder: ShippedDecoder,
-    terms: _Terms,
+    structure: _Structure,
     layers: Layers,
     names: list[str],
     wanted: Mapping[str, Composed | None],
@@ -127,7 +150,7 @@ def _methods(
     """Lower one structure, and repeat it for each of its methods."""
     stored = decoder.names()
     model = furnish(skeleton(decoder.whole.config, layers), layers, decoder.forms)
-    terms.attach(model, layers)
+    structure.attach(model, layers)
     lowered = lower_skeleton(
         model,
         layers,
@@ -199,11 +222,11 @@ def _alike(
     """Method names by structure: the same modules with terms of the same ranks."""
     found: dict[Hashable, list[str]] = defaultdict(list)
     for name, composed in wanted.items():
-        found[_Terms(composed, adapters, None).structure()].append(name)
+        found[_Structure(composed, adapters, None).key()].append(name)
     return list(found.values())
 
 
-class _Terms:
+class _Structure:
     """The low-rank terms of one structure: what of ``Composed`` decides the program."""
 
     def __init__(
@@ -226,7 +249,7 @@ class _Terms:
         ]
         return ranks[0], ranks[1]
 
-    def structure(self) -> Hashable:
+    def key(self) -> Hashable:
         names = {n for u in (self.shared, self.own) if u is not None for n in u.modules}
         return (self.count, self.factor, tuple((n, self.of(n)) for n in sorted(names)))
 
@@ -292,52 +315,18 @@ class _InHalf(nn.Module):
         return nn.functional.linear(x, self.weight_half)
 
 
-def fill_bundle(
-    directory: Path,
-    extra: dict[str, Any],
-    base: str | Path,
-    compositions: Mapping[str, Path],
-    adapters: Mapping[str, Path],
-    how: Quantization,
-    context: int | None,
-) -> None:
-    """Write a bundle for ExecuTorch into a directory and its facts into ``extra``."""
-    from caliport.export.decoder.terms import read_updates, shared_form, split
+def describe(terms: Terms, bundle: Bundle, sizes: Mapping[str, Any]) -> dict[str, Any]:
+    """Manifest entries of a bundle's shared adapters and compositions."""
+    from caliport.export.package.card import describe_adapter
 
-    single = read_updates(base, adapters)
-    composed = {n: split(u, single) for n, u in read_updates(base, compositions).items()}
-    used = {name for parts in composed.values() for name in parts.adapters}
-    single = {name: update for name, update in single.items() if name in used}
-
-    def lower(
-        decoder: ShippedDecoder, length: int, tokenizer: PreTrainedTokenizerBase
-    ) -> dict[str, Any]:
-        from caliport.core.checkpoints import eos_ids
-        from caliport.export.executorch.bundle import lower_bundle
-        from caliport.export.package.card import describe_adapter
-
-        lowered = lower_bundle(
-            decoder,
-            single,
-            composed,
-            directory,
-            length,
-            eos_ids(decoder.whole),
-            tokenizer.bos_token_id,
-            shared_form(how.precision),
-        )
-        sizes = lowered["sizes"]
-        extra["bundle"] = {
-            "adapters": {name: {"bytes": size} for name, size in sizes["adapters"].items()},
-            "compositions": {
-                name: {
-                    "bytes": sizes["compositions"][name],
-                    "stands_on": list(composed[name].adapters),
-                    "lora": describe_adapter(path),
-                }
-                for name, path in compositions.items()
-            },
-        }
-        return lowered
-
-    fill_with(lower, directory, extra, base, "executorch", None, how, context)
+    return {
+        "adapters": {name: {"bytes": size} for name, size in sizes["adapters"].items()},
+        "compositions": {
+            name: {
+                "bytes": sizes["compositions"][name],
+                "stands_on": list(terms.compositions[name].adapters),
+                "lora": describe_adapter(path),
+            }
+            for name, path in bundle.compositions.items()
+        },
+    }

@@ -11,12 +11,10 @@ their attention scores get attention composed of matrix products that XNNPACK ta
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
@@ -26,9 +24,11 @@ from caliport.export.decoder.attention import (
     check_attended,
     check_attention,
     check_cache,
-    tracing,
     window_of,
 )
+from caliport.export.decoder.patches.own_attention import own_attention
+from caliport.export.decoder.patches.short_rotary import short_rotary
+from caliport.export.executorch.patches.tanh_gelu import tanh_gelu
 from caliport.export.quantization.cache import rounded
 
 if TYPE_CHECKING:
@@ -144,7 +144,11 @@ class Decoder(nn.Module):
         ]
         positions = torch.arange(tokens.shape[1]).unsqueeze(0) + start
         attention = _Attention(self.context, start, positions, layers, self.groups)
-        with tracing(self.model, attention, attention.mask), _TanhGelu():
+        with (
+            own_attention(self.model, attention, attention.mask),
+            short_rotary(self.model),
+            tanh_gelu(),
+        ):
             logits = self.model(
                 input_ids=tokens,
                 position_ids=positions,
@@ -266,19 +270,3 @@ def _composed(
     weights = torch.softmax(scores + mask, dim=-1)
     out = torch.bmm(weights, value)  # [kv heads, groups * n, dim]
     return out.unflatten(1, (groups, -1)).flatten(0, 1).unsqueeze(0).transpose(1, 2)
-
-
-class _TanhGelu(TorchFunctionMode):
-    """Write out GELU's tanh form: executorch 1.5.1 gives XNNPACK the exact one in its place.
-
-    x/2 (1 + tanh z) = x sigmoid(2z), z = √(2/π) (x + 0.044715 x³); https://arxiv.org/abs/1606.08415.
-    The two forms are up to 5e-4 apart.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is not nn.functional.gelu or kwargs.get("approximate") != "tanh":
-            return func(*args, **kwargs)
-        x = args[0] if args else kwargs["input"]
-        slope = 2 * math.sqrt(2 / math.pi)
-        return x * torch.sigmoid(x * (x * x * (0.044715 * slope) + slope))

@@ -5,7 +5,6 @@ The traced module is ``caliport.export.executorch.decoder.Decoder``.
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -104,11 +103,3 @@ def constant_methods(
         "get_eos_ids": list(eos_ids),
     }
     return methods if bos_id is None else {**methods, "get_bos_id": bos_id}
-
-
-_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
-
-
-def is_method(name: str) -> bool:
-    """Whether a composition can have a method of this name in a ``.pte``."""
-    return _NAME.fullmatch(name) is not None and name != "forward"

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
 
-from caliport.core.patching import swapped
 from caliport.core.progress import at
 from caliport.export.decoder.skeleton import Layers, boundary_op, marked
 from caliport.export.executorch.decoder import Decoder
-from caliport.export.executorch.patches.weight_keys import add, deferred_weights
+from caliport.export.executorch.patches import check_releases
+from caliport.export.executorch.patches.means_as_products import means_as_products
+from caliport.export.executorch.patches.quantized_lookup import quantized_lookup
+from caliport.export.executorch.patches.weight_keys import (
+    constants_of,
+    deferred_weights,
+    fill_delegates,
+)
 
 if TYPE_CHECKING:
     from executorch.exir import EdgeProgramManager
@@ -58,7 +63,11 @@ def lower_skeleton(
         is_weight: Whether a parameter of the skeleton gets its content after lowering.
         while_tracing: Active around the trace.
         cache_bits: 8 for keys and values in int8, None for float32.
+
+    Raises:
+        InputError: A release of a package is installed that this was not tested with.
     """
+    check_releases()
     names: dict[str, str] = {}
     at("tracing")
     with while_tracing or nullcontext():
@@ -66,13 +75,7 @@ def lower_skeleton(
     at(f"lowering {len(layers.kept)} of {len(layers.stands_for)} layers")
     with deferred_weights(is_weight, names):
         edge = _delegate(traced)
-    store = edge._named_data_store
-    constants = {
-        key: store.buffers[entry.buffer_index]
-        for key, entry in store.pte_data.items()
-        if key not in names
-    }
-    return Lowered(edge.exported_program(), names, constants)
+    return Lowered(edge.exported_program(), names, constants_of(edge, names))
 
 
 def with_weights(
@@ -92,15 +95,10 @@ def with_weights(
         constants: What else their delegates hold, by key.
     """
     from executorch.exir import EdgeCompileConfig, EdgeProgramManager
-    from executorch.exir._serialize._named_data_store import NamedDataStore
 
     config = EdgeCompileConfig(_check_ir_validity=False)
     edge = EdgeProgramManager(dict(programs), methods, config)
-    edge._named_data_store = NamedDataStore()
-    for key, data in sorted(constants.items()):
-        edge._named_data_store.add_named_data(key, data, 16)
-    for name in sorted(set(used)):
-        add(edge._named_data_store, name, weights[name])
+    fill_delegates(edge, weights, used, constants)
     return edge
 
 
@@ -115,11 +113,13 @@ def _trace(
     tokens = torch.zeros(1, min(4, context), dtype=torch.long)
     sizes = torch.export.Dim("n", min=1, max=context)
     decoder = Decoder(model, context, cache_bits).eval()
+    config = model.config.get_text_config()
+    normed = {config.hidden_size, getattr(config, "head_dim", None)} - {None}
     with (
         torch.no_grad(),
         marked(model, layers.path, boundary_op()),
-        _quantized_lookup(),
-        _means_as_products(decoder),
+        quantized_lookup(),
+        means_as_products(decoder, normed),
     ):
         return torch.export.export(
             decoder,
@@ -127,53 +127,6 @@ def _trace(
             dynamic_shapes={"tokens": {1: sizes}, "input_pos": None},
             strict=False,
         )
-
-
-@contextmanager
-def _means_as_products(decoder: Decoder) -> Iterator[None]:
-    """While the body runs, the mean over a last dimension is a product with a constant.
-
-    XNNPACK has no such mean. A norm's mean would leave the delegate for a slow operator and cut
-    the delegate in two, which costs a decode step of a model of a billion parameters some 7 %.
-    """
-    plain = Tensor.mean
-    config = decoder.model.config.get_text_config()
-    sizes = {config.hidden_size, getattr(config, "head_dim", None)} - {None}
-    for size in sizes:
-        decoder.register_buffer(f"mean_of_{size}", torch.full((1, size), 1 / size))
-
-    def mean(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        given = dict(zip(("dim", "keepdim"), args, strict=False)) | kwargs
-        last = given.get("dim") in (-1, (-1,), [-1]) and given.get("keepdim")
-        if not last or self.dtype != torch.float32 or self.shape[-1] not in sizes:
-            return plain(self, *args, **kwargs)
-        return nn.functional.linear(self, decoder.get_buffer(f"mean_of_{self.shape[-1]}"))
-
-    with swapped(Tensor, "mean", mean):
-        yield
-
-
-@contextmanager
-def _quantized_lookup() -> Iterator[None]:
-    """While the body runs, embeddings that have ``weight_data`` look their rows up in it."""
-    import executorch.exir.passes._quant_patterns_and_replacements  # noqa: F401  registers the ops
-
-    plain = nn.Embedding.forward
-    ops = torch.ops.quantized_decomposed
-
-    def forward(self: nn.Embedding, input: Tensor) -> Tensor:
-        parts = dict(self.named_parameters(recurse=False))
-        if "weight_data" not in parts:
-            return plain(self, input)
-        data, scale = parts["weight_data"], parts["weight_scale"]
-        if data.dtype == torch.int8:
-            return ops.embedding_byte(data, scale.flatten(), None, -128, 127, input)
-        rows = ops.embedding_4bit(data, scale, None, -8, 7, input)
-        # The operator takes the high half of a byte first, all other kernels the low half.
-        return rows.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
-
-    with swapped(nn.Embedding, "forward", forward):
-        yield
 
 
 def _delegate(program: ExportedProgram) -> EdgeProgramManager:

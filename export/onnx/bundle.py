@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,9 +25,7 @@ from caliport.core.directories import (
     read_manifest,
 )
 from caliport.core.errors import InputError
-from caliport.export.artifact import fill_with
-from caliport.export.onnx.lower import check_name
-from caliport.export.quantization.choices import Quantization
+from caliport.export.artifact import Artifact
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -34,17 +33,19 @@ if TYPE_CHECKING:
 
     from caliport.calibrate.low_rank import LowRankUpdate
     from caliport.export.decoder.shipped import ShippedDecoder
+    from caliport.export.request import Request
 
 ENDING = ".onnx_adapter"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _ERRORS_ONLY = 3
 _VERSION = 1
 
 
-def add_to_onnx_bundle(bundle: Path, name: str, adapter: Path) -> Path:
+def add_composition(bundle: Path, name: str, adapter: Path) -> Path:
     """Add a composition to a finished bundle; the base is neither read nor written.
 
     Args:
-        bundle: A directory made by ``to_onnx_bundle``.
+        bundle: A bundle for ONNX.
         name: Of the composition; one of that name is replaced.
         adapter: A PEFT LoRA directory for the bundle's base.
 
@@ -59,13 +60,14 @@ def add_to_onnx_bundle(bundle: Path, name: str, adapter: Path) -> Path:
     from caliport.calibrate.peft_files import read_peft
 
     check_name(name)
-    manifest = read_manifest(bundle)
-    if manifest.get("runtime") == "executorch":
+    artifact = Artifact.read(bundle)
+    if artifact.runtime != "onnx":
         raise InputError(
             f"{bundle}: a .pte cannot be added to; export the bundle again with all compositions"
         )
-    if "bundle" not in manifest:
+    if not artifact.is_bundle:
         raise InputError(f"{bundle}: {MANIFEST} has no `bundle`; expected one for onnx")
+    manifest = read_manifest(bundle)
     update = read_peft(adapter)
     shapes = {module: tuple(shape) for module, shape in manifest["bundle"]["modules"].items()}
     _check_shapes(update, shapes, adapter, bundle)
@@ -85,34 +87,27 @@ def add_to_onnx_bundle(bundle: Path, name: str, adapter: Path) -> Path:
     return path
 
 
-def fill_bundle(
+def lower_request(
+    decoder: ShippedDecoder,
     directory: Path,
-    extra: dict[str, Any],
-    base: str | Path,
-    compositions: Mapping[str, Path],
-    how: Quantization,
-    context: int | None,
-    modules: list[str] | None = None,
-) -> None:
-    """Write a bundle for ONNX into a directory and its facts into ``extra``."""
+    request: Request,
+    context: int,
+    tokenizer: PreTrainedTokenizerBase,
+) -> dict[str, Any]:
+    """Write a bundle for ONNX; arguments and result are those of ``Runtime.lower``."""
     from caliport.export.decoder.terms import read_updates
 
-    updates = read_updates(base, compositions)
-
-    def lower(
-        decoder: ShippedDecoder, length: int, tokenizer: PreTrainedTokenizerBase
-    ) -> dict[str, Any]:
-        shapes = _updatable(decoder, modules, updates.values())
-        lowered = lower_bundle(decoder, directory, length, tokenizer, shapes)
-        facts = {}
-        for name, update in updates.items():
-            path = directory / f"{name}{ENDING}"
-            write_adapter(update, path)
-            facts[name] = _facts(update, path, compositions[name])
-        extra["bundle"] = {"modules": shapes, "compositions": facts}
-        return lowered
-
-    fill_with(lower, directory, extra, base, "onnx", None, how, context)
+    bundle = request.bundle
+    assert bundle is not None
+    updates = read_updates(request.base, bundle.compositions)
+    shapes = _updatable(decoder, bundle.modules, updates.values())
+    lowered = lower_bundle(decoder, directory, context, tokenizer, shapes)
+    facts = {}
+    for name, update in updates.items():
+        path = directory / f"{name}{ENDING}"
+        write_adapter(update, path)
+        facts[name] = _facts(update, path, bundle.compositions[name])
+    return {"bundle": {"modules": shapes, "compositions": facts}, "lowering": lowered}
 
 
 def lower_bundle(
@@ -216,6 +211,18 @@ def write_adapter(update: LowRankUpdate, path: Path) -> None:
     made.set_model_version(_VERSION)
     made.set_parameters(values)
     made.export_adapter(str(path))
+
+
+def check_name(name: str) -> None:
+    """Check that a composition's name can be that of a file.
+
+    Raises:
+        InputError: It cannot.
+    """
+    if not _NAME.fullmatch(name):
+        raise InputError(
+            f"composition {name!r}: expected a name of letters, digits, `.`, `_` and `-`"
+        )
 
 
 def _check_shapes(

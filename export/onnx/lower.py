@@ -17,14 +17,12 @@ there, which is the rounding of its input alone.
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from caliport.core.checkpoints import eos_ids
-from caliport.core.errors import InputError
 from caliport.export.decoder.checks import cache_shape
 from caliport.export.decoder.shipped import ShippedDecoder, every, group
 from caliport.export.decoder.skeleton import CannotRepeat
@@ -186,18 +184,3 @@ def genai_config(
         },
         "search": {"do_sample": False, "max_length": context, "past_present_share_buffer": True},
     }
-
-
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-
-
-def check_name(name: str) -> None:
-    """Check that a composition's name can be that of a file.
-
-    Raises:
-        InputError: It cannot.
-    """
-    if not _NAME.fullmatch(name):
-        raise InputError(
-            f"composition {name!r}: expected a name of letters, digits, `.`, `_` and `-`"
-        )

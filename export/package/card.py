@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from caliport.core.directories import MANIFEST, read_manifest, versions
+from caliport.export import runtime as runtimes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -18,82 +19,6 @@ if TYPE_CHECKING:
 CARD = "README.md"
 
 _TEMPLATE = "card.md.j2"
-_TITLES = {"executorch": "ExecuTorch", "onnx": "ONNX Runtime"}
-_NEEDS = {"executorch": ("executorch", "transformers"), "onnx": ("onnxruntime-genai",)}
-_CODE = {
-    "executorch": """\
-import executorch.extension.llm.custom_ops.custom_ops
-import executorch.kernels.quantized
-from executorch.extension.llm.runner import GenerationConfig, TextLLMRunner
-from transformers import AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained(".")
-prompt = {prompt}
-settings = GenerationConfig(
-    max_new_tokens=64, temperature=0.0, echo=False, num_bos={begins}, num_eos=0
-)
-TextLLMRunner("model.pte", "tokenizer.json").generate(prompt, settings)  # it prints""",
-    "onnx": """\
-import json
-
-import onnxruntime_genai as genai
-
-model = genai.Model(".")
-{load}tokenizer = genai.Tokenizer(model)
-prompt = {prompt}
-settings = genai.GeneratorParams(model)
-settings.set_search_options(max_length={context}, do_sample=False)
-generator = genai.Generator(model, settings)
-{activate}generator.append_tokens(tokenizer.encode(prompt))
-while not generator.is_done():
-    generator.generate_next_token()
-print(tokenizer.decode(generator.get_sequence(0)))""",
-}
-_METHOD_CODE = """\
-import executorch.extension.llm.custom_ops.custom_ops
-import executorch.kernels.quantized
-import torch
-from executorch.extension.pybindings.portable_lib import _load_for_executorch
-from transformers import AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained(".")
-program = _load_for_executorch("model.pte")
-prompt = {prompt}
-tokens = tokenizer(prompt, add_special_tokens={special})["input_ids"]
-ends = set(program.run_method("get_eos_ids", []))
-position, written = 0, []
-while len(written) < 64 and not ends.intersection(written):
-    inputs = [torch.tensor([tokens]), torch.tensor([position])]
-    logits = program.run_method("{composition}", inputs)[0]
-    position, tokens = position + len(tokens), [int(logits.argmax())]
-    written += tokens
-print(tokenizer.decode(written))"""
-_LOAD = """\
-adapters = genai.Adapters(model)
-adapters.load("{composition}.onnx_adapter", "{composition}")
-"""
-_ACTIVATE = """\
-generator.set_active_adapter(adapters, "{composition}")
-"""
-_BUNDLE_NOTES = {
-    "executorch": "Every composition is a method of this form, and `forward` is the base alone. "
-    "`TextLLMRunner` runs `forward` in Python; in C++ `create_text_llm_runner` takes the name of a "
-    "method.",
-    "onnx": "Without `set_active_adapter` the base alone answers; one loaded model switches from "
-    "composition to composition.",
-}
-_TURNS = '[{"role": "user", "content": "Hello"}]'
-_PLAIN = '"Hello\\n"'
-_CHAT = {
-    "executorch": f"""\
-tokenizer.apply_chat_template(
-    {_TURNS}, tokenize=False, add_generation_prompt=True
-)""",
-    "onnx": f"""\
-tokenizer.apply_chat_template(
-    json.dumps({_TURNS}), add_generation_prompt=True
-)""",
-}
 
 
 def describe(
@@ -150,7 +75,8 @@ def write_card(directory: Path, facts: Mapping[str, Any]) -> None:
     """
     from huggingface_hub import ModelCard, ModelCardData
 
-    runtime, precision, base = facts["runtime"], facts["precision"], facts["base"]
+    precision, base = facts["precision"], facts["base"]
+    runtime = runtimes.get(facts["runtime"])
     sizes = sorted((p.name, p.stat().st_size) for p in directory.iterdir() if p.is_file())
     chat = any(name == "chat_template.jinja" for name, _ in sizes)
     found = versions()
@@ -162,11 +88,11 @@ def write_card(directory: Path, facts: Mapping[str, Any]) -> None:
         kind = "A decoder with a LoRA adapter folded in"
     data = ModelCardData(
         base_model=base["name"],
-        library_name=runtime,
+        library_name=runtime.name,
         pipeline_tag="text-generation",
         tags=[
             "caliport",
-            runtime,
+            runtime.name,
             precision,
             *(["lora"] if facts["adapter"] or compositions else []),
         ],
@@ -174,7 +100,7 @@ def write_card(directory: Path, facts: Mapping[str, Any]) -> None:
     card = ModelCard.from_template(
         data,
         template_path=str(Path(__file__).with_name(_TEMPLATE)),
-        title=_TITLES[runtime],
+        title=runtime.title,
         kind=kind,
         architecture=base["architecture"],
         base=base,
@@ -186,28 +112,14 @@ def write_card(directory: Path, facts: Mapping[str, Any]) -> None:
         context=facts["context"],
         chat=chat,
         sizes=sizes,
-        needs=", ".join(f"{package} {found[package]}" for package in _NEEDS[runtime]),
-        runner="runtime" if compositions and runtime == "executorch" else "own runner",
-        code=_code(runtime, next(iter(compositions), None), chat, facts["context"]),
-        note=_BUNDLE_NOTES[runtime] if compositions else None,
+        needs=", ".join(f"{package} {found[package]}" for package in runtime.needs),
+        runner=runtime.runner_words(bool(compositions)),
+        code=runtime.code(next(iter(compositions), None), chat, facts["context"]),
+        note=runtime.bundle_note if compositions else None,
         versions=found,
         packages=sorted(found.items()),
     )
     (directory / CARD).write_text(card.content.strip() + "\n", encoding="utf-8")
-
-
-def _code(runtime: str, composition: str | None, chat: bool, context: int) -> str:
-    """What runs an artifact, or a composition of a bundle, from its directory."""
-    named = runtime == "executorch" and composition is not None
-    return (_METHOD_CODE if named else _CODE[runtime]).format(
-        prompt=_CHAT[runtime] if chat else _PLAIN,
-        begins=0 if chat else 1,
-        special=not chat,
-        context=context,
-        composition=composition,
-        load=_LOAD.format(composition=composition) if composition else "",
-        activate=_ACTIVATE.format(composition=composition) if composition else "",
-    )
 
 
 def _composition_words(facts: Mapping[str, Any]) -> str:

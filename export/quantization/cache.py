@@ -7,17 +7,8 @@ the keys in integers, and weighs the values as q and scale; the cache is never d
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
-
-from caliport.core.errors import InputError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
-
-    from caliport.export.quantization.choices import Quantization
 
 SCHEME = {
     "bits": 8,
@@ -27,27 +18,6 @@ SCHEME = {
     "queries": "rounded alike",
 }
 _LEAST, _MOST = -128, 127
-
-
-def check_cache_bits(how: Quantization, runtime: str, config: PreTrainedConfig) -> None:
-    """Check that the attention of a decoder can read the cache that is asked for.
-
-    Raises:
-        InputError: An int8 cache for ``onnx``, or for a decoder that caps its attention scores.
-    """
-    if how.cache_bits is None:
-        return
-    if runtime == "onnx":
-        raise InputError(
-            "cache_bits: found 8 with onnx, expected none: ONNX Runtime's GroupQueryAttention "
-            "takes a scale for each tensor or channel, fixed by calibration, and none by token"
-        )
-    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
-    if capped is not None:
-        raise InputError(
-            f"cache_bits: found 8, expected none for config.json's attn_logit_softcapping of "
-            f"{capped}: ExecuTorch's kernel for int8 caches does not cap scores"
-        )
 
 
 def rounded(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _LARGEST = 127
 
 
-def reference(model: PreTrainedModel, precision: str) -> PreTrainedModel:
+def in_blocks(model: PreTrainedModel, precision: str) -> PreTrainedModel:
     """The eager model whose logits the ONNX artifact should give.
 
     ONNX Runtime's ``MatMulNBits`` with ``accuracy_level`` 4 quantizes its input by block of the

@@ -1,6 +1,4 @@
-"""What a bundle is made of: shared single-task adapters, compositions that stand on them, and the
-eager model that each composition should equal.
-"""
+"""The eager model that a composition of a bundle should equal: terms beside a frozen base."""
 
 from __future__ import annotations
 
@@ -12,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from caliport.calibrate.low_rank import LowRankUpdate
-from caliport.export.decoder.terms import Composed, read_updates, shared_form, split
+from caliport.export.decoder.terms import Composed, read_updates, split
 from caliport.export.quantization.choices import Form, Quantization
 from caliport.export.quantization.tensors import quantized
 from caliport.export.reference import folded
+from caliport.export.runtime import Rounding, get
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,7 +26,7 @@ def reference(
     how: Quantization,
     runtime: str,
     shared: Mapping[str, Path] | None = None,
-    rounds: str | None = None,
+    rounding: Rounding | None = None,
 ) -> PreTrainedModel:
     """The eager model whose logits a bundle's composition should give: terms beside the base.
 
@@ -38,19 +37,19 @@ def reference(
         base: A Hugging Face directory or hub name.
         adapter: The composition's PEFT LoRA directory; None for the bundle's base.
         how: How the base is quantized.
-        runtime: ``executorch`` or ``onnx``.
-        shared: For ExecuTorch, the PEFT LoRA directories that the bundle shares.
-        rounds: Of which runtime the rounding of the base's activations is; None for ``runtime``.
+        runtime: Its name.
+        shared: The PEFT LoRA directories that the bundle shares.
+        rounding: Of the base's activations, in place of the runtime's own.
 
     Raises:
         InputError: A base or adapter that cannot be read, or do not fit.
     """
-    model = folded.reference(base, None, how, rounds or runtime)
+    model = folded.reference(base, None, how, runtime, rounding)
     if adapter is None:
         return model
     updates = read_updates(base, {**(shared or {}), "": adapter})
     update = updates.pop("")
-    form = shared_form(how.precision) if runtime == "executorch" else None
+    form = get(runtime).adapter_form(how.precision)
     return beside(model, split(update, updates), updates, form)
 
 

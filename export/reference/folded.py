@@ -1,4 +1,4 @@
-"""XXX."""
+"""The eager models that a folded artifact is lowered from and held to."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from caliport.export.quantization.choices import Quantization
+from caliport.export.runtime import Rounding, get
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,12 +39,26 @@ def eager(base: str | Path, adapter: Path | None, how: Quantization | str) -> Pr
 
 
 def reference(
-    base: str | Path, adapter: Path | None, how: Quantization | str, runtime: str
+    base: str | Path,
+    adapter: Path | None,
+    how: Quantization | str,
+    runtime: str,
+    rounding: Rounding | None = None,
 ) -> PreTrainedModel:
-    """The eager model whose logits an artifact should give, rounding while it runs included.
+    """The eager model whose logits an artifact should give, rounding of activations included.
 
-    The two runtimes hold the same integers but quantize activations differently: XNNPACK by
-    token, as torchao does; ONNX Runtime by block. An int8 cache rounds keys, values and queries.
+    All runtimes hold the same integers but round the inputs of quantized products differently
+    (``Runtime.rounding``). An int8 cache rounds keys, values and queries.
+
+    Args:
+        base: A Hugging Face directory or hub name.
+        adapter: A PEFT LoRA directory or None.
+        how: How it is quantized; a precision stands for its defaults.
+        runtime: Its name.
+        rounding: In place of the runtime's own.
+
+    Raises:
+        InputError: As ``eager``.
     """
     how = Quantization(how) if isinstance(how, str) else how
     model = eager(base, adapter, how)
@@ -51,8 +66,8 @@ def reference(
         from caliport.export.reference.int8_cache import round_cache
 
         round_cache(model)
-    if runtime == "executorch" or how.precision == "fp32":
-        return model
-    from caliport.export.reference import activations
+    if how.precision == "fp32" or (rounding or get(runtime).rounding) == "token":
+        return model  # as torchao's tensors round
+    from caliport.export.reference.activations import in_blocks
 
-    return activations.reference(model, how.precision)
+    return in_blocks(model, how.precision)

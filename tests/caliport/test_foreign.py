@@ -10,9 +10,9 @@ from subprocess import CompletedProcess
 
 import pytest
 
-from caliport.export import to_executorch, to_onnx
 from tests.commands import caliport
 from tests.conftest import random_adapter
+from tests.exports import to_executorch, to_onnx
 
 
 @pytest.fixture(scope="module")

@@ -18,15 +18,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from caliport.core.patching import quiet
-from caliport.export.api import to_executorch, to_onnx
 from caliport.export.decoder.checks import check_exportable
 from caliport.export.executorch.decoder import Decoder
 from caliport.export.reference.folded import reference
-from caliport.export.runtime import RUNTIMES
+from caliport.export.runtime import names
 from caliport.validation.runners.executorch import ExecuTorchRunner
 from caliport.validation.runners.onnx import OnnxRunner, generate_ids
 from caliport.validation.runners.runner import greedy
 from tests.export.families import CONTEXT, FAMILIES, WINDOW, build, save
+from tests.exports import to_executorch, to_onnx
 
 # Largest distance as a share of the largest logit; an order of sums away from eager.
 TOLERANCE = 1e-5
@@ -45,7 +45,7 @@ QUANTIZED = [(name, "int4", "onnx") for name in FAMILIES if name not in UNQUANTI
 # ExecuTorch's linear layers are alike in all; these differ in what is around them.
 QUANTIZED += [(n, "int4", "executorch") for n in (*FAST, "phi3", "qwen2", "smollm3")]
 # 8 bits go the same way through a graph, so one stands for all.
-QUANTIZED += [("llama", "int8", runtime) for runtime in RUNTIMES]
+QUANTIZED += [("llama", "int8", runtime) for runtime in names()]
 
 Artifacts = Callable[[str, str, str], tuple[Path, Path]]
 
@@ -128,7 +128,7 @@ def test_the_traced_decoder_gives_eagers_logits(family: str, tokens: list[int]) 
     assert model.config._attn_implementation == "eager"
 
 
-@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize("runtime", names())
 @pytest.mark.parametrize("family", _marked(list(FAMILIES)))
 def test_artifact_gives_eagers_logits(
     artifacts: Artifacts, tokens: list[int], family: str, runtime: str

@@ -15,17 +15,17 @@ from transformers import PreTrainedModel
 
 from caliport.core.directories import read_manifest
 from caliport.core.errors import InputError
-from caliport.export import to_executorch
-from caliport.export.artifact import fill
-from caliport.export.executorch.bundle import fill_bundle
 from caliport.export.executorch.decoder import Decoder
+from caliport.export.make import fill, make
 from caliport.export.quantization.cache import SCHEME, rounded
 from caliport.export.quantization.choices import Quantization
 from caliport.export.reference.beside import reference as bundle_reference
 from caliport.export.reference.folded import reference
 from caliport.export.reference.int8_cache import round_cache
+from caliport.export.request import Bundle, Request
 from caliport.validation.runners.executorch import ExecuTorchRunner
 from tests.export.families import FAMILIES, build, save
+from tests.exports import to_executorch
 
 CONTEXT = 64
 # How the tokens are cut into passes; each reads up to the last position.
@@ -149,7 +149,8 @@ def test_methods_of_a_bundle_have_an_int8_cache(
 ) -> None:
     adapter = random_adapter(base_dir, tmp_path / "adapter", seed=1)
     how = Quantization("fp32", cache_bits=8)
-    fill_bundle(tmp_path, {}, base_dir, {"one": adapter}, {}, how, CONTEXT)
+    bundle = Bundle({"one": adapter})
+    fill(tmp_path, {}, Request(base_dir, "executorch", how, CONTEXT, bundle=bundle))
     for method, folded in (("forward", None), ("one", adapter)):
         expected = _eager(bundle_reference(base_dir, folded, how, "executorch"), tokens)
         runner = ExecuTorchRunner(tmp_path, method=method)
@@ -162,7 +163,7 @@ def test_what_has_no_int8_cache_is_refused_before_any_work(base_dir: Path, tmp_p
     with pytest.raises(InputError, match=r"cache_bits: found 8, .* attn_logit_softcapping of 4\.0"):
         to_executorch(base, tmp_path / "out", cache_bits=8)
     with pytest.raises(InputError, match="cache_bits: found 8 with onnx, expected none"):
-        fill(tmp_path, {}, base_dir, "onnx", None, Quantization("int4", cache_bits=8), None)
+        make(Request(base_dir, "onnx", Quantization("int4", cache_bits=8)), tmp_path / "out")
     with pytest.raises(InputError, match="cache_bits: found 4, expected 8 or none"):
         to_executorch(base_dir, tmp_path / "out", cache_bits=4)
     assert [path.name for path in tmp_path.iterdir()] == ["base"]

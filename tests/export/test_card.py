@@ -15,9 +15,9 @@ from huggingface_hub import ModelCard
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig
 
 from caliport.core.directories import read_manifest
-from caliport.export import to_executorch_bundle, to_onnx_bundle
 from caliport.export.package.card import describe, write_card
 from caliport.export.package.generation import save_generation_config
+from tests.exports import to_executorch_bundle, to_onnx_bundle
 
 RUNTIMES = ("onnx", "executorch")
 

@@ -19,7 +19,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 from caliport.core.checkpoints import encode_prompt, load_base, load_tokenizer, render_prompt
 from caliport.core.errors import InputError
 from caliport.core.patching import quiet
-from caliport.export import to_executorch
 from caliport.export.decoder.shipped import every, group, shipped_decoder
 from caliport.export.executorch import lower as executorch
 from caliport.export.executorch.patches.skip_idle_passes import fast_lowering
@@ -27,6 +26,7 @@ from caliport.export.executorch.steps import finish
 from caliport.export.quantization.choices import PRECISIONS, Quantization
 from caliport.export.quantization.tensors import quantize
 from caliport.validation.runners.executorch import ExecuTorchRunner, generate
+from tests.exports import to_executorch
 
 CONTEXT = 96
 TEXT = "Anna and Tom meet in the park on Friday"

@@ -19,15 +19,15 @@ from caliport.calibrate.merges.linear import linear
 from caliport.calibrate.peft_files import write_peft
 from caliport.core.checkpoints import load_base
 from caliport.core.errors import InputError
-from caliport.export import to_executorch_bundle
 from caliport.export.decoder.shipped import shipped_decoder
 from caliport.export.decoder.terms import Composed, halves, split
-from caliport.export.executorch.bundle import lower_bundle
+from caliport.export.executorch.bundle import Terms, lower_bundle
 from caliport.export.executorch.patches.quantize_once import join
 from caliport.export.quantization.choices import Form
 from caliport.export.quantization.tensors import quantize
 from caliport.export.reference.beside import beside
 from caliport.validation.runners.executorch import ExecuTorchRunner
+from tests.exports import to_executorch_bundle
 
 CONTEXT = 64
 
@@ -71,7 +71,7 @@ def _bundle(
     }
     parts = {name: split(update, adapters) for name, update in compositions.items()}
     with shipped_decoder(base, None, precision, out) as decoder:
-        facts = lower_bundle(decoder, adapters, parts, out, CONTEXT, [2], 1, form)
+        facts = lower_bundle(decoder, Terms(adapters, parts, form), out, CONTEXT, [2], 1)
     return adapters, compositions, facts
 
 

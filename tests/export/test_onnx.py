@@ -31,7 +31,6 @@ from transformers import (
 from caliport.core.checkpoints import eos_ids, load_base, load_tokenizer, render_prompt
 from caliport.core.directories import read_manifest
 from caliport.core.errors import InputError
-from caliport.export.api import to_onnx
 from caliport.export.onnx import lower as lowering
 from caliport.export.onnx.layouts import unpack
 from caliport.export.quantization.choices import PRECISIONS
@@ -41,6 +40,7 @@ from caliport.export.reference.folded import eager
 from caliport.validation.runners.eager import EagerRunner
 from caliport.validation.runners.onnx import OnnxRunner, generate, generate_ids
 from caliport.validation.runners.runner import greedy
+from tests.exports import to_onnx
 
 CONTEXT = 96
 BITS = {"int8": 8, "int4": 4}

@@ -16,13 +16,13 @@ from conftest import random_adapter
 from caliport.calibrate.peft_files import read_peft
 from caliport.core.directories import check_files, read_manifest
 from caliport.core.errors import InputError
-from caliport.export.api import to_onnx_bundle
 from caliport.export.decoder.terms import split
-from caliport.export.onnx.bundle import add_to_onnx_bundle
+from caliport.export.api import add_composition
 from caliport.export.quantization.tensors import dequantize
 from caliport.export.reference.beside import beside
 from caliport.export.reference.folded import eager
 from caliport.validation.runners.onnx import OnnxRunner, generate_ids
+from tests.exports import to_onnx_bundle
 
 CONTEXT = 96
 TOKENS = [int(token) for token in np.random.default_rng(5).integers(5, 300, 40)]
@@ -151,7 +151,7 @@ def test_a_composition_can_be_added_later(
 ) -> None:
     bundle = shutil.copytree(bundle_of("int8"), tmp_path / "bundle")
     before = (bundle / "model.onnx").stat().st_mtime_ns
-    file = add_to_onnx_bundle(bundle, "later", adapter_dirs[1])
+    file = add_composition(bundle, "later", adapter_dirs[1])
     check_files(bundle)
     assert (bundle / "model.onnx").stat().st_mtime_ns == before
     assert "later" in read_manifest(bundle)["bundle"]["compositions"]
@@ -159,7 +159,7 @@ def test_a_composition_can_be_added_later(
     runner = OnnxRunner(bundle, threads=1, float_activations=True, adapter=file)
     np.testing.assert_allclose(runner.prefill(TOKENS), expected, atol=1e-4, rtol=0)
     first = file.read_bytes()
-    assert add_to_onnx_bundle(bundle, "later", adapter_dirs[1]).read_bytes() == first
+    assert add_composition(bundle, "later", adapter_dirs[1]).read_bytes() == first
 
 
 def test_layers_can_be_limited(base_dir: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
@@ -169,7 +169,7 @@ def test_layers_can_be_limited(base_dir: Path, adapters: dict[str, Path], tmp_pa
     modules = read_manifest(bundle)["bundle"]["modules"]
     assert [name.rpartition(".")[2] for name in modules] == ["down_proj"] * 2
     with pytest.raises(InputError, match=r"updates model\.layers\.0\.self_attn\.q_proj, which"):
-        add_to_onnx_bundle(bundle, "few", adapters["few"])
+        add_composition(bundle, "few", adapters["few"])
     assert not (bundle / "few.onnx_adapter").exists()
     check_files(bundle)
 
@@ -179,17 +179,17 @@ def test_wrong_inputs_are_one_line(
 ) -> None:
     bundle = shutil.copytree(bundle_of("int8"), tmp_path / "bundle")
     with pytest.raises(InputError, match=r"composition '\.\./up': expected a name"):
-        add_to_onnx_bundle(bundle, "../up", adapters["all"])
+        add_composition(bundle, "../up", adapters["all"])
     with pytest.raises(InputError, match="ends the name of no linear layer"):
         to_onnx_bundle(base_dir, {}, tmp_path / "no", context=CONTEXT, modules=["proj_q"])
     manifest = json.loads((bundle / "manifest.json").read_text())
     manifest["bundle"]["modules"]["model.layers.1.mlp.up_proj"] = [7, 7]
     (bundle / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(InputError, match="made for another base"):
-        add_to_onnx_bundle(bundle, "all", adapters["all"])
+        add_composition(bundle, "all", adapters["all"])
     (bundle / "manifest.json").write_text("{}")
     with pytest.raises(InputError, match="expected one for onnx"):
-        add_to_onnx_bundle(bundle, "all", adapters["all"])
+        add_composition(bundle, "all", adapters["all"])
     (bundle / "manifest.json").unlink()
     (bundle / "all.onnx_adapter").write_bytes(b"\0" * 100)
     with pytest.raises(InputError, match="not an adapter of ONNX Runtime"):

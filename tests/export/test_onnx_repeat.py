@@ -16,12 +16,12 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from caliport.core.checkpoints import load_tokenizer
 from caliport.core.directories import read_manifest
 from caliport.core.errors import InputError
-from caliport.export.api import to_onnx
 from caliport.export.decoder.shipped import ShippedDecoder, every
 from caliport.export.decoder.skeleton import Layers
 from caliport.export.onnx import lower as lowering
 from caliport.export.reference.folded import eager
 from caliport.validation.runners.onnx import OnnxRunner
+from tests.exports import to_onnx
 
 CONTEXT = 48
 

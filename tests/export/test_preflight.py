@@ -20,12 +20,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from caliport.core.errors import InputError
 from caliport.core.machine import available_memory
-from caliport.export import preflight, to_executorch, to_onnx
-from caliport.export.api import to_executorch_bundle, to_onnx_bundle
+from caliport.export import preflight
 from caliport.export.decoder import shipped
+from caliport.export.make import make
 from caliport.export.preflight import Needs, needs
 from caliport.export.quantization.choices import Quantization
-from caliport.export.runtime import RUNTIMES
+from caliport.export.request import Bundle, Request
+from caliport.export.runtime import names
 
 INT4 = Quantization("int4")
 
@@ -89,7 +90,7 @@ def test_what_memory_cannot_hold_is_refused_before_a_weight_is_read(tmp_path: Pa
 
 def test_no_disk(tmp_path: Path, base_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preflight, "free_disk", lambda out: 100_000)
-    given = (base_dir, [], "executorch", INT4, tmp_path / "art")
+    given = Request(base_dir, "executorch", INT4), tmp_path / "art"
     with pytest.raises(InputError, match=r"needs about 0 MB of disk, 0 MB are free at .*; free"):
         preflight.preflight(*given)
     assert preflight.preflight(*given, refuse=False) is not None
@@ -157,7 +158,7 @@ def _cases() -> list[Any]:
             marks=pytest.mark.slow if runtime == "executorch" and name in slow else (),
         )
         for name, case in FORMS.items()
-        for runtime in RUNTIMES
+        for runtime in names()
     ]
 
 
@@ -170,32 +171,25 @@ def test_disk_is_that_of_a_real_export(
     peaks: list[int],
     request: pytest.FixtureRequest,
 ) -> None:
-    path = request.getfixturevalue(base)
-    export = to_onnx if runtime == "onnx" else to_executorch
-    out = export(
-        path,
-        tmp_path / "art",
-        precision=how.precision,
-        int8_layers=how.int8_layers,
-        embedding_bits=how.embedding_bits,
-    )
-    _check(needs(path, [], runtime, how), out, peaks)
+    wanted = Request(request.getfixturevalue(base), runtime, how)
+    make(wanted, tmp_path / "art")
+    _check(needs(wanted), tmp_path / "art", peaks)
 
 
 @pytest.mark.parametrize("runtime", ["onnx", pytest.param("executorch", marks=pytest.mark.slow)])
 def test_disk_of_a_bundle(runtime: str, tied: Path, tmp_path: Path, peaks: list[int]) -> None:
     """Compositions lie beside the base, in as many bits as the runtime has them."""
     paths = [random_adapter(tied, tmp_path / f"{i}", i, rank=16) for i in range(2)]
-    export = to_onnx_bundle if runtime == "onnx" else to_executorch_bundle
-    out = export(tied, {f"c{i}": path for i, path in enumerate(paths)}, tmp_path / "art")
-    found = needs(tied, paths, runtime, INT4, shared=())
-    _check(found, out, peaks)
+    bundle = Bundle({f"c{i}": path for i, path in enumerate(paths)})
+    wanted = Request(tied, runtime, INT4, bundle=bundle)
+    make(wanted, tmp_path / "art")
+    _check(needs(wanted), tmp_path / "art", peaks)
 
 
 def test_what_is_no_checkpoint_is_left_to_what_loads_it(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for base in (tmp_path / "empty", tmp_path / "gone", "nobody/nothing", "no name at all"):
-        assert preflight.preflight(base, [], "onnx", INT4, tmp_path / "art") is None
+        assert preflight.preflight(Request(base, "onnx", INT4), tmp_path / "art") is None
 
 
 def write(place: Path, **files: object) -> None:
@@ -244,11 +238,10 @@ def test_without_proc_the_machines_memory_counts(tmp_path: Path) -> None:
 _PEAK = """
 import atexit, sys
 from pathlib import Path
-from caliport.export import to_executorch, to_onnx
+from caliport.export.api import export
 atexit.register(lambda: print(Path("/proc/self/status").read_text()))
 base, runtime, precision = sys.argv[1:]
-export = to_onnx if runtime == "onnx" else to_executorch
-export(base, Path("art"), precision=precision)
+export(base, "art", runtime=runtime, precision=precision)
 """
 
 
@@ -275,6 +268,6 @@ def test_the_process_needs_no_more_memory_than_is_said(
         check=True,
     )
     peak = 1024 * int(done.stdout.split("VmHWM:")[1].split()[0])
-    found = needs(wide, [], runtime, Quantization(precision))
+    found = needs(Request(wide, runtime, Quantization(precision)))
     assert found is not None
     assert peak < found.memory < 1.5 * peak

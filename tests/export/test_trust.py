@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 
 from caliport.core.directories import check_files, file_hash, read_manifest
 from caliport.core.errors import InputError
-from caliport.export import to_onnx
 from caliport.validation.runners import executorch as executorch_runner
 from caliport.validation.runners import onnx as onnx_runner
 from caliport.validation.runners.open import open_runner, stock_generate
 from tests.export.conftest import export_both
+from tests.exports import to_onnx
 
 RUNTIMES = ("onnx", "executorch")
 

@@ -1,1 +1,21 @@
-"""XXX."""
+"""What is changed in third-party packages while a decoder is traced and lowered for ExecuTorch.
+
+One file a patch: a context manager, the releases it was tested with, and in its docstring the
+upstream behaviour it works around. ``tests/export/test_executorch_patches.py`` has for each a test
+that fails once the patch is no longer needed or no longer fits.
+"""
+
+from caliport.core.patching import check_tested
+
+
+def check_releases() -> None:
+    """Check the installed packages against the patches without which a program would be wrong.
+
+    Raises:
+        InputError: A release that one of them was not tested with.
+    """
+    from caliport.export.decoder.patches import own_attention
+    from caliport.export.executorch.patches import quantized_lookup, tanh_gelu, weight_keys
+
+    for patch in (own_attention, quantized_lookup, tanh_gelu, weight_keys):
+        check_tested(patch.RELEASES)

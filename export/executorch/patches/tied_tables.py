@@ -1,9 +1,12 @@
-"""Emit an ExecuTorch program whose tables come from files, tied ones stored once.
+"""Emit an ExecuTorch program whose embedding tables come from files, tied ones stored once.
 
-A lookup reads its table from the program's constants, a delegate its weights from named data, and
-ExecuTorch's format keeps the two in segments of their own. A tied head's weights are the very
-bytes of the embedding's, so the head's segment is laid over them. Segments are places in the file
-with an offset and a size; the runtime maps each by itself.
+Upstream: executorch 1.5.1, ``executorch.exir._serialize._program``. A lookup reads its table from
+the program's constants, a delegate its weights from named data, and ExecuTorch writes the two into
+segments of their own. A tied head has the same bytes as the embedding, so they are written twice.
+Segments are ranges of the file with an offset and a size, and the runtime maps each by itself; so
+the head's segment is set to the embedding's bytes.
+
+With another release the patch is left out: the program computes the same and has the table twice.
 """
 
 from __future__ import annotations
@@ -15,12 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from caliport.core.patching import swapped
+from caliport.core.patching import is_tested, swapped
 from caliport.export.executorch.patches.weight_keys import final_key
 
 if TYPE_CHECKING:
     from caliport.export.decoder.shipped import ShippedDecoder
     from caliport.export.decoder.stored import Stored
+
+RELEASES = ("executorch==1.5.*",)
 
 
 @contextmanager
@@ -30,6 +35,9 @@ def shared_tables(decoder: ShippedDecoder) -> Iterator[None]:
     Args:
         decoder: Whose weights they have.
     """
+    if not is_tested(RELEASES):
+        yield
+        return
     from executorch.exir._serialize import _program
     from executorch.exir._serialize._cord import Cord
     from executorch.exir.schema import DataSegment

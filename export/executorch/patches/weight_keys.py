@@ -1,7 +1,10 @@
 """Weights that an ExecuTorch program gets after lowering: names while lowering, contents after.
 
-XNNPACK keys a delegate's constants by the hash of their content. While a skeleton is lowered its
-weights have no content, so they are keyed by the hash of their name instead.
+Upstream: executorch 1.5.1, ``executorch.backends.xnnpack.operators.node_visitor.NodeVisitor``.
+XNNPACK's lowering copies a delegate's constants and keys them by the hash of their content. While a
+skeleton is lowered its weights have no content, so they are keyed by the hash of their name instead.
+
+Without the patch a program would hold zeros. With another release it is refused.
 """
 
 from __future__ import annotations
@@ -9,19 +12,20 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from caliport.core.patching import swapped
+from caliport.core.patching import check_tested, swapped
 
 if TYPE_CHECKING:
-    from executorch.exir._serialize._named_data_store import NamedDataStore
+    from executorch.exir import EdgeProgramManager
 
-    from caliport.export.decoder.stored import Stored
+    from caliport.export.decoder.stored import Stored, Weights
 
+RELEASES = ("executorch==1.5.*",)
 _SCALE = "scale_"
 _HALF = ".weight.half"
 # Of the parts of a torchao tensor, of an embedding's
@@ -34,7 +38,7 @@ _ENDINGS = {
     ".weight_half": _HALF,
 }
 _ALIGNMENT = 16
-# Of a key: as long as it takes to tell contents apart, since a method names each that it uses.
+# Hexadecimal digits of a key. No more than needed to tell contents apart: each method lists its keys.
 _DIGITS = 16
 KEY = re.compile(rb"(?:scale_)?[0-9a-f]{%d}" % _DIGITS)
 
@@ -63,12 +67,40 @@ def final_key(name: str, stored: Stored) -> str:
     return _SCALE + digest if name.endswith(".scale") else digest
 
 
-def add(store: NamedDataStore, name: str, stored: Stored) -> None:
-    """Let a program's named data have a weight, from its file."""
-    from executorch.exir._serialize._cord import FileBackedData
+def constants_of(edge: EdgeProgramManager, names: Mapping[str, str]) -> dict[str, bytes]:
+    """What the delegates of a lowered program hold by key, without the weights of ``names``."""
+    store = edge._named_data_store
+    return {
+        key: store.buffers[entry.buffer_index]
+        for key, entry in store.pte_data.items()
+        if key not in names
+    }
 
-    data = FileBackedData(str(stored.path), sha256=stored.sha256)
-    store.add_named_data(final_key(name, stored), data, _ALIGNMENT)
+
+def fill_delegates(
+    edge: EdgeProgramManager,
+    weights: Weights,
+    used: Iterable[str],
+    constants: Mapping[str, bytes],
+) -> None:
+    """Give a program's delegates their contents.
+
+    Args:
+        edge: The program; what its delegates had before is dropped.
+        weights: Where the weights are.
+        used: Names of those that the delegates use.
+        constants: What else they hold, by key.
+    """
+    from executorch.exir._serialize._cord import FileBackedData
+    from executorch.exir._serialize._named_data_store import NamedDataStore
+
+    store = edge._named_data_store = NamedDataStore()
+    for key, content in sorted(constants.items()):
+        store.add_named_data(key, content, _ALIGNMENT)
+    for name in sorted(set(used)):
+        stored = weights[name]
+        data = FileBackedData(str(stored.path), sha256=stored.sha256)
+        store.add_named_data(final_key(name, stored), data, _ALIGNMENT)
 
 
 @contextmanager
@@ -80,7 +112,11 @@ def deferred_weights(is_deferred: Callable[[str], bool], names: dict[str, str]) 
     Args:
         is_deferred: Asked with a weight's name.
         names: Takes the name of every key that was given.
+
+    Raises:
+        InputError: A release that this was not tested with is installed.
     """
+    check_tested(RELEASES)
     from executorch.backends.xnnpack.operators import node_visitor as module
     from executorch.backends.xnnpack.serialization import xnnpack_graph_schema as schema
 

@@ -1,0 +1,109 @@
+"""ExecuTorch with XNNPACK, as a runtime of caliport."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from caliport.core.errors import InputError
+from caliport.export.executorch import snippet
+from caliport.export.executorch.costs import ExecuTorchCosts
+from caliport.export.request import Request
+from caliport.export.runtime import Costs, Rounding, Runtime
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from caliport.export.decoder.shipped import ShippedDecoder
+    from caliport.export.quantization.choices import Form
+
+_METHOD = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
+
+
+class ExecuTorch:
+    """See ``caliport.export.runtime.Runtime``."""
+
+    name = "executorch"
+    title = "ExecuTorch"
+    label = "ExecuTorch"
+    package = "executorch"
+    needs: tuple[str, ...] = ("executorch", "transformers")
+    modules: tuple[str, ...] = (
+        "executorch.exir",
+        "executorch.extension.llm.custom_ops.custom_ops",
+        "executorch.kernels.quantized",
+        "executorch.extension.llm.runner",
+    )
+    rounding: Rounding = "token"
+    program = "model.pte"
+    shares_adapters = True
+    has_int8_cache = True
+    bundle_note = snippet.BUNDLE_NOTE
+    costs: Costs = ExecuTorchCosts()
+
+    def recognizes(self, directory: Path) -> bool:
+        """Any ``.pte``."""
+        return any(directory.glob("*.pte"))
+
+    def check_name(self, name: str) -> None:
+        """A composition is a method of the program."""
+        if _METHOD.fullmatch(name) is None or name == "forward":
+            raise InputError(
+                f"bundle: found the name {name!r}, expected letters, digits and _ (not forward)"
+            )
+
+    def check(self, request: Request) -> None:
+        """A finished program cannot be added to, so a bundle needs a composition."""
+        if request.bundle is None:
+            return
+        if not request.bundle.compositions:
+            raise InputError("bundle: found no composition, expected at least one NAME=DIR")
+        for name in request.bundle.compositions:
+            self.check_name(name)
+
+    def check_model(self, request: Request, model: PreTrainedModel) -> None:
+        """An int8 cache, and scores that are capped, do not go together."""
+        capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
+        if request.quantization.cache_bits is not None and capped is not None:
+            raise InputError(
+                f"cache_bits: found 8, expected none for config.json's attn_logit_softcapping of "
+                f"{capped}: ExecuTorch's kernel for int8 caches does not cap scores"
+            )
+
+    def lower(
+        self,
+        decoder: ShippedDecoder,
+        directory: Path,
+        request: Request,
+        context: int,
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> dict[str, Any]:
+        """Write ``model.pte``, with a method for each composition of a bundle."""
+        from caliport.core.checkpoints import eos_ids
+        from caliport.export.executorch import bundle, lower
+
+        ends, begin = eos_ids(decoder.whole), tokenizer.bos_token_id
+        if request.bundle is None:
+            return {"lowering": lower.lower(decoder, directory, context, ends, begin)}
+        terms = bundle.read_terms(
+            request.base, request.bundle, self.adapter_form(request.quantization.precision)
+        )
+        lowered = bundle.lower_bundle(decoder, terms, directory, context, ends, begin)
+        facts = bundle.describe(terms, request.bundle, lowered["sizes"])
+        return {"bundle": facts, "lowering": lowered}
+
+    def adapter_form(self, precision: str) -> Form | None:
+        """8 bits beside a quantized base."""
+        return None if precision == "fp32" else "int8"
+
+    def code(self, composition: str | None, chat: bool, context: int) -> str:
+        """``TextLLMRunner``, or the method of a composition."""
+        return snippet.code(composition, chat)
+
+    def runner_words(self, bundle: bool) -> str:
+        """The stock runner's Python binding runs ``forward`` alone."""
+        return "runtime" if bundle else "own runner"
+
+
+RUNTIME: Runtime = ExecuTorch()

@@ -1,0 +1,85 @@
+"""From a request to the files of an artifact: fold, quantize, lower, and what travels along."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from caliport.core.directories import content_hash, new_directory
+from caliport.export import runtime as runtimes
+from caliport.export.request import Request
+from caliport.export.runtime import Runtime
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def make(request: Request, out: Path) -> None:
+    """Make an artifact at ``out``; one that is there already is replaced.
+
+    Raises:
+        InputError: The request cannot be met, or ``out`` cannot be written; nothing is left behind.
+    """
+    runtimes.get(request.runtime).check(request)
+    inputs = {
+        label: content_hash(Path(path)) if Path(path).exists() else f"name:{path}"
+        for label, path in request.inputs().items()
+    }
+    with new_directory(out, "export", inputs, request.settings()) as (partial, extra):
+        fill(partial, extra, request)
+
+
+def fill(
+    directory: Path, extra: dict[str, Any], request: Request, runtime: Runtime | None = None
+) -> None:
+    """Write an artifact's files into a directory and its facts into ``extra``.
+
+    Args:
+        directory: Where to; must exist.
+        extra: Takes the manifest's entries.
+        request: What to export.
+        runtime: What lowers it; default the request's.
+
+    Raises:
+        InputError: The base or an adapter cannot be read or exported as asked.
+    """
+    from caliport.core.checkpoints import eos_ids, load_tokenizer
+    from caliport.export.decoder.checks import check_exportable
+    from caliport.export.decoder.shipped import shipped_decoder
+    from caliport.export.package.card import describe, write_card
+    from caliport.export.package.generation import save_generation_config
+    from caliport.export.package.tokenizer import save_tokenizer
+    from caliport.export.quantization.cache import SCHEME
+    from caliport.export.quantization.tensors import scheme
+
+    runtime = runtime or runtimes.get(request.runtime)
+    base, how = request.base, request.quantization
+
+    def context_of(model: PreTrainedModel) -> int:
+        longest = int(model.config.max_position_embeddings)
+        return longest if request.context is None else request.context
+
+    def check(model: PreTrainedModel) -> None:
+        check_exportable(model, context_of(model))
+        runtime.check_model(request, model)
+
+    with shipped_decoder(base, request.adapter, how, directory, check=check) as decoder:
+        model = decoder.whole
+        tokenizer = load_tokenizer(base, model)
+        context = context_of(model)
+        lowered = runtime.lower(decoder, directory, request, context, tokenizer)
+        sizes = decoder.sizes()
+    save_tokenizer(tokenizer, directory)
+    save_generation_config(base, model.config, directory, eos_ids(model), tokenizer.bos_token_id)
+    lowering = lowered.pop("lowering")
+    extra |= lowered | {
+        "runtime": request.runtime,
+        "precision": how.precision,
+        "context": context,
+        "scheme": scheme(how.precision) | ({"cache": SCHEME} if how.cache_bits else {}),
+        "quantization": how.choices(),
+        "sizes": sizes,
+        "lowering": lowering,
+        **describe(base, model.config, request.adapter),
+    }
+    write_card(directory, extra)

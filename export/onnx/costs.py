@@ -1,0 +1,63 @@
+"""What an export to ONNX costs; measured on two cores of an AMD EPYC."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from caliport.export.decoder.parts import Part
+    from caliport.export.quantization.choices import Form
+
+
+class OnnxCosts:
+    """See ``caliport.export.runtime.Costs``."""
+
+    lowering = 0.63e9
+    start = 12.0
+    layer = 0.1
+    keeps_terms = False
+
+    def shipped(self, part: Part) -> int:
+        """Bytes as the operators take a parameter; a tied table in the same layout counts once."""
+        if part.form is not None:
+            return _in_nodes(part, part.form)
+        return 0 if part.is_tied else part.data()
+
+    def graph(self, model: PreTrainedModel, context: int | None) -> int:
+        """Bytes of the sines and cosines, float32 [context, turned / 2] each."""
+        config = model.config.get_text_config()
+        length = context or int(config.max_position_embeddings)
+        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        rope = getattr(config, "rope_parameters", None) or {}
+        kinds = [kind for kind in rope.values() if isinstance(kind, Mapping)] or [rope]
+        return sum(int(4 * length * dim * kind.get("partial_rotary_factor", 1.0)) for kind in kinds)
+
+    def copied(self, parts: Sequence[Part], precision: str) -> float:
+        """The largest matrix; they are written one by one."""
+        return float(max(self.shipped(part) for part in parts))
+
+    def methods(self, compositions: int) -> int:
+        """One graph serves all compositions."""
+        return 1
+
+    def term_bytes(self, precision: str) -> tuple[int, int]:
+        """float32 always."""
+        return (4, 4)
+
+
+def _in_nodes(part: Part, form: Form) -> int:
+    from caliport.export.onnx.layouts import lookup_layout, product_layout
+
+    rows, columns = part.shape
+    product = product_layout(rows, columns, "int8" if form.endswith("int8") else "int4")
+    layout = product
+    if part.is_lookup:
+        layout = lookup_layout(rows, columns, form, product if part.is_tied else None)
+    size = math.prod(layout.data_shape) + 4 * math.prod(layout.scale_shape)
+    if part.is_tied and layout.scale_shape == product.scale_shape:
+        return 0 if math.prod(product.data_shape) == math.prod(layout.data_shape) else size
+    return size
