@@ -336,11 +336,15 @@ def report(
 @app.command()
 def init(
     path: Annotated[Path, typer.Argument(help="The file to write.")] = Path("recipe.yaml"),
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="A recipe of caliport's own, such as llama-3.2-1b or demo."),
+    ] = None,
 ) -> None:
     """Write a commented recipe to start from."""
     from caliport.flags.template import write_template
 
-    write_template(path)
+    write_template(path, recipe)
 
 
 @app.command()

@@ -1,18 +1,39 @@
-"""XXX."""
+"""``caliport init``: a recipe to start from."""
 
 from __future__ import annotations
 
+from importlib.resources import files
 from pathlib import Path
 
 from caliport.core.errors import InputError
 from caliport.core.progress import console
 
+_ENDING = ".yaml"
 
-def write_template(path: Path) -> None:
-    """Write the commented recipe to ``path``, which must not be there yet."""
-    from importlib.resources import files
 
-    text = files("caliport.flags").joinpath("template.yaml").read_text(encoding="utf-8")
+def recipes() -> list[str]:
+    """Names of the recipes that come with the package."""
+    found = files("caliport").joinpath("recipes").iterdir()
+    return sorted(f.name.removesuffix(_ENDING) for f in found if f.name.endswith(_ENDING))
+
+
+def write_template(path: Path, recipe: str | None = None) -> None:
+    """Write a recipe to ``path``, which must not be there yet.
+
+    Args:
+        path: The file.
+        recipe: One of ``recipes()``; None for the template that explains every field.
+
+    Raises:
+        InputError: Another recipe, or a file that is there already or cannot be written.
+    """
+    if recipe is None:
+        source = files("caliport.flags").joinpath("template.yaml")
+    elif recipe in recipes():
+        source = files("caliport").joinpath("recipes", f"{recipe}{_ENDING}")
+    else:
+        raise InputError(f"--recipe is {recipe!r}, expected one of {', '.join(recipes())}")
+    text = source.read_text(encoding="utf-8")
     try:
         with path.open("x", encoding="utf-8") as stream:
             stream.write(text)

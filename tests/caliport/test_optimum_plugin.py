@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
-import venv
 from pathlib import Path
 
 import pytest
-from commands import ROOT, caliport
+from commands import caliport
 
 from caliport.cli.optimum import check_task
 from caliport.core.directories import read_manifest
@@ -19,7 +17,6 @@ from caliport.core.errors import InputError
 
 # Optimum must find the command by what is installed, not by where the tests run.
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"COLUMNS": "200"}
-PACKAGES = ("caliport",)
 
 
 def optimum(*arguments: object, cwd: Path) -> subprocess.CompletedProcess:
@@ -85,39 +82,3 @@ def test_other_libraries_are_refused(tmp_path: Path, base_dir: Path) -> None:
     for nothing in ("empty", "gone"):
         with pytest.raises(InputError, match="no checkpoint that Optimum knows"):
             check_task(str(tmp_path / nothing))
-
-
-@pytest.mark.slow
-def test_a_wheel_brings_the_command(tmp_path: Path) -> None:
-    """Installed alone into an environment that shares only the libraries with this one."""
-    source = tmp_path / "source"
-    for name in (*PACKAGES, "optimum"):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    build = [*pip, "wheel", "--no-index", "--no-deps", "--no-build-isolation", str(source)]
-    subprocess.run(build, cwd=tmp_path, env=ENVIRONMENT, check=True, capture_output=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    venv.create(tmp_path / "venv", symlinks=True)
-    packages = next((tmp_path / "venv/lib").glob("python*")) / "site-packages"
-    shared = [path for path in sys.path if path.endswith("site-packages")]
-    (packages / "shared.pth").write_text("\n".join(shared))  # not read as one: no .pth of theirs
-    python = tmp_path / "venv/bin/python"
-    install = [*pip, "--python", str(python), "install", "--ignore-installed", "--no-deps"]
-    install += ["--no-index", str(wheel)]
-    subprocess.run(install, cwd=tmp_path, env=ENVIRONMENT, check=True, capture_output=True)
-    shutil.rmtree(source)
-    shown = subprocess.run(
-        [python, "-m", "optimum.commands.optimum_cli", "export", "caliport", "--help"],
-        cwd=tmp_path,
-        env=ENVIRONMENT,
-        text=True,
-        capture_output=True,
-    )
-    assert shown.returncode == 0, shown.stderr
-    assert "--runtime" in shown.stdout
-    where = "import caliport, optimum.commands.register.register_caliport as r; print(r.__file__)"
-    found = subprocess.run([python, "-c", where], cwd=tmp_path, text=True, capture_output=True)
-    assert found.stdout.startswith(str(packages)), found.stderr
-    assert (packages / "export/card.md.j2").is_file()

@@ -1,0 +1,150 @@
+"""``caliport.compose``, ``caliport.load`` and ``caliport.generate``: the stages from Python.
+
+``caliport.export`` is in ``caliport.export.api``, ``caliport.validate`` in
+``caliport.validation.api``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from caliport.export.artifact import Artifact
+
+if TYPE_CHECKING:
+    from caliport.stages.sources import Source
+    from caliport.validation.runners.runner import Runner
+
+
+def compose(
+    base: str | Path,
+    adapters: Sequence[str | Path],
+    out: str | Path,
+    *,
+    method: str = "linear",
+    data: str | Path | Source | None = None,
+    weights: Sequence[float] = (),
+    training: Mapping[str, Any] | None = None,
+) -> Path:
+    """Compose adapters into one: merge them, or merge them and train a correction.
+
+    A composition that is there already, made from the same inputs, is kept.
+
+    Args:
+        base: A Hugging Face directory or hub name.
+        adapters: PEFT LoRA directories of the base, at least one.
+        out: The PEFT LoRA directory to appear; ``PeftModel.from_pretrained(base, out)`` loads it.
+        method: A merge (``linear``, ``exact``, ``svd``, ``ties``, ``dare``, ``slerp``), a search
+            for weights (``lorahub``, ``lm-cocktail``) or a correction (``lc``, ``lc++``,
+            ``scales``, with variants such as ``lc++-int4``); docs/calibrate.md says what they do.
+        data: Examples of the composition, for methods that need them: JSON Lines with ``input`` and
+            ``output``, or a ``Source`` that has a prompt too.
+        weights: Of a merge, one for each adapter; default equal weights.
+        training: Fields of ``TrainSettings``: ``steps`` (300), ``batch_size`` (32),
+            ``learning_rate`` (5e-4, the peak), ``seed`` (0).
+
+    Returns:
+        ``out``.
+
+    Raises:
+        InputError: Invalid input; nothing is left behind.
+
+    Example:
+        ::
+
+            import caliport
+
+            caliport.compose(
+                "models/my-base",
+                ["adapters/summarize", "adapters/translate_es"],
+                "composed/summarize_es",
+                method="lc++",
+                data="summarize_es.jsonl",
+            )
+    """
+    from caliport.flags.calibrate import calibrate_one
+    from caliport.stages.sources import Source
+
+    defaults = {"steps": 300, "batch_size": 32, "learning_rate": 5e-4, "seed": 0}
+    paths = [Path(adapter) for adapter in adapters]
+    source = Source(Path(data), "{input}") if isinstance(data, str | os.PathLike) else data
+    calibrate_one(
+        str(base), paths, method, source, {**defaults, **(training or {})}, weights, Path(out)
+    )
+    return Path(out)
+
+
+def load(
+    artifact: str | Path | Artifact, *, threads: int | None = None, composition: str | None = None
+) -> Runner:
+    """Open an artifact to feed it token by token.
+
+    Args:
+        artifact: An artifact or its directory, of caliport's or of another tool.
+        threads: Threads of the runtime; default the cores that this process may use.
+        composition: Of a bundle, the composition to run; None for its base, or for a fold.
+
+    Returns:
+        A runner: ``prefill(tokens)`` and ``step(token)`` give logits, float32 [vocab];
+        ``context`` is the most tokens that it takes.
+
+    Raises:
+        InputError: No artifact, one whose files have changed or cannot be loaded, or one without
+            this composition.
+
+    Example:
+        ::
+
+            runner = caliport.load("artifacts/summarize_es")
+            logits = runner.prefill([1, 42, 17])
+            logits = runner.step(int(logits.argmax()))
+    """
+    from caliport.validation.records.reports import this_machine
+    from caliport.validation.runners.open import Execution
+
+    found = artifact if isinstance(artifact, Artifact) else Artifact.read(artifact)
+    return Execution(found, threads or this_machine().cores, composition).open()
+
+
+def generate(
+    artifact: str | Path | Artifact,
+    text: str,
+    *,
+    max_new_tokens: int = 256,
+    threads: int | None = None,
+    composition: str | None = None,
+) -> str:
+    """What an artifact answers to one user turn, greedily.
+
+    The tokenizer is the artifact's own. ``text`` is put into its chat template if it has one, else
+    it is followed by a line break.
+
+    Args:
+        artifact: An artifact or its directory.
+        text: What the user says, with the prompt that the adapter was trained with.
+        max_new_tokens: Most tokens to write; fewer where the context is full.
+        threads: As for ``load``.
+        composition: As for ``load``.
+
+    Raises:
+        InputError: As ``load``, no tokenizer beside the program, or a text that exceeds the
+            context.
+
+    Example:
+        ::
+
+            print(caliport.generate("artifacts/summarize_es", "Summarize in Spanish: …"))
+    """
+    from caliport.core.checkpoints import encode_prompt, load_tokenizer
+    from caliport.validation.evaluation.quality import decode
+    from caliport.validation.runners import engine
+    from caliport.validation.runners.runner import greedy
+
+    found = artifact if isinstance(artifact, Artifact) else Artifact.read(artifact)
+    tokenizer = load_tokenizer(found.directory)
+    ends = engine.get(found.runtime).ends(found.directory)
+    runner = load(found, threads=threads, composition=composition)
+    written = greedy(runner, encode_prompt(tokenizer, text), max_new_tokens, ends)
+    return decode(tokenizer, [written])[0]
