@@ -1,4 +1,4 @@
-"""XXX."""
+"""This machine: its processor, and the memory and disk that are available."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""XXX."""
+"""``caliport sensitivity``: which layers lose most at 4 bits."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""XXX."""
+"""What `caliport run` does with a recipe, stage by stage."""

@@ -1,4 +1,4 @@
-"""XXX."""
+"""The rule that a stage whose inputs have not changed is skipped."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""XXX."""
+"""A decoder on its way to a program: checks, skeleton, weights in files."""

@@ -1,1 +1,1 @@
-"""XXX."""
+"""ONNX Runtime: trace, fuse, repeat layers, write the graph and its weights."""

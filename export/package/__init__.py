@@ -1,1 +1,1 @@
-"""XXX."""
+"""What travels with a program: model card, tokenizer, generation settings; upload to a hub."""

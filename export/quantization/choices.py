@@ -1,4 +1,4 @@
-"""XXX."""
+"""What can be chosen of a quantization, and the sizes that all parts share."""
 
 from __future__ import annotations
 

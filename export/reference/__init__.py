@@ -1,1 +1,1 @@
-"""XXX."""
+"""Eager models that compute what an artifact should: folded, or beside a base."""

@@ -1,4 +1,4 @@
-"""XXX."""
+"""An eager model that rounds keys, values and queries as an int8 cache does."""
 
 from __future__ import annotations
 
