@@ -29,7 +29,7 @@ from caliport.export.decoder.shipped import ShippedDecoder, group
 from caliport.export.decoder.skeleton import Layers, furnish, skeleton
 from caliport.export.decoder.terms import Composed, halves, split
 from caliport.export.executorch.lower import PROGRAM, constant_methods
-from caliport.export.executorch.patches.skip_idle_passes import fast_lowering
+from caliport.export.executorch.patches.fast_lowering import fast_lowering
 from caliport.export.executorch.patches.tied_tables import shared_tables
 from caliport.export.executorch.repeat import repeat
 from caliport.export.executorch.runtime import RUNTIME, ExecuTorch

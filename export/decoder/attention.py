@@ -1,28 +1,13 @@
-"""XXX."""
+"""What a decoder asks of its attention and its caches while it is traced, checked."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
 from caliport.core.errors import InputError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-
-_ATTENTION = "caliport"
-
-
-# Rotary embeddings that depend on the length of the text, each with the field that says up to
-# which length they are those of a short one.
-_SHORT_TEXTS = {
-    "longrope": "original_max_position_embeddings",
-    "dynamic": "max_position_embeddings",
-}
 
 
 def check_attention(options: Mapping[str, Any], runtime: str) -> None:
@@ -137,58 +122,3 @@ def window_of(options: Mapping[str, Any]) -> int | None:
             "own, which cannot be exported; expected causal attention, with or without a window"
         )
     return options.get("local_size")
-
-
-@contextmanager
-def tracing(
-    model: PreTrainedModel, attention: Callable[..., Any], mask: Callable[..., Any]
-) -> Iterator[None]:
-    """Let a model attend through a function of ours, its rotary embeddings fixed.
-
-    Args:
-        model: Left as it was.
-        attention: As ``transformers.AttentionInterface`` has them.
-        mask: As ``transformers.AttentionMaskInterface`` has them. Called once a pass and kind of
-            layer; what it returns is the attention's ``attention_mask``.
-    """
-    from transformers import AttentionInterface, AttentionMaskInterface
-
-    config = model.config.get_text_config()
-    before = config._attn_implementation
-    AttentionInterface.register(_ATTENTION, attention)
-    AttentionMaskInterface.register(_ATTENTION, mask)
-    config._attn_implementation = _ATTENTION
-    try:
-        with ExitStack() as rotary:
-            for module in model.modules():
-                if hasattr(module, "rope_type"):
-                    rotary.enter_context(_fixed(module))
-            yield
-    finally:
-        config._attn_implementation = before
-        AttentionInterface._global_mapping.pop(_ATTENTION)
-        AttentionMaskInterface._global_mapping.pop(_ATTENTION)
-
-
-@contextmanager
-def _fixed(module: Any) -> Iterator[None]:
-    """Hold a rotary embedding at the frequencies of short texts.
-
-    ``transformers.modeling_rope_utils.dynamic_rope_update`` would look at the positions in every
-    pass to choose them.
-    """
-    before = module.rope_type
-    nested = before if isinstance(before, dict) else {"": before}
-    after = {name: "default" if kind in _SHORT_TEXTS else kind for name, kind in nested.items()}
-    kept: dict[str, Any] = {}
-    for name in (name for name in nested if nested[name] != after[name]):
-        prefix = f"{name}_" if name else ""
-        kept[f"{prefix}inv_freq"] = getattr(module, f"{prefix}inv_freq")
-        setattr(module, f"{prefix}inv_freq", getattr(module, f"{prefix}original_inv_freq"))
-    module.rope_type = after if isinstance(before, dict) else after[""]
-    try:
-        yield
-    finally:
-        module.rope_type = before
-        for name, value in kept.items():
-            setattr(module, name, value)

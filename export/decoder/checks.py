@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from caliport.core.errors import InputError
-from caliport.export.decoder.attention import _SHORT_TEXTS
+from caliport.export.decoder.patches.short_rotary import SHORT_TEXTS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -136,7 +136,7 @@ def _check_rotary(config: PreTrainedConfig, context: int) -> None:
     nested = [kind for kind in rope.values() if isinstance(kind, Mapping)]
     for parameters in nested or [rope]:
         kind = parameters.get("rope_type", "default")
-        field = _SHORT_TEXTS.get(kind)
+        field = SHORT_TEXTS.get(kind)
         if field is None:
             continue
         most = parameters.get(field) or getattr(config, field)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from caliport.core.patching import exclusive
 from caliport.export.decoder.skeleton import Layers, empty, group_layers
 from caliport.export.decoder.stored import Weights, can_stream, store
 from caliport.export.quantization.choices import Form, Quantization
@@ -110,7 +111,8 @@ def shipped_decoder(
     """Fold an adapter into a base and quantize, without ever holding the model in memory.
 
     The body runs in parallel until it asks for ``ShippedDecoder.weights``: tracing needs none of
-    them.
+    them. Other threads of the process wait at this place until it ends, since lowering patches the
+    whole process.
 
     Args:
         base: A Hugging Face directory or hub name of a decoder.
@@ -135,7 +137,7 @@ def shipped_decoder(
     update = None if adapter is None else read_peft(adapter)
     if update is not None and adapter is not None:
         update.check_fits(whole, adapter)
-    with TemporaryDirectory(dir=scratch, prefix="weights-") as directory:
+    with exclusive(), TemporaryDirectory(dir=scratch, prefix="weights-") as directory:
         fill = partial(store, base, whole, forms, update, Path(directory))
         if not can_stream(base, whole):
             # Loading builds modules, which the body does too, in ways that change them all.

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from caliport.core.errors import InputError
+from caliport.core.patching import exclusive
 from caliport.export.quantization.choices import GROUP_SIZE, Form
 from caliport.export.quantization.tensors import torchao_tensor
 
@@ -70,7 +71,8 @@ def empty(config: PretrainedConfig, buffers: bool = True) -> PreTrainedModel:
     from accelerate import init_empty_weights
 
     try:
-        with init_empty_weights(include_buffers=not buffers):
+        # It replaces a method of nn.Module (accelerate 1.15).
+        with exclusive(), init_empty_weights(include_buffers=not buffers):
             model = AutoModelForCausalLM.from_config(
                 config, dtype=torch.float32, trust_remote_code=False
             )

@@ -31,8 +31,8 @@ from caliport.export.decoder.skeleton import (
 from caliport.export.decoder.stored import put_matrix
 from caliport.export.decoder.terms import Composed, halves, read_updates, split
 from caliport.export.executorch.lower import PROGRAM, constant_methods
+from caliport.export.executorch.patches.fast_lowering import fast_lowering
 from caliport.export.executorch.patches.quantize_once import quantized_once
-from caliport.export.executorch.patches.skip_idle_passes import fast_lowering
 from caliport.export.executorch.patches.tied_tables import shared_tables
 from caliport.export.executorch.repeat import repeat
 from caliport.export.executorch.steps import count_delegated, finish, lower_skeleton, with_weights

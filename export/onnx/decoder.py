@@ -22,9 +22,10 @@ from caliport.export.decoder.attention import (
     check_attended,
     check_attention,
     check_cache,
-    tracing,
     window_of,
 )
+from caliport.export.decoder.patches.own_attention import own_attention
+from caliport.export.decoder.patches.short_rotary import short_rotary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -67,7 +68,11 @@ class Decoder(nn.Module):
         total = attention_mask.sum(dim=1, dtype=torch.int32)
         layers = [_CacheLayer(*past[i : i + 2]) for i in range(0, len(past), 2)]
         attention = _attention_over(layers, total, attention_mask.shape[1], self.rotary)
-        with tracing(self.model, attention, _mask), self.rotary.watching(self.model):
+        with (
+            own_attention(self.model, attention, _mask),
+            short_rotary(self.model),
+            self.rotary.watching(self.model),
+        ):
             logits = self.model(
                 input_ids=input_ids,
                 position_ids=position_ids,

@@ -6,7 +6,6 @@ are kept where they do anything but turn the two halves of the first dimensions 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -15,13 +14,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from caliport.core.patching import swapped
-from caliport.export.decoder.attention import tracing
+from caliport.export.decoder.patches.short_rotary import short_rotary
+from caliport.export.onnx.patches.watched_rotary import watched_rotary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_APPLY = "apply_rotary_pos_emb"
 # The operator turns so many dimensions, or a multiple of that (onnxruntime 1.31).
 _MULTIPLE = 16
 
@@ -49,7 +47,7 @@ class Rotary(nn.Module):
         super().__init__()
         self._modules_of = [m for m in model.modules() if hasattr(m, "rope_type")]
         self._tables: list[tuple[nn.Module, Any, str]] = []
-        with torch.no_grad(), tracing(model, _nothing, _nothing):
+        with torch.no_grad(), short_rotary(model):
             for module in self._modules_of:
                 for kind in module.rope_type if isinstance(module.rope_type, dict) else [None]:
                     self._add(module, kind, context)
@@ -71,16 +69,11 @@ class Rotary(nn.Module):
         """While the body runs, remember what is turned by which table."""
         self._made.clear()
         self._turned.clear()
-        files = {type(m).__module__ for m in model.modules() if hasattr(m, "layer_idx")}
         with ExitStack() as stack:
             for module in self._modules_of:
                 handle = module.register_forward_hook(self._remember, with_kwargs=True)
                 stack.callback(handle.remove)
-            for file in sorted(files):
-                namespace = sys.modules[file]
-                plain = getattr(namespace, _APPLY, None)
-                if plain is not None:
-                    stack.enter_context(swapped(namespace, _APPLY, self._watched(plain)))
+            stack.enter_context(watched_rotary(model, self._watched))
             yield
 
     def _remember(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -107,10 +100,6 @@ class Rotary(nn.Module):
     def before(self, query: Tensor, key: Tensor) -> Turned | None:
         """What gave these queries and keys, if it was a rotary embedding that is known."""
         return next((t for t in self._turned if t.turned[0] is query and t.turned[1] is key), None)
-
-
-def _nothing(*args: Any, **kwargs: Any) -> None:
-    return None
 
 
 def _turns_halves(plain: Callable[..., Any], query: Tensor, cos: Tensor) -> bool:

@@ -13,7 +13,9 @@ from caliport.core.patching import quiet
 from caliport.export.decoder.checks import cache_shape
 from caliport.export.decoder.skeleton import Layers, marked, skeleton
 from caliport.export.onnx.decoder import Decoder
-from caliport.export.onnx.operators import as_operators, furnish, mark
+from caliport.export.onnx.operators import furnish, mark
+from caliport.export.onnx.patches import check_releases
+from caliport.export.onnx.patches.layers_as_operators import layers_as_operators
 from caliport.export.onnx.rotary import Rotary
 
 if TYPE_CHECKING:
@@ -39,8 +41,10 @@ def trace(decoder: ShippedDecoder, layers: Layers, context: int) -> onnx_ir.Mode
         context: Most tokens.
 
     Raises:
-        InputError: torch.onnx cannot translate it, or its caches are not used.
+        InputError: torch.onnx cannot translate it, its caches are not used, or a release of a
+            package is installed that this was not tested with.
     """
+    check_releases()
     model = furnish(skeleton(decoder.whole.config, layers), layers, decoder)
     try:
         # torch.onnx 2.13 prints its progress.
@@ -85,7 +89,7 @@ def _exported(model: PreTrainedModel, layers: Layers, context: int) -> torch.exp
     }
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        stack.enter_context(as_operators(model))
+        stack.enter_context(layers_as_operators(model))
         if layers.path:
             stack.enter_context(marked(model, layers.path, mark))
         return torch.export.export(

@@ -21,7 +21,7 @@ from caliport.core.errors import InputError
 from caliport.core.patching import quiet
 from caliport.export.decoder.shipped import every, group, shipped_decoder
 from caliport.export.executorch import lower as executorch
-from caliport.export.executorch.patches.skip_idle_passes import fast_lowering
+from caliport.export.executorch.patches.fast_lowering import fast_lowering
 from caliport.export.executorch.steps import finish
 from caliport.export.quantization.choices import PRECISIONS, Quantization
 from caliport.export.quantization.tensors import quantize

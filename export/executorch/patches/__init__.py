@@ -1,7 +1,7 @@
 """What is changed in third-party packages while a decoder is traced and lowered for ExecuTorch.
 
-One file a patch: a context manager, the releases it was tested with, and in its docstring the
-upstream behaviour it works around. ``tests/export/test_executorch_patches.py`` has for each a test
+Each file is one patch: a context manager, the releases it was tested with, and in its docstring the
+upstream behaviour it works around. ``tests/export/test_executorch_patches.py`` has a test for each
 that fails once the patch is no longer needed or no longer fits.
 """
 

@@ -1,8 +1,8 @@
 """Give the shapes of torchao's quantization operators without computing on fake tensors.
 
 Upstream: torchao 0.18, ``torch.ops.torchao.choose_qparams_affine``, ``quantize_affine`` and
-``dequantize_affine``. Each is a composite of a dozen operators, all of which run under fake tensors,
-with symbolic sizes, every time one is interpreted.
+``dequantize_affine``. Each is a composite of a dozen operators. Whenever one is interpreted under
+fake tensors all of those run, with symbolic sizes.
 
 With another release the patch is left out: lowering takes longer and gives the same bytes.
 """

@@ -46,7 +46,7 @@ def quantized_once() -> Iterator[None]:
 
 
 def join(graph: XNNGraph) -> None:
-    """Leave one quantization of each input for each type of weights multiplied with it, in place."""
+    """Leave one quantization of each input for each type of weights that use it, in place."""
     from executorch.backends.xnnpack.operators.node_visitor import get_tensor_value
     from executorch.backends.xnnpack.serialization import xnnpack_graph_schema as schema
 

@@ -1,9 +1,9 @@
 """Compute a delegate's fake results once for inputs of the same shapes.
 
 Upstream: executorch 1.5.1 with torch 2.13, the fake implementation of
-``torch._higher_order_ops.executorch_call_delegate``. Wherever a graph with delegates is interpreted
-under fake tensors, the graph that a delegate was made from is built and run again, in every layer of
-every method.
+``torch._higher_order_ops.executorch_call_delegate``. Whenever a graph with delegates is interpreted
+under fake tensors, the graph that a delegate was made from is built and run again, in every layer
+of every method.
 
 With another release the patch is left out: lowering takes longer and gives the same bytes.
 """

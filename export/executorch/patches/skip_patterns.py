@@ -1,9 +1,9 @@
 """Do not search for patterns that no decoder here has.
 
-Upstream: executorch 1.5.1, ``executorch.backends.xnnpack.partition.graphs``. ``sdpa.get_graphs`` and
-``bilinear_2d.get_graphs_dict`` trace reference graphs of plain attention and of image scaling, for
-XNNPACK's partitioner to look for. Attention is one custom operator here, or composed of products
-that the partitioner takes one by one, and images do not occur.
+Upstream: executorch 1.5.1, in ``executorch.backends.xnnpack.partition.graphs``. The functions
+``sdpa.get_graphs`` and ``bilinear_2d.get_graphs_dict`` trace reference graphs of plain attention
+and of image scaling, for XNNPACK's partitioner to look for. Attention is one custom operator here,
+or composed of products that the partitioner takes one by one, and images do not occur.
 
 With another release the patch is left out: lowering takes longer and gives the same bytes.
 """

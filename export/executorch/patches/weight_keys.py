@@ -1,8 +1,8 @@
 """Weights that an ExecuTorch program gets after lowering: names while lowering, contents after.
 
 Upstream: executorch 1.5.1, ``executorch.backends.xnnpack.operators.node_visitor.NodeVisitor``.
-XNNPACK's lowering copies a delegate's constants and keys them by the hash of their content. While a
-skeleton is lowered its weights have no content, so they are keyed by the hash of their name instead.
+XNNPACK's lowering copies a delegate's constants and keys them by the hash of their content. While
+a skeleton is lowered its weights have no content, so they are keyed by the hash of their name.
 
 Without the patch a program would hold zeros. With another release it is refused.
 """
@@ -38,7 +38,7 @@ _ENDINGS = {
     ".weight_half": _HALF,
 }
 _ALIGNMENT = 16
-# Hexadecimal digits of a key. No more than needed to tell contents apart: each method lists its keys.
+# Hexadecimal digits of a key: enough to tell contents apart. Each method lists all its keys.
 _DIGITS = 16
 KEY = re.compile(rb"(?:scale_)?[0-9a-f]{%d}" % _DIGITS)
 

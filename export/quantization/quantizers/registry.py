@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+from caliport.core.patching import use_one_thread
 from caliport.export.quantization.choices import Form
 from caliport.export.quantization.quantizers.per_row import _by_row
 
@@ -39,13 +40,12 @@ def integers(
         work = _by_row
 
     def one(start: int) -> tuple[Tensor, Tensor]:
-        # Slices are small: the threads take one each, and none is cut up any further.
-        torch.set_num_threads(1)
         return work(rows(start, start + step).float())
 
     threads = torch.get_num_threads()
     starts = range(0, count, step)
-    with ThreadPoolExecutor(threads) as pool:
+    # Slices are small: the threads take one each, and none is cut up any further.
+    with ThreadPoolExecutor(threads, initializer=use_one_thread) as pool:
         waiting: deque[Future[tuple[Tensor, Tensor]]] = deque()
         for start in starts:
             waiting.append(pool.submit(one, start))
