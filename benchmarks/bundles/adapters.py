@@ -15,10 +15,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from caliport.calibrate.corrections.common import Composition, frozen
+from caliport.calibrate.corrections.common import Composition, corrected_update
 from caliport.calibrate.corrections.lc_plus_plus import LCPlusPlus
 from caliport.calibrate.low_rank import LowRankUpdate
-from caliport.calibrate.merges.common import none
+from caliport.calibrate.merges.common import rank_zero
 from caliport.calibrate.merges.linear import linear
 from caliport.calibrate.peft_files import read_peft, write_peft
 from caliport.core.checkpoints import load_config
@@ -54,7 +54,7 @@ def write_adapters(checkpoint: Path, out: Path, compositions: Sequence[str], see
             write_peft(made, part / "adapters" / name, str(checkpoint))
         for index, name in enumerate(compositions):
             updates = {task: read_peft(part / "adapters" / task) for task in COMPOSITIONS[name]}
-            for family, merge in zip(FAMILIES, (linear, none), strict=True):
+            for family, merge in zip(FAMILIES, (linear, rank_zero), strict=True):
                 composition = Composition(updates, merge(list(updates.values())))
                 corrected = _corrected(composition, seed * 1000 + 500 + index)
                 write_peft(corrected, part / family / name, str(checkpoint))
@@ -93,4 +93,4 @@ def _corrected(composition: Composition, seed: int) -> LowRankUpdate:
         correction = LCPlusPlus({"it": composition})
         for value in correction.p2.values():
             value.normal_(0.0, _STD)
-    return frozen(correction, "it", composition)
+    return corrected_update(correction, "it", composition)

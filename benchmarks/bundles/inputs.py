@@ -36,7 +36,7 @@ from caliport.export.executorch.runtime import RUNTIME, ExecuTorch
 from caliport.export.executorch.steps import count_delegated, finish, lower_skeleton, with_weights
 from caliport.export.make import fill
 from caliport.export.quantization.choices import Quantization
-from caliport.export.quantization.quantizers.registry import integers
+from caliport.export.quantization.integers import integers
 from caliport.export.request import Request
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from caliport.core.errors import InputError
 from caliport.core.progress import at
 from caliport.export.quantization.choices import GROUP_SIZE, Form
-from caliport.export.quantization.quantizers.registry import integers
+from caliport.export.quantization.integers import integers
 
 if TYPE_CHECKING:
     from threading import Event

@@ -1,1 +1,1 @@
-"""XXX."""
+"""ExecuTorch: trace, lower to XNNPACK, repeat layers, write the program."""

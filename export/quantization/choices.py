@@ -28,9 +28,7 @@ class Quantization:
     cache_bits: int | None = None
 
     def __post_init__(self) -> None:
-        if self.precision not in PRECISIONS:
-            listed = ", ".join(PRECISIONS)
-            raise InputError(f"precision: found {self.precision!r}, expected one of {listed}")
+        check_precision(self.precision)
         if self.cache_bits not in (None, 8):
             raise InputError(f"cache_bits: found {self.cache_bits}, expected 8 or none")
 
@@ -72,6 +70,7 @@ GROUP_SIZE = 32
 Form = Literal["int8", "int4", "rows int8", "rows int4"]
 
 
-def _check_precision(precision: str) -> None:
+def check_precision(precision: str) -> None:
+    """Raise ``InputError`` unless a precision is one of ``PRECISIONS``."""
     if precision not in PRECISIONS:
         raise InputError(f"precision: found {precision!r}, expected one of {', '.join(PRECISIONS)}")

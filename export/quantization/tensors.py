@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from caliport.core.errors import InputError
 from caliport.core.patching import quiet
-from caliport.export.quantization.choices import GROUP_SIZE, Form, _check_precision
-from caliport.export.quantization.quantizers.registry import integers
+from caliport.export.quantization.choices import GROUP_SIZE, Form, check_precision
+from caliport.export.quantization.integers import integers
+from caliport.export.quantization.quantizers.registry import DEFAULTS, QUANTIZERS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,17 +29,18 @@ _ACTIVATIONS = {"bits": 8, "kind": "dynamic", "granularity": "token", "symmetric
 _EMBEDDING = {
     "bits": 8,
     "granularity": "row",
-    "algorithm": "max-abs",
+    "algorithm": None,
     "symmetric": True,
     "scale": "float32",
 }
+# The algorithms are those of the quantizers.
 _SCHEMES: dict[str, dict[str, Any]] = {
     "fp32": {"linear": {"bits": 32}, "activations": {"bits": 32}, "embedding": {"bits": 32}},
     "int8": {
         "linear": {
             "bits": 8,
             "granularity": "output channel",
-            "algorithm": "max-abs",
+            "algorithm": None,
             "symmetric": True,
             "scale": "float32",
         },
@@ -50,7 +52,7 @@ _SCHEMES: dict[str, dict[str, Any]] = {
             "bits": 4,
             "granularity": "group",
             "group_size": GROUP_SIZE,
-            "algorithm": "hqq_scale_only",
+            "algorithm": None,
             "symmetric": True,
             "scale": "bfloat16",
         },
@@ -68,8 +70,12 @@ def scheme(precision: str) -> dict[str, Any]:
     Raises:
         InputError: Not one of ``PRECISIONS``.
     """
-    _check_precision(precision)
-    return copy.deepcopy(_SCHEMES[precision])
+    check_precision(precision)
+    found = copy.deepcopy(_SCHEMES[precision])
+    for part in found.values():
+        if "algorithm" in part:
+            part["algorithm"] = QUANTIZERS[DEFAULTS[part["bits"]]].algorithm
+    return found
 
 
 def plan(
@@ -94,7 +100,7 @@ def plan(
         InputError: Unknown precision or layer, other bits, a weight matrix outside linear layers
             and embeddings.
     """
-    _check_precision(precision)
+    check_precision(precision)
     if precision == "fp32":
         return {}
     kept = set(int8)

@@ -12,7 +12,7 @@ from commands import ENVIRONMENT
 
 EXPORT = """
 import sys
-from caliport.cli import app
+from caliport.cli.app import app
 base, adapter, out = sys.argv[1:]
 for runtime in ("onnx", "executorch"):
     flags = ["--base", base, "--adapter", adapter, "--runtime", runtime, "--precision", "int8"]

@@ -35,7 +35,7 @@ from caliport.export.onnx import lower as lowering
 from caliport.export.onnx.layouts import unpack
 from caliport.export.quantization.choices import PRECISIONS
 from caliport.export.quantization.tensors import dequantize, quantized_weight
-from caliport.export.reference.activations import quantize_blocks, reference
+from caliport.export.reference.activations import in_blocks, quantize_blocks
 from caliport.export.reference.folded import eager
 from caliport.validation.runners.eager import EagerRunner
 from caliport.validation.runners.onnx import OnnxRunner, generate, generate_ids
@@ -135,7 +135,7 @@ def test_shipped_graph_is_near_its_reference(artifact: Artifact, tokens: list[in
     A difference of 1e-7 in a sum lets one rounding fall the other way, and that one step lets
     others fall: eager against itself with embeddings changed by 1e-6 differs as much.
     """
-    expected = eager_logits(reference(artifact.model, artifact.precision), tokens)
+    expected = eager_logits(in_blocks(artifact.model, artifact.precision), tokens)
     found = in_chunks(OnnxRunner(artifact.directory, threads=1), tokens, 1)
     rows = np.stack([found[end] for end in range(1, CONTEXT + 1)])
     error = np.sqrt(((rows - expected) ** 2).mean()) / expected.std()

@@ -16,8 +16,8 @@ from conftest import random_adapter
 from caliport.calibrate.peft_files import read_peft
 from caliport.core.directories import check_files, read_manifest
 from caliport.core.errors import InputError
-from caliport.export.decoder.terms import split
 from caliport.export.api import add_composition
+from caliport.export.decoder.terms import split
 from caliport.export.quantization.tensors import dequantize
 from caliport.export.reference.beside import beside
 from caliport.export.reference.folded import eager

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from caliport.core.checkpoints import load_base
 from caliport.core.errors import InputError
 from caliport.export.quantization.choices import GROUP_SIZE, PRECISIONS
-from caliport.export.quantization.quantizers.registry import integers
+from caliport.export.quantization.integers import integers
 from caliport.export.quantization.tensors import (
     dequantize,
     is_quantized,

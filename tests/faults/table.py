@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from caliport.export.decoder.stored import Weights
+from caliport.export.quantization.quantizers.registry import QUANTIZERS
 from caliport.validation.runners.runner import Runner
 from tests.conftest import TEXTS
 from tests.faults.making import Fault, Patch, everywhere, put
@@ -145,10 +147,18 @@ def _in_doubled_groups(weight: Tensor) -> tuple[Tensor, Tensor]:
     return data[:, 0::2] | data[:, 1::2] << 4, scales.view(len(weight), -1)
 
 
+def _quantize_by(monkeypatch: pytest.MonkeyPatch, name: str, function: Callable[..., Any]) -> None:
+    """Let a quantizer find its integers another way."""
+    entry = QUANTIZERS[name]
+    changed = replace(entry, quantize=function)
+    module = f"caliport.export.quantization.quantizers.{name.replace('-', '_')}"
+    monkeypatch.setattr(f"{module}.QUANTIZER", changed)
+
+
 def _groups_doubled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("caliport.export.quantization.quantizers.hqq.in_groups", _in_doubled_groups)
-    for module in ("quantize", "skeleton", "matmul_nbits", "weights"):
-        monkeypatch.setattr(f"export.{module}.GROUP_SIZE", _BLOCK)
+    _quantize_by(monkeypatch, "hqq", _in_doubled_groups)
+    for module in ("quantization.tensors", "decoder.skeleton", "onnx.layouts", "decoder.stored"):
+        monkeypatch.setattr(f"caliport.export.{module}.GROUP_SIZE", _BLOCK)
 
 
 def _zero_point_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,7 +171,7 @@ def _zero_point_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
         data = (weight / scale + zero).round().clamp(-128, 127)
         return data.to(torch.int8), scale
 
-    monkeypatch.setattr("caliport.export.quantization.quantizers.per_row._by_row", by_row)
+    _quantize_by(monkeypatch, "max-abs", by_row)
 
 
 def _in_llama(part: str, change: Callable[..., Any]) -> dict[str, Patch]:

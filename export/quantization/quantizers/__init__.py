@@ -1,1 +1,1 @@
-"""XXX."""
+"""How the integers of a weight are found: one file a quantizer."""

@@ -2,8 +2,8 @@
 
 Half-quadratic quantization (https://mobiusml.github.io/hqq_blog) of the scale alone: round with the
 scale, take the scale of least squares for these integers, again, at most 20 times. torchao's
-``hqq_scale_only`` steps all groups until the last has come to rest; here each group stops by
-itself, which gives the same scales in a fifth of the work.
+``hqq_scale_only`` steps all groups until the last has converged; here each group stops by itself,
+which gives the same scales in a fifth of the work.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from caliport.export.quantization.choices import GROUP_SIZE
+from caliport.export.quantization.quantizers.registry import Quantizer
 
 _STEPS = 20
 _TOLERANCE = np.float32(1e-5)
@@ -93,3 +94,11 @@ def _pack(groups: np.ndarray, inverse: np.ndarray, data: np.ndarray) -> None:
             low = min(max(low, np.float32(-8)), np.float32(7)) + np.float32(8)
             high = min(max(high, np.float32(-8)), np.float32(7)) + np.float32(8)
             data[row, column] = np.uint8(np.int32(low) | np.int32(high) << 4)
+
+
+QUANTIZER = Quantizer(
+    bits=4,
+    algorithm="hqq_scale_only",
+    source="https://mobiusml.github.io/hqq_blog; torchao 0.18, hqq_scale_only",
+    quantize=in_groups,
+)

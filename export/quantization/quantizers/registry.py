@@ -1,55 +1,45 @@
-"""XXX."""
+"""The quantizers by name, found by file name."""
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from caliport.core.entries import Entries
 
-from caliport.core.patching import use_one_thread
-from caliport.export.quantization.choices import Form
-from caliport.export.quantization.quantizers.per_row import _by_row
+if TYPE_CHECKING:
+    from torch import Tensor
 
-_SLICE = 1 << 19
+    from caliport.export.quantization.choices import Form
 
 
-def integers(
-    rows: Callable[[int, int], Tensor], count: int, width: int, form: Form
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Quantize a weight slice by slice, so that no more than a few slices are ever in memory.
+@dataclass(frozen=True)
+class Quantizer:
+    """How the integers of a weight are found; its bytes and kernels stay the same.
 
-    Args:
-        rows: The float weight from one row up to another, [stop - start, width].
-        count: Rows in all.
-        width: Their length.
-        form: ``int8``: one scale a row, the largest absolute value over 127.5. ``int4``: one scale
-            for 32 values (``caliport.export.quantization.quantizers.hqq``), rounded to bfloat16.
-            Embeddings (``rows …``) have the same integers.
-
-    Yields:
-        Data, int8 [n, width] or two 4-bit values a byte as ``unpacked`` takes them, uint8
-        [n, width / 2], and scale, float32 [n, 1] or bfloat16 [n, width / 32].
+    Attributes:
+        bits: 8, one scale a row; or 4, one bfloat16 scale for 32 values.
+        algorithm: What a manifest calls it.
+        source: Paper or specification.
+        quantize: From float32 [n, width] to data and positive scales: int8 [n, width] and float32
+            [n, 1], or two 4-bit values a byte, uint8 [n, width / 2], and bfloat16 [n, width / 32].
+            Rows do not depend on one another. Called from several threads.
     """
-    step = max(1, _SLICE // width)
-    if form.endswith("int4"):
-        from caliport.export.quantization.quantizers.hqq import in_groups as work
-    else:
-        work = _by_row
 
-    def one(start: int) -> tuple[Tensor, Tensor]:
-        return work(rows(start, start + step).float())
+    bits: int
+    algorithm: str
+    source: str
+    quantize: Callable[[Tensor], tuple[Tensor, Tensor]]
 
-    threads = torch.get_num_threads()
-    starts = range(0, count, step)
-    # Slices are small: the threads take one each, and none is cut up any further.
-    with ThreadPoolExecutor(threads, initializer=use_one_thread) as pool:
-        waiting: deque[Future[tuple[Tensor, Tensor]]] = deque()
-        for start in starts:
-            waiting.append(pool.submit(one, start))
-            if len(waiting) > 2 * threads:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+
+QUANTIZERS: Entries[Quantizer] = Entries(
+    "caliport.export.quantization.quantizers", "QUANTIZER", helpers=("registry",)
+)
+DEFAULTS = {8: "max-abs", 4: "hqq"}
+"""The quantizer of each number of bits."""
+
+
+def quantizer_of(form: Form) -> Quantizer:
+    """The quantizer of a layer that ships in a form."""
+    return QUANTIZERS[DEFAULTS[8 if form.endswith("int8") else 4]]

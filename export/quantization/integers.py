@@ -1,0 +1,51 @@
+"""The integers and scales of a weight, slice by slice, by the quantizer of its form."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from caliport.core.patching import use_one_thread
+from caliport.export.quantization.choices import Form
+from caliport.export.quantization.quantizers.registry import quantizer_of
+
+_SLICE = 1 << 19
+
+
+def integers(
+    rows: Callable[[int, int], Tensor], count: int, width: int, form: Form
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Quantize a weight slice by slice, so that no more than a few slices are ever in memory.
+
+    Args:
+        rows: The float weight from one row up to another, [stop - start, width].
+        count: Rows in all.
+        width: Their length.
+        form: ``int8``: one scale a row. ``int4``: one scale for 32 values, rounded to bfloat16.
+            Embeddings (``rows …``) have the same integers.
+
+    Yields:
+        Data, int8 [n, width] or two 4-bit values a byte as ``unpacked`` takes them, uint8
+        [n, width / 2], and scale, float32 [n, 1] or bfloat16 [n, width / 32].
+    """
+    step = max(1, _SLICE // width)
+    work = quantizer_of(form).quantize
+
+    def one(start: int) -> tuple[Tensor, Tensor]:
+        return work(rows(start, start + step).float())
+
+    threads = torch.get_num_threads()
+    starts = range(0, count, step)
+    # Slices are small: the threads take one each, and none is cut up any further.
+    with ThreadPoolExecutor(threads, initializer=use_one_thread) as pool:
+        waiting: deque[Future[tuple[Tensor, Tensor]]] = deque()
+        for start in starts:
+            waiting.append(pool.submit(one, start))
+            if len(waiting) > 2 * threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
