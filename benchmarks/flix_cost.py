@@ -1,9 +1,9 @@
-"""A step of FLix costs what its active features cost, however many others exist.
+"""The cost of a FLix training step depends on its active features only, not on the others.
 
     python -m benchmarks.flix_cost
 
-Trains two active features beside more and more inactive ones, in turns on one model, and prints
-the median time of a step and its ratio to that without inactive features.
+Trains two active features with 0, 8 and 64 inactive ones, in turns on one model, and prints the
+median time of a step and its ratio to that without inactive features.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from caliport.calibrate.training.batches import Encoded
 from caliport.calibrate.training.flix import FeatureSet, FeatureSettings, train_features
-from caliport.calibrate.training.loop import TrainSettings
+from caliport.calibrate.training.loop import TrainRun, TrainSettings
 
 LENGTH, TARGET = 64, 16
 
 
 def main(
     hidden: Annotated[int, typer.Option(help="Width of the model.")] = 256,
-    layers: Annotated[int, typer.Option(help="Its layers.")] = 4,
-    rank: Annotated[int, typer.Option(help="Of each feature.")] = 8,
-    batch: Annotated[int, typer.Option(help="Examples a step.")] = 8,
-    steps: Annotated[int, typer.Option(help="Steps that are timed in a turn.")] = 8,
+    layers: Annotated[int, typer.Option(help="Number of layers.")] = 4,
+    rank: Annotated[int, typer.Option(help="Rank of each feature.")] = 8,
+    batch: Annotated[int, typer.Option(help="Examples per step.")] = 8,
+    steps: Annotated[int, typer.Option(help="Timed steps per turn.")] = 8,
     turns: Annotated[int, typer.Option(help="Turns; the order of a turn is shuffled.")] = 5,
 ) -> None:
     """Time a step with 0, 8 and 64 inactive features beside two active ones."""
@@ -83,8 +83,9 @@ def _step(
     spent = []
     for count in (2, 2 + steps):
         settings = TrainSettings(steps=count, batch_size=batch, warmup=0.0)
+        run = TrainRun(settings, "timing")
         start = time.perf_counter()
-        train_features(model, sets, FeatureSettings(ranks, dropout=0.0), settings, "timing")
+        train_features(model, sets, FeatureSettings(ranks, dropout=0.0), run)
         spent.append(time.perf_counter() - start)
     return (spent[1] - spent[0]) / steps
 

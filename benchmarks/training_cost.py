@@ -1,11 +1,11 @@
-"""What a training step of LC and LC++ costs beside that of the joint expert's LoRA.
+"""Time and memory of a training step of LC and LC++, compared with the joint expert's LoRA.
 
     python -m benchmarks.training_cost
 
-Every method trains in a process of its own, on the same examples and a Llama-shaped model with
-random weights; the processes take turns, in a new order each round. Printed are the median time
-of a step and the peak of resident memory over the loaded model (what the method itself brings,
-adapters included), with their ratios to the joint expert's. Linux alone can tell the peak.
+Every method trains in its own process, on the same examples and a Llama-shaped model with random
+weights; the processes take turns, in a new order each round. Prints the median time of a step and
+the peak of resident memory above the loaded model (what the method adds, adapters included), with
+ratios to the joint expert's. Linux only: other systems do not report the peak.
 """
 
 from __future__ import annotations
@@ -31,16 +31,18 @@ _WARM_UP = 1
 
 def main(
     hidden: Annotated[int, typer.Option(help="Width of the model.")] = 256,
-    layers: Annotated[int, typer.Option(help="Its layers.")] = 6,
-    vocab: Annotated[int, typer.Option(help="Its vocabulary.")] = 4096,
-    length: Annotated[int, typer.Option(help="Tokens of an example; a quarter are targets.")] = 96,
-    batch: Annotated[int, typer.Option(help="Examples a step.")] = 8,
-    micro_batch: Annotated[int, typer.Option(help="Most in one forward; 0: all.")] = 0,
-    rank: Annotated[int, typer.Option(help="Of the LoRA and of both merged adapters.")] = 32,
-    dropout: Annotated[float, typer.Option(help="Of the LoRA's input.")] = 0.0,
-    steps: Annotated[int, typer.Option(help="Steps that are timed in a turn.")] = 3,
+    layers: Annotated[int, typer.Option(help="Number of layers.")] = 6,
+    vocab: Annotated[int, typer.Option(help="Vocabulary size.")] = 4096,
+    length: Annotated[int, typer.Option(help="Tokens per example; a quarter are targets.")] = 96,
+    batch: Annotated[int, typer.Option(help="Examples per step.")] = 8,
+    micro_batch: Annotated[
+        int, typer.Option(help="Most examples in one forward pass; 0: all.")
+    ] = 0,
+    rank: Annotated[int, typer.Option(help="Rank of the LoRA and of both merged adapters.")] = 32,
+    dropout: Annotated[float, typer.Option(help="Dropout of the LoRA's input.")] = 0.0,
+    steps: Annotated[int, typer.Option(help="Timed steps per turn.")] = 3,
     turns: Annotated[int, typer.Option(help="Turns of each method.")] = 3,
-    threads: Annotated[int, typer.Option(help="Of each process.")] = 1,
+    threads: Annotated[int, typer.Option(help="Threads of each process.")] = 1,
     worker: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Train each method for a few steps in turns and print time and memory."""
@@ -139,7 +141,7 @@ def _work(method: str, shape: dict[str, Any]) -> None:
 def _training(method: str, model: Any, shape: dict[str, Any]) -> Any:
     """What a turn does."""
     from caliport.calibrate.training.batches import Encoded
-    from caliport.calibrate.training.loop import TrainSettings
+    from caliport.calibrate.training.loop import TrainRun, TrainSettings
     from caliport.calibrate.training.lora import LoraSettings, train_lora
 
     draw = random.Random(0)
@@ -152,25 +154,17 @@ def _training(method: str, model: Any, shape: dict[str, Any]) -> Any:
         Encoded(tokens(shape["length"] - target), tokens(target)) for _ in range(4 * shape["batch"])
     ]
     settings = TrainSettings(shape["steps"] + _WARM_UP, shape["batch"])
-    micro_batch = shape["micro_batch"] or None
+    run = TrainRun(settings, method, micro_batch=shape["micro_batch"] or None)
     if method == "joint":
         lora = LoraSettings(shape["rank"], shape["rank"] / 2, shape["dropout"])
-        return lambda: train_lora(model, examples, lora, settings, method, micro_batch=micro_batch)
+        return lambda: train_lora(model, examples, lora, run)
     from caliport.calibrate.corrections.common import Composition
     from caliport.calibrate.corrections.train import calibrate
     from caliport.calibrate.merges.linear import linear
 
     adapters = {str(seed): _adapter(model, shape["rank"], seed) for seed in (1, 2)}
     composition = Composition(adapters, linear(list(adapters.values())))
-    return lambda: calibrate(
-        model,
-        {"both": composition},
-        method,
-        {"both": examples},
-        settings,
-        method,
-        micro_batch=micro_batch,
-    )
+    return lambda: calibrate(model, {"both": composition}, method, {"both": examples}, run)
 
 
 def _adapter(model: Any, rank: int, seed: int) -> Any:

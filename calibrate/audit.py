@@ -1,14 +1,13 @@
-"""What adapters have in common, and how far each merge is from their weighted sum.
+"""How much adapters overlap, and how far each merge is from their weighted sum.
 
-All is known before anything is trained, and from the factors: norms and inner products are sums
-over [r, r] matrices, and singular values and angles come from a QR decomposition of each factor.
-No ΔW [out, in] is ever built here.
+Nothing is trained for this, and no ΔW [out, in] is built: norms and inner products are sums over
+[r, r] matrices, and singular values and angles come from a QR decomposition of each factor.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Literal
@@ -17,30 +16,20 @@ import torch
 from torch import Tensor
 
 from caliport.calibrate.low_rank import LowRankUpdate
+from caliport.calibrate.merges.common import Merge
 from caliport.core.errors import InputError
 
-Merge = Callable[[Sequence[LowRankUpdate], Sequence[float] | None], LowRankUpdate]
 Verdict = Literal["exact", "close", "approximate", "far", "does not apply", "undefined"]
 
-# What single precision leaves of an exact merge is some 1e-7.
+# Largest relative error of each verdict. Rounding in float32 gives an exact merge about 1e-7.
 EXACT = 1e-5
-# At most 1 % of the sum's energy ‖ΔW‖² is in the difference.
+# The difference has at most 1 % of the sum's energy ‖ΔW‖².
 CLOSE = 0.1
-# An error of e leaves a cosine of at least √(1 − e²) to the sum. Up to 0.5 at least 3/4 of the
-# merge's energy thus lies along the sum, and of what only cuts the sum at least 3/4 is left.
+# An error of e means a cosine of at least √(1 − e²) to the sum. Up to 0.5, at least 3/4 of the
+# merge's energy is therefore along the sum, and a merge that only cuts the sum keeps at least 3/4.
 FAR = 0.5
-# No update at all, ΔW = 0, has error 1.
+# No adapter at all, ΔW = 0, has error 1.
 NOTHING = 1.0
-
-# Why a merge departs from the sum, for those whose way is known.
-_WHY = {
-    "linear": "averaging A and B apart mixes in cross terms Bᵢ·Aⱼ of different adapters",
-    "svd": "what lies beyond the rank of one adapter is cut off",
-    "ties": "small values and those of the lesser sign are dropped, and the others averaged over "
-    "the adapters that agree",
-    "dare": "values are dropped at random and the others enlarged",
-    "slerp": "it keeps to the adapters' norm, and the average of unlike adapters is smaller",
-}
 
 
 @dataclass(frozen=True)
@@ -49,7 +38,7 @@ class Part:
 
     Attributes:
         norm: ‖ΔW‖_F.
-        rank: Nominal: R of its A and B.
+        rank: Nominal rank: R of its A and B.
         numerical_rank: Singular values above max(out, in)·ε·σ₁, ε of float32 (the usual rule,
             as in ``torch.linalg.matrix_rank``).
         effective_rank: exp(−Σ pᵢ ln pᵢ) with pᵢ = σᵢ/Σσ (Roy & Vetterli 2007): R where all
@@ -68,8 +57,8 @@ class Cosines:
 
     Attributes:
         mean, highest: Over the min(k₁, k₂) angles between spaces of k₁ and k₂ dimensions.
-        chance: √(max(k₁, k₂)/n), which the mean of two random spaces in n dimensions does not
-            exceed on average (it is the root of the mean of their squared cosines).
+        chance: √(max(k₁, k₂)/n): the root mean square of the cosines of two random spaces in n
+            dimensions, so an upper bound of their expected mean.
     """
 
     mean: float
@@ -84,8 +73,8 @@ class Overlap:
     Attributes:
         first, second: Their positions among the adapters.
         cosine: ⟨ΔW₁, ΔW₂⟩ / (‖ΔW₁‖·‖ΔW₂‖) of the flattened updates.
-        columns: Of the column spaces, in R^out: where they write to.
-        rows: Of the row spaces, in R^in: what they read.
+        columns: Angles of the column spaces, in R^out: what they write.
+        rows: Angles of the row spaces, in R^in: what they read.
     """
 
     first: int
@@ -97,9 +86,9 @@ class Overlap:
 
 @dataclass(frozen=True)
 class ModuleAudit:
-    """One module: a part for each adapter, None where it does not target the module.
+    """One module: a part for each adapter, None if the adapter does not target the module.
 
-    Pairs of which one is missing or zero have no overlap.
+    A pair has no overlap if one of the two is missing or zero.
     """
 
     name: str
@@ -110,11 +99,11 @@ class ModuleAudit:
 
 @dataclass(frozen=True)
 class Departure:
-    """How a merge M differs from the weighted sum S = Σ wᵢΔWᵢ: M = kept·S + a rest beside S.
+    """How a merge M differs from the weighted sum S = Σ wᵢΔWᵢ: M = kept·S + rest, rest ⟂ S.
 
     Attributes:
         residual: ‖M − S‖_F.
-        sum_norm: ‖S‖_F; 0 where it is no more than the rounding of its factors.
+        sum_norm: ‖S‖_F; 0 if it is within the rounding of its factors.
         product: ⟨M, S⟩.
     """
 
@@ -124,17 +113,17 @@ class Departure:
 
     @property
     def error(self) -> float | None:
-        """‖M − S‖ / ‖S‖, None where the sum is zero."""
+        """‖M − S‖ / ‖S‖; None if the sum is zero."""
         return self.residual / self.sum_norm if self.sum_norm else None
 
     @property
     def kept(self) -> float | None:
-        """⟨M, S⟩ / ‖S‖²: the multiple of the sum that the merge holds; None if it is zero."""
+        """⟨M, S⟩ / ‖S‖²: the multiple of the sum that the merge keeps; None if the sum is zero."""
         return self.product / self.sum_norm**2 if self.sum_norm else None
 
     @property
     def rest(self) -> float | None:
-        """Norm, relative to the sum's, of what is at right angles to the sum."""
+        """Norm of the part of M orthogonal to S, relative to ‖S‖; None if the sum is zero."""
         if self.error is None or self.kept is None:
             return None
         return math.sqrt(max(self.error**2 - (1 - self.kept) ** 2, 0.0))
@@ -142,10 +131,18 @@ class Departure:
 
 @dataclass(frozen=True)
 class MergeAudit:
-    """A merge held against the weighted sum, or the reason why it does not apply."""
+    """A merge compared with the weighted sum, or the reason why it does not apply.
+
+    Attributes:
+        merge: Its name.
+        departures: By module; empty if the merge does not apply.
+        difference: Why this kind of merge differs from the sum; may be empty.
+        refused: Why it does not apply to these adapters; None if it does.
+    """
 
     merge: str
     departures: Mapping[str, Departure]
+    difference: str = ""
     refused: str | None = None
 
     @property
@@ -160,7 +157,7 @@ class MergeAudit:
 
     @property
     def verdict(self) -> Verdict:
-        """Which of the limits above the error over all modules keeps to."""
+        """The verdict on the relative error over all modules."""
         if self.refused is not None:
             return "does not apply"
         error = self.total.error
@@ -184,7 +181,7 @@ class MergeAudit:
             return "equal to the weighted sum up to rounding"
         words = {"close": "close to exact", "approximate": "approximate", "far": "far from exact"}
         nothing = ", no closer than no adapter at all" if total.error >= NOTHING else ""
-        why = f"; {_WHY[self.merge]}" if self.merge in _WHY else ""
+        why = f"; {self.difference}" if self.difference else ""
         return (
             f"{words[self.verdict]}, relative error {_two(total.error)} over all modules{nothing}: "
             f"it is {total.kept:.2f} times the weighted sum plus a rest of {total.rest:.2f} of "
@@ -196,7 +193,7 @@ def check_one_base(updates: Mapping[str, LowRankUpdate]) -> None:
     """Check that there are several adapters, and that modules they share have one shape.
 
     Raises:
-        InputError: Fewer than two, or a module of two shapes; the adapters' names are in it.
+        InputError: Fewer than two adapters, or a module of two shapes; it names the adapters.
     """
     if len(updates) < 2:
         raise InputError(f"an audit compares adapters: found {len(updates)}, expected 2 or more")
@@ -246,30 +243,30 @@ def audit_merge(
     updates: Sequence[LowRankUpdate],
     weights: Sequence[float],
     wanted: LowRankUpdate,
-    name: str,
     merge: Merge,
 ) -> MergeAudit:
-    """Hold one merge against the exact weighted sum, module by module.
+    """Compare one merge with the exact weighted sum, module by module.
 
     Args:
         updates: The adapters.
-        weights: One an adapter.
+        weights: One per adapter.
         wanted: Their weighted sum, from ``caliport.calibrate.merges.exact.exact``.
-        name: The merge's, such as ``linear``.
-        merge: The function; an ``InputError`` of its own means that it does not apply.
+        merge: The merge, with default parameters; if it raises ``InputError``, it does not apply.
     """
     try:
         merged = merge(updates, weights)
     except InputError as error:
-        return MergeAudit(name, {}, str(error).removeprefix(f"{name} merge: "))
-    return MergeAudit(name, {module: departure(merged, wanted, module) for module in wanted.a})
+        refused = str(error).removeprefix(f"{merge.name} merge: ")
+        return MergeAudit(merge.name, {}, refused=refused)
+    departures = {module: departure(merged, wanted, module) for module in wanted.a}
+    return MergeAudit(merge.name, departures, merge.difference)
 
 
 def departure(merged: LowRankUpdate, wanted: LowRankUpdate, name: str) -> Departure:
     """How one module of a merge differs from the weighted sum.
 
-    ‖M − S‖² = ‖M‖² − 2⟨M, S⟩ + ‖S‖², in float64, so that errors down to 1e-8 are seen. A module
-    that the merge leaves out counts as zero.
+    ‖M − S‖² = ‖M‖² − 2⟨M, S⟩ + ‖S‖², in float64 to resolve errors down to 1e-8. A module that the
+    merge leaves out counts as zero.
     """
     norm = norm_of(wanted, name)
     if name not in merged.a:
@@ -280,7 +277,7 @@ def departure(merged: LowRankUpdate, wanted: LowRankUpdate, name: str) -> Depart
 
 
 def norm_of(update: LowRankUpdate, name: str) -> float:
-    """‖ΔW‖_F, and 0 where it is no more than float32 may have rounded away in A and B."""
+    """‖ΔW‖_F; 0 if it is within float32 rounding of A and B."""
     square = inner(update, update, name)
     rounding = torch.finfo(torch.float32).eps * float(update.a[name].norm() * update.b[name].norm())
     return math.sqrt(square) if square > rounding**2 else 0.0
@@ -297,8 +294,8 @@ def inner(first: LowRankUpdate, second: LowRankUpdate, name: str) -> float:
 class _Spaces:
     """Thin singular value decomposition of ΔW, cut to its numerical rank k.
 
-    ``columns`` [out, k], ``values`` [k], ``rows`` [in, k]; from B = Q₁R₁ and Aᵀ = Q₂R₂, of which
-    only the small R₁R₂ᵀ is decomposed.
+    ``columns`` [out, k], ``values`` [k], ``rows`` [in, k]. With B = Q₁R₁ and Aᵀ = Q₂R₂, only the
+    small R₁R₂ᵀ is decomposed.
     """
 
     columns: Tensor
@@ -322,7 +319,7 @@ class _Spaces:
 
 
 def _two(value: float) -> str:
-    """Two decimals, and two digits of what would be 0.00."""
+    """Two decimals, or two significant digits below 0.1."""
     return f"{value:.2f}" if value >= 0.1 else f"{value:.2g}"
 
 

@@ -3,10 +3,9 @@
     python -m benchmarks.composition multi30k --data ../shared/data/multi30k
     python -m benchmarks.composition pocket
 
-Everything made is a stage of a run directory: a killed benchmark goes on with the same command.
-With ``--seed`` only that seed is made, so that several can run beside each other; ``--tables``
-writes the tables of what is there, and leaves out what is not. It does not ask whether that still
-fits the recipe: only a run to the end does.
+Everything is a stage of a run directory, so the same command continues a killed benchmark. With
+``--seed`` only that seed is run, so that several can run in parallel. ``--tables`` writes tables of
+the results that exist, without checking that they still match the recipe; a full run does check.
 """
 
 from __future__ import annotations
@@ -39,12 +38,16 @@ from caliport.run.workspace import Workspace
 def main(
     name: Annotated[str, typer.Argument(help=f"One of {', '.join(PLANS)}.")],
     data: Annotated[Path | None, typer.Option(help="Directory of the data set.")] = None,
-    runs: Annotated[Path, typer.Option(help="Where run directories are made.")] = Path("runs"),
-    seed: Annotated[list[int] | None, typer.Option(help="Make only this seed; repeatable.")] = None,
-    results: Annotated[Path, typer.Option(help="Where the tables go.")] = Path("docs/results.md"),
-    tables: Annotated[bool, typer.Option(help="Make nothing; tables of what is there.")] = False,
+    runs: Annotated[Path, typer.Option(help="Parent of the run directories.")] = Path("runs"),
+    seed: Annotated[list[int] | None, typer.Option(help="Run only this seed; repeatable.")] = None,
+    results: Annotated[Path, typer.Option(help="The file to write the tables to.")] = Path(
+        "docs/results.md"
+    ),
+    tables: Annotated[
+        bool, typer.Option(help="Run nothing; write tables of existing results.")
+    ] = False,
 ) -> None:
-    """Run a benchmark to its end, or one seed of it."""
+    """Run a whole benchmark, or one seed of it."""
     if name not in PLANS:
         raise typer.BadParameter(f"{name!r}; expected one of {', '.join(PLANS)}")
     plan, common = PLANS[name], {} if data is None else {"data.directory": str(data)}
@@ -63,7 +66,7 @@ def main(
 
 
 def _make(plan: Plan, space: Workspace, seed: int) -> None:
-    """Make and score every method that the plan has for a seed."""
+    """Compose and score every method that the plan has for a seed."""
     prepare_all(space)
     for methods, compositions in rounds_of(plan, seed):
         for composition in compositions or space.recipe.compositions:
@@ -77,7 +80,7 @@ def _make(plan: Plan, space: Workspace, seed: int) -> None:
 def _workspace(
     plan: Plan, runs: Path, seed: int, changes: dict[str, Any], first: Workspace | None = None
 ) -> Workspace:
-    """The run of one seed; later seeds take the first one's base."""
+    """The run of one seed; later seeds use the first one's base."""
     methods = (*plan.core, *plan.others, *plan.merges, *plan.more)
     changes = {"calibration.methods": methods, "evaluation.quantized": plan.quantized, **changes}
     recipe = read_recipe(plan.recipe, overrides(changes))
@@ -90,10 +93,10 @@ def _workspace(
 
 
 def _sweep(plan: Plan, runs: Path, common: dict[str, Any], first: Workspace) -> dict[str, float]:
-    """The best learning rate of each method, as the recipe's field and its value.
+    """The best learning rate of each method, by the recipe's field.
 
-    All methods are tried at as many rates, with the same steps, batches and examples, and are
-    judged by the loss on training examples that were held out.
+    All methods get equally many rates, with the same steps, batches and examples; the loss on
+    held-out training examples decides.
     """
     changes = {fields_of(method): list(plan.rates[method]) for method in TRAINED}
     recipe = read_recipe(

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from caliport.data.pocket import LANGUAGES, TONES
+from caliport.recipe.methods import MERGED, WEIGHTED, parse
 
 HERE = Path(__file__).parent
-MERGES = ("exact", "svd", "ties", "dare", "slerp", "lorahub", "lm-cocktail")
+MERGES = tuple(name for name in (*MERGED, *WEIGHTED) if name != "linear")
+"""Every merge but the linear one, which each plan has among its core methods."""
 TRAINED = ("lc", "lc++", "scales-per-layer", "joint")
-"""Methods whose learning rate is swept; their variants take the same."""
+"""Methods whose learning rate is swept; their variants use the same rate."""
 VARIANTS = ("scales", "lc-per-layer", "lc++-per-layer", "lc-alone", "lc++-alone")
 SHARED = ("lc-shared", "lc++-shared")
 OTHERS = ("zero-shot", "multi-step")
@@ -22,15 +24,15 @@ class Plan:
     """One benchmark.
 
     Attributes:
-        recipe: All but the methods and the learning rates that are swept.
+        recipe: Everything but the methods and the swept learning rates.
         sweep_on: The composition that learning rates are swept on, with the first seed.
-        rates: Learning rates to try, as many for each method.
-        seeds: Of the order of examples and of every initial value but the base's.
-        core: Methods of every composition and seed.
-        others: What needs no adapter made here, with the first seed.
-        merges: Methods of every composition, with the first seed.
-        more: Methods of ``more_on`` only, with the first seed.
-        quantized: Weights that methods are also scored with.
+        rates: Learning rates to try, equally many for each method.
+        seeds: For the order of examples and all initial values but the base's.
+        core: Methods run for every composition and seed.
+        others: Methods without an adapter of their own, run with the first seed.
+        merges: Methods run for every composition with the first seed.
+        more: Methods run for ``more_on`` only, with the first seed.
+        quantized: Precisions that methods are also scored in.
         groups: Columns of the tables, each with its compositions.
     """
 
@@ -48,9 +50,8 @@ class Plan:
 
 
 def fields_of(method: str) -> str:
-    """Where a recipe holds the learning rate of a method that is swept."""
-    kinds = {"lc": "lc", "lc++": "lc++", "scales-per-layer": "scales", "joint": "joint"}
-    return f"calibration.{kinds[method]}.learning_rate"
+    """The recipe's field for the learning rate of a swept method."""
+    return f"calibration.{parse(method).kind}.learning_rate"
 
 
 _INT4 = {"int4": ["lc++", "lc++-int4"], "int4-bundle": ["lc++", "lc++-int4-bundle"]}
@@ -101,7 +102,7 @@ PLANS: dict[str, Plan] = {
 
 
 def rounds_of(plan: Plan, seed: int) -> list[tuple[tuple[str, ...], tuple[str, ...] | None]]:
-    """Methods and the compositions they are made for (None: all), the most wanted first."""
+    """Methods and their compositions (None: all), the most important first."""
     if seed:
         return [(plan.core, None)]
     return [
@@ -112,7 +113,7 @@ def rounds_of(plan: Plan, seed: int) -> list[tuple[tuple[str, ...], tuple[str, .
 
 
 def has(plan: Plan, composition: str, seed: int, method: str) -> bool:
-    """Whether a benchmark makes this method of a composition with a seed."""
+    """Whether a benchmark runs this method for a composition with a seed."""
     return any(
         method in methods and composition in (on or (composition,))
         for methods, on in rounds_of(plan, seed)
@@ -120,7 +121,7 @@ def has(plan: Plan, composition: str, seed: int, method: str) -> bool:
 
 
 def overrides(changes: dict[str, Any]) -> list[str]:
-    """Changes of a recipe's fields as ``read_recipe`` takes them."""
+    """Changes of a recipe's fields in the form that ``read_recipe`` takes."""
     import json
 
     return [f"{field}={json.dumps(value)}" for field, value in changes.items()]

@@ -1,4 +1,4 @@
-"""The tables of a finished benchmark, as Markdown between two marks of docs/results.md."""
+"""The tables of a benchmark, as Markdown between two marks in docs/results.md."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def write_tables(
     rates: Mapping[str, float],
     path: Path,
 ) -> None:
-    """Replace what stands between the marks of this benchmark; all else in the file stays.
+    """Replace the text between this benchmark's marks; the rest of the file is unchanged.
 
     Raises:
         InputError: The file has no such marks.
@@ -117,7 +117,7 @@ def _gap_table(plan: Plan, spaces: Sequence[Workspace], metric: str) -> str:
 
 
 def _share(space: Workspace, composition: str, method: str, key: str) -> float | None:
-    """What of the gap from linear to joint is closed; None where there is no gap."""
+    """Share of the gap from linear to joint that is closed; None if there is no gap."""
     linear, joint, found = (
         read_score(space, composition, m)[key] for m in ("linear", "joint", method)
     )
@@ -231,13 +231,13 @@ def _sweep_table(plan: Plan, first: Workspace, rates: Mapping[str, float]) -> st
 
 
 def _order(plan: Plan) -> list[str]:
-    """By kind: what needs nothing, merges, corrections, trained adapters."""
+    """The plan's methods by kind: without training, merges, corrections, trained adapters."""
     methods = (*plan.core, *plan.others, *plan.merges, *plan.more)
     return sorted(methods, key=lambda m: KINDS.index(parse(m).kind))
 
 
 def _cells(plan: Plan, spaces: Sequence[Workspace], *methods: str) -> list[tuple[Workspace, str]]:
-    """Seeds and compositions that all of these methods were made for."""
+    """Seeds and compositions that have all of these methods."""
     return [
         (space, composition)
         for seed, space in enumerate(spaces)
@@ -247,7 +247,7 @@ def _cells(plan: Plan, spaces: Sequence[Workspace], *methods: str) -> list[tuple
 
 
 def _scored(plan: Plan, space: Workspace, composition: str, seed: int, method: str) -> bool:
-    """Whether the benchmark makes this, and has made it."""
+    """Whether the benchmark includes this and has scored it."""
     kept = [
         space.kept("scores", composition, method, v) / "score.json"
         for v in variants_of(space, method)

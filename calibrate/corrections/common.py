@@ -1,24 +1,22 @@
-"""What calibrators train on top of frozen adapters: LC, LC++ and column scales.
+"""What a correction's file states, and what the corrections share.
 
-Sources: "Efficient Compositional Multi-tasking for On-device Large Language Models"
-(arXiv 2507.16083), Eq. 6 (LC) and Eq. 7 (LC++); "ZipLoRA" (arXiv 2311.13600) and "Merging in a
-Bottle: Differentiable Adaptive Merging" (arXiv 2410.08371) for the column scales.
-
-A *component* is a kind of layer (q_proj, k_proj, …). The papers' LC and LC++ have one P for each
-component, shared by all layers, so that their size does not grow with depth; ``per_layer`` gives
-every layer its own.
+A *component* is a kind of layer (q_proj, k_proj, …). A correction's parameters belong to a
+component and are shared by all layers, so that its size does not grow with depth; ``per_layer``
+gives every layer its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from caliport.calibrate.low_rank import LowRankUpdate
+from caliport.calibrate.parameters import parameters_of
 
 Pair = tuple[Tensor, Tensor]
 """A [R, in] and B [out, R]."""
@@ -26,40 +24,80 @@ Pair = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Composition:
-    """What a correction stands on.
+    """Adapters to compose, before the correction.
 
     Attributes:
         updates: The adapters by task.
-        merged: Their merge, as a rule ``caliport.calibrate.merges.linear.linear``;
-            ``caliport.calibrate.merges.common.none`` leaves them out, which is the paper's
-            ablation.
+        merged: The merge under the correction, by default
+            ``caliport.calibrate.merges.linear.linear``;
+            ``caliport.calibrate.merges.common.rank_zero`` is the paper's ablation without it.
     """
 
     updates: Mapping[str, LowRankUpdate]
     merged: LowRankUpdate
 
 
-class Correction(Protocol):
-    """What a calibrator trains, for one composition or for several that share it."""
+class Correction(nn.Module):
+    """A correction of one composition, or of several that share it; its parameters are trained."""
 
+    @abstractmethod
     def factors(self, composition: str, module: str) -> Pair:
-        """A [R, in] and B [out, R] of the whole update of one module, merge included."""
+        """A [R, in] and B [out, R] of the corrected update of one module, merge included."""
 
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """What has gradients."""
+
+@dataclass(frozen=True)
+class CorrectionType:
+    """A kind of correction, as its file states it.
+
+    Attributes:
+        name: In recipes and after ``--method``.
+        label: In tables and reports.
+        source: Papers and equations.
+        limits: What it needs; empty: nothing but a composition.
+        alone: Whether it can be trained without the merged LoRAs (``-alone``); if not, ``limits``
+            says why.
+        build: From the compositions by name and ``per_layer`` to the untrained correction. Its
+            further arguments are the correction's parameters; each has a default.
+    """
+
+    name: str
+    label: str
+    source: str
+    limits: str
+    alone: bool
+    build: Callable[..., Correction]
+
+    def __call__(
+        self,
+        compositions: Mapping[str, Composition],
+        per_layer: bool = False,
+        **parameters: Any,
+    ) -> Correction:
+        """Build the untrained correction."""
+        return self.build(compositions, per_layer, **parameters)
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """Names and defaults of the correction's parameters."""
+        return parameters_of(self.build, inputs=2)
 
 
 def component_of(module: str, shape: tuple[int, int]) -> str:
-    """The component that a module belongs to: its last name and its shape.
+    """The component that a module belongs to: its last name and its shape (out, in).
 
-    The shape is part of it because a few architectures have layers of different widths, which
-    cannot share one P.
+    A few architectures have layers of different widths, which cannot share parameters.
     """
     return f"{module.rpartition('.')[2]}-{shape[0]}x{shape[1]}"
 
 
-def frozen(correction: Correction, name: str, composition: Composition) -> LowRankUpdate:
-    """The corrected composition as one update: LC is rank R + 1, LC++ R + s, scales Σ rᵢ."""
+def corrected_update(correction: Correction, name: str, composition: Composition) -> LowRankUpdate:
+    """The corrected composition as one update: LC has rank R + 1, LC++ R + s, scales Σ rᵢ.
+
+    Args:
+        correction: Trained or not; copied.
+        name: The composition's name in the correction.
+        composition: The composition.
+    """
     modules = {m for u in (composition.merged, *composition.updates.values()) for m in u.modules}
     with torch.no_grad():
         pairs = {module: correction.factors(name, module) for module in sorted(modules)}
@@ -69,8 +107,8 @@ def frozen(correction: Correction, name: str, composition: Composition) -> LowRa
     )
 
 
-class Held(nn.Module):
-    """An update's matrices as buffers: they move with their owner and never have gradients."""
+class FrozenUpdate(nn.Module):
+    """An update's A and B as buffers: moved with the correction, never trained."""
 
     def __init__(self, update: LowRankUpdate) -> None:
         super().__init__()
@@ -88,13 +126,18 @@ class Held(nn.Module):
         return self.get_buffer(f"a{index}"), self.get_buffer(f"b{index}")
 
 
-def _held(updates: Mapping[str, LowRankUpdate]) -> Mapping[str, Held]:
-    held = nn.ModuleDict({name: Held(update) for name, update in updates.items()})
-    return cast("Mapping[str, Held]", held)
+def freeze_updates(updates: Mapping[str, LowRankUpdate]) -> Mapping[str, FrozenUpdate]:
+    """The updates by the same names, as a ``ModuleDict`` of buffers."""
+    frozen = nn.ModuleDict({name: FrozenUpdate(update) for name, update in updates.items()})
+    return cast("Mapping[str, FrozenUpdate]", frozen)
 
 
-def _owners(updates: Sequence[LowRankUpdate], per_layer: bool) -> dict[str, str]:
-    """For each module the name of the parameter that corrects it (no dots: they nest)."""
+def parameter_names(updates: Sequence[LowRankUpdate], per_layer: bool) -> dict[str, str]:
+    """By module, the name of the parameter that corrects it.
+
+    That is the component, or with ``per_layer`` the module itself, with / for the dots that
+    ``nn.ParameterDict`` does not allow.
+    """
     return {
         module: module.replace(".", "/")
         if per_layer
@@ -104,12 +147,12 @@ def _owners(updates: Sequence[LowRankUpdate], per_layer: bool) -> dict[str, str]
     }
 
 
-def _shapes(
-    owner: Mapping[str, str], compositions: Mapping[str, Composition]
+def parameter_shapes(
+    names: Mapping[str, str], compositions: Mapping[str, Composition]
 ) -> dict[str, tuple[int, int]]:
-    """(out, in) by owner."""
+    """(out, in) of the modules that a parameter corrects, by ``parameter_names``' names."""
     return {
-        owner[module]: c.merged.shape(module)
+        names[module]: c.merged.shape(module)
         for c in compositions.values()
         for module in c.merged.modules
     }

@@ -1,4 +1,4 @@
-"""XXX."""
+"""LC: one vector per component, added to every column of the merge."""
 
 from __future__ import annotations
 
@@ -7,28 +7,46 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from caliport.calibrate.corrections.common import Composition, Pair, _held, _owners, _shapes
+from caliport.calibrate.corrections.common import (
+    Composition,
+    Correction,
+    CorrectionType,
+    Pair,
+    freeze_updates,
+    parameter_names,
+    parameter_shapes,
+)
 
 
-class LC(nn.Module):
-    """ΔW = B'·A' + p·1ᵀ with p ∈ R^out, p = 0 at the start (Eq. 6).
+class LC(Correction):
+    """Learnable Calibration: ΔW = B'·A' + p·1ᵀ with p ∈ R^out, initially 0.
 
-    The paper prints a form that also reads as a product; with p = 0 that would erase the merge,
-    so the sum is meant. p·1ᵀ is the rank-1 update A = 1ᵀ, B = p.
+    Eq. 6 of arXiv 2507.16083. The paper prints a form that also reads as a product; with p = 0
+    that would erase the merge, so the sum is meant. p·1ᵀ is the rank-1 update A = 1ᵀ, B = p.
     """
 
     def __init__(self, compositions: Mapping[str, Composition], per_layer: bool = False) -> None:
         super().__init__()
-        self._merged = _held({name: c.merged for name, c in compositions.items()})
-        self._owner = _owners([c.merged for c in compositions.values()], per_layer)
+        self._merged = freeze_updates({name: c.merged for name, c in compositions.items()})
+        self._names = parameter_names([c.merged for c in compositions.values()], per_layer)
         self.p = nn.ParameterDict()
         self._ones = nn.ParameterDict()
-        for owner, (out, into) in _shapes(self._owner, compositions).items():
-            self.p[owner] = nn.Parameter(torch.zeros(out))
-            self._ones[owner] = nn.Parameter(torch.ones(1, into), requires_grad=False)
+        for name, (out, into) in parameter_shapes(self._names, compositions).items():
+            self.p[name] = nn.Parameter(torch.zeros(out))
+            self._ones[name] = nn.Parameter(torch.ones(1, into), requires_grad=False)
 
     def factors(self, composition: str, module: str) -> Pair:
         """[A'; 1ᵀ] and [B' p], of rank R + 1."""
-        owner = self._owner[module]
+        name = self._names[module]
         a, b = self._merged[composition].pair(module)
-        return torch.cat([a, self._ones[owner]]), torch.cat([b, self.p[owner][:, None]], dim=1)
+        return torch.cat([a, self._ones[name]]), torch.cat([b, self.p[name][:, None]], dim=1)
+
+
+CORRECTION = CorrectionType(
+    name="lc",
+    label="LC (Eq. 6)",
+    source="Learnable Calibration, arXiv 2507.16083, Eq. 6",
+    limits="",
+    alone=True,
+    build=LC,
+)

@@ -1,9 +1,15 @@
-"""XXX."""
+"""The corrections by name, found by file name."""
 
 from __future__ import annotations
 
-from caliport.calibrate.corrections.column_scales import ColumnScales
-from caliport.calibrate.corrections.lc import LC
-from caliport.calibrate.corrections.lc_plus_plus import LCPlusPlus
+from typing import TYPE_CHECKING
 
-CORRECTIONS = {"lc": LC, "lc++": LCPlusPlus, "scales": ColumnScales}
+from caliport.core.entries import Entries
+
+if TYPE_CHECKING:
+    from caliport.calibrate.corrections.common import CorrectionType
+
+CORRECTIONS: Entries[CorrectionType] = Entries(
+    "caliport.calibrate.corrections", "CORRECTION", helpers=("common", "registry", "train")
+)
+"""Corrections that are trained on examples of the composition."""

@@ -1,4 +1,4 @@
-"""XXX."""
+"""DARE merge: drop values at random, rescale the others, sum."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from torch import Tensor
 
 from caliport.calibrate.low_rank import LowRankUpdate
 from caliport.calibrate.merges.common import (
-    _check_density,
-    _check_rank,
-    _check_same,
-    _of_modules,
-    _sum,
-    _targeting,
-    _weights,
+    Merge,
+    check_density,
+    check_rank,
+    check_shapes,
+    merge_by_module,
+    resolve_weights,
+    summed,
+    targeting,
 )
 from caliport.calibrate.merges.sparsify import drop, factor
 
@@ -34,7 +35,7 @@ def dare(
 
     Args:
         updates: Adapters of any ranks and modules.
-        weights: One a update; default 1/N each.
+        weights: One per update; default 1/N each.
         density: Share of values that are kept, in (0, 1].
         seed: Decides which.
         rank: The result is not low-rank, so its largest R singular values are kept; default
@@ -44,17 +45,27 @@ def dare(
         InputError: A module has different shapes in two updates, or density or rank is out of
             range.
     """
-    weights = _weights(updates, weights)
-    _check_same(updates)
-    _check_rank(rank)
-    _check_density(density)
+    weights = resolve_weights(updates, weights)
+    check_shapes(updates)
+    check_rank(rank)
+    check_density(density)
     draw = torch.Generator().manual_seed(seed)
 
     def merged(name: str) -> tuple[Tensor, Tensor]:
-        parts, shares = _targeting(name, updates, weights)
+        parts, shares = targeting(name, updates, weights)
         terms = [
             w * drop(part.delta(name), density, draw) for w, part in zip(shares, parts, strict=True)
         ]
-        return factor(_sum(terms), rank or sum(part.rank(name) for part in parts))
+        return factor(summed(terms), rank or sum(part.rank(name) for part in parts))
 
-    return _of_modules(updates, merged)
+    return merge_by_module(updates, merged)
+
+
+MERGE = Merge(
+    name="dare",
+    label="DARE",
+    source="arXiv 2311.03099, Eq. 1",
+    limits="density in (0, 1]",
+    difference="values are dropped at random and the others scaled up",
+    function=dare,
+)

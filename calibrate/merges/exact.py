@@ -1,4 +1,4 @@
-"""XXX."""
+"""Exact merge: the weighted sum of the updates, by concatenation."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from collections.abc import Sequence
 
 from caliport.calibrate.low_rank import LowRankUpdate
 from caliport.calibrate.merges.common import (
-    _check_same,
-    _concatenated,
-    _of_modules,
-    _targeting,
-    _weights,
+    Merge,
+    check_shapes,
+    concatenated,
+    merge_by_module,
+    resolve_weights,
+    targeting,
 )
 
 
@@ -23,13 +24,23 @@ def exact(
 
     Args:
         updates: Adapters of any ranks and modules.
-        weights: One a update; default 1/N each (0.5 for two, as in the paper's "concat").
+        weights: One per update; default 1/N each (0.5 for two, as in the paper's "concat").
 
     Raises:
         InputError: A module has different shapes in two updates.
     """
-    weights = _weights(updates, weights)
-    _check_same(updates)
-    return _of_modules(
-        updates, lambda name: _concatenated(*_targeting(name, updates, weights), name)
+    weights = resolve_weights(updates, weights)
+    check_shapes(updates)
+    return merge_by_module(
+        updates, lambda name: concatenated(*targeting(name, updates, weights), name)
     )
+
+
+MERGE = Merge(
+    name="exact",
+    label="exact merge",
+    source='the weighted sum; "concat" in Learnable Calibration, arXiv 2507.16083',
+    limits="",
+    difference="",
+    function=exact,
+)

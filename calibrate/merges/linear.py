@@ -1,11 +1,11 @@
-"""XXX."""
+"""Linear merge: the average of the As and of the Bs."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from caliport.calibrate.low_rank import LowRankUpdate
-from caliport.calibrate.merges.common import _check_same, _sum, _weights
+from caliport.calibrate.merges.common import Merge, check_shapes, resolve_weights, summed
 from caliport.core.errors import InputError
 
 
@@ -20,20 +20,30 @@ def linear(
 
     Args:
         updates: Adapters of equal rank in every module.
-        weights: One a update; default 1/N each.
+        weights: One per update; default 1/N each.
 
     Raises:
         InputError: The updates target different modules or have different ranks or shapes.
     """
-    weights = _weights(updates, weights)
+    weights = resolve_weights(updates, weights)
     _check_equal(updates)
-    _check_same(updates)
+    check_shapes(updates)
     pairs = list(zip(weights, updates, strict=True))
     names = updates[0].modules
     return LowRankUpdate(
-        {n: _sum([w * u.a[n] for w, u in pairs]) for n in names},
-        {n: _sum([w * u.b[n] for w, u in pairs]) for n in names},
+        {n: summed([w * u.a[n] for w, u in pairs]) for n in names},
+        {n: summed([w * u.b[n] for w, u in pairs]) for n in names},
     )
+
+
+MERGE = Merge(
+    name="linear",
+    label="linear merge (Eq. 5)",
+    source="Learnable Calibration, arXiv 2507.16083, Eq. 5",
+    limits="adapters of equal target modules and ranks",
+    difference="averaging A and B separately adds cross terms Bᵢ·Aⱼ of different adapters",
+    function=linear,
+)
 
 
 def _check_equal(updates: Sequence[LowRankUpdate]) -> None:

@@ -1,23 +1,15 @@
-"""XXX."""
+"""The merges by name, found by file name."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from caliport.calibrate.low_rank import LowRankUpdate
-from caliport.calibrate.merges.dare import dare
-from caliport.calibrate.merges.exact import exact
-from caliport.calibrate.merges.linear import linear
-from caliport.calibrate.merges.slerp import slerp
-from caliport.calibrate.merges.svd import svd
-from caliport.calibrate.merges.ties import ties
+from caliport.core.entries import Entries
 
-# The merges that need neither data nor training, all with their defaults.
-MERGES: dict[str, Callable[..., LowRankUpdate]] = {
-    "linear": linear,
-    "exact": exact,
-    "svd": svd,
-    "ties": ties,
-    "dare": dare,
-    "slerp": slerp,
-}
+if TYPE_CHECKING:
+    from caliport.calibrate.merges.common import Merge
+
+MERGES: Entries[Merge] = Entries(
+    "caliport.calibrate.merges", "MERGE", helpers=("common", "registry", "sparsify")
+)
+"""Merges that need no data."""

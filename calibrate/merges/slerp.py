@@ -1,4 +1,4 @@
-"""XXX."""
+"""SLERP merge: spherical interpolation between the updates."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from torch import Tensor
 
 from caliport.calibrate.low_rank import LowRankUpdate
 from caliport.calibrate.merges.common import (
-    _check_same,
-    _concatenated,
-    _of_modules,
-    _targeting,
-    _weights,
+    Merge,
+    check_shapes,
+    concatenated,
+    merge_by_module,
+    resolve_weights,
+    targeting,
 )
 from caliport.core.errors import InputError
 
@@ -40,18 +41,18 @@ def slerp(
 
     Args:
         updates: Adapters of any ranks and modules.
-        weights: One a update, none negative; only their ratios matter. Default equal.
+        weights: One per update, none negative; only their ratios matter. Default equal.
 
     Raises:
         InputError: A module has different shapes in two updates, a weight is negative or all
             are 0.
     """
-    weights = _weights(updates, weights)
+    weights = resolve_weights(updates, weights)
     if min(weights) < 0 or sum(weights) <= 0:
         raise InputError(
             f"slerp merge: weights are {list(weights)}, expected none negative and not all 0"
         )
-    _check_same(updates)
+    check_shapes(updates)
 
     def merged(name: str) -> tuple[Tensor, Tensor]:
         products = _inner_products(updates, name)
@@ -64,9 +65,19 @@ def slerp(
             t = weight / done if done > 0 else 0.0
             before, after = _arc(t, shares, new, products)
             shares = before * shares + after * new
-        return _concatenated(*_targeting(name, updates, shares.tolist()), name)
+        return concatenated(*targeting(name, updates, shares.tolist()), name)
 
-    return _of_modules(updates, merged)
+    return merge_by_module(updates, merged)
+
+
+MERGE = Merge(
+    name="slerp",
+    label="SLERP",
+    source="Shoemake, SIGGRAPH 1985",
+    limits="no negative weights; only their ratios matter",
+    difference="it keeps the adapters' norm, and the average of unlike adapters is smaller",
+    function=slerp,
+)
 
 
 def _arc(t: float, one: Tensor, two: Tensor, products: Tensor) -> tuple[float, float]:

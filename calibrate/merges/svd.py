@@ -1,4 +1,4 @@
-"""XXX."""
+"""SVD-truncated merge: the weighted sum, cut to one adapter's rank."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from torch import Tensor
 
 from caliport.calibrate.low_rank import LowRankUpdate
 from caliport.calibrate.merges.common import (
-    _check_rank,
-    _check_same,
-    _concatenated,
-    _of_modules,
-    _targeting,
-    _weights,
+    Merge,
+    check_rank,
+    check_shapes,
+    concatenated,
+    merge_by_module,
+    resolve_weights,
+    targeting,
 )
 
 
@@ -31,20 +32,20 @@ def svd(
 
     Args:
         updates: Adapters of any ranks and modules.
-        weights: One a update; default 1/N each.
+        weights: One per update; default 1/N each.
         rank: R of every module; default the largest single adapter's rank there, so that the
             merge costs what one adapter costs. Σ rᵢ or more keeps the sum exactly.
 
     Raises:
         InputError: A module has different shapes in two updates, or rank is below 1.
     """
-    weights = _weights(updates, weights)
-    _check_same(updates)
-    _check_rank(rank)
+    weights = resolve_weights(updates, weights)
+    check_shapes(updates)
+    check_rank(rank)
 
     def truncated(name: str) -> tuple[Tensor, Tensor]:
-        parts, shares = _targeting(name, updates, weights)
-        a, b = (t.double() for t in _concatenated(parts, shares, name))
+        parts, shares = targeting(name, updates, weights)
+        a, b = (t.double() for t in concatenated(parts, shares, name))
         q1, r1 = torch.linalg.qr(b)
         q2, r2 = torch.linalg.qr(a.T)
         u, s, vt = torch.linalg.svd(r1 @ r2.T, full_matrices=False)
@@ -52,4 +53,14 @@ def svd(
         root = s[:keep].sqrt()
         return (root[:, None] * (vt[:keep] @ q2.T)).float(), ((q1 @ u[:, :keep]) * root).float()
 
-    return _of_modules(updates, truncated)
+    return merge_by_module(updates, truncated)
+
+
+MERGE = Merge(
+    name="svd",
+    label="SVD-truncated merge",
+    source="Eckart and Young 1936",
+    limits="",
+    difference="singular values of the sum beyond the rank of one adapter are cut off",
+    function=svd,
+)

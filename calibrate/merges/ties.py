@@ -1,4 +1,4 @@
-"""XXX."""
+"""TIES merge: trim, elect signs, average those that agree."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from torch import Tensor
 
 from caliport.calibrate.low_rank import LowRankUpdate
 from caliport.calibrate.merges.common import (
-    _check_density,
-    _check_rank,
-    _check_same,
-    _of_modules,
-    _targeting,
-    _weights,
+    Merge,
+    check_density,
+    check_rank,
+    check_shapes,
+    merge_by_module,
+    resolve_weights,
+    targeting,
 )
 from caliport.calibrate.merges.sparsify import disjoint, factor, trim
 
@@ -35,7 +36,7 @@ def ties(
 
     Args:
         updates: Adapters of any ranks and modules.
-        weights: One a update; default 1/N each.
+        weights: One per update; default 1/N each.
         density: Share of values that trimming keeps, in (0, 1].
         rank: The result is not low-rank, so its largest R singular values are kept; default
             Σ rᵢ of the module, the cost of the exact sum. min(out, in) keeps all of it.
@@ -44,14 +45,25 @@ def ties(
         InputError: A module has different shapes in two updates, or density or rank is out of
             range.
     """
-    weights = _weights(updates, weights)
-    _check_same(updates)
-    _check_rank(rank)
-    _check_density(density)
+    weights = resolve_weights(updates, weights)
+    check_shapes(updates)
+    check_rank(rank)
+    check_density(density)
 
     def merged(name: str) -> tuple[Tensor, Tensor]:
-        parts, shares = _targeting(name, updates, weights)
+        parts, shares = targeting(name, updates, weights)
         dense = disjoint([trim(part.delta(name), density) for part in parts], shares)
         return factor(dense, rank or sum(part.rank(name) for part in parts))
 
-    return _of_modules(updates, merged)
+    return merge_by_module(updates, merged)
+
+
+MERGE = Merge(
+    name="ties",
+    label="TIES",
+    source="arXiv 2306.01708, Section 3.2",
+    limits="density in (0, 1]",
+    difference="small values and those of the minority sign are dropped, and the others averaged "
+    "over the adapters that agree",
+    function=ties,
+)

@@ -1,8 +1,8 @@
-"""FLix: a low-rank update for each feature, added up for the features that apply.
+"""FLix: one low-rank update per feature; the updates of the features that apply are added.
 
 Source: "Multitask Multilingual Model Adaptation with Featurized Low-Rank Mixtures"
 (arXiv 2402.17934). A data set has features (its task, its language, …) and its update is
-ΔW = Σ Bᵢ·Aᵢ over them. A set of features that was never trained together needs nothing new.
+ΔW = Σ Bᵢ·Aᵢ over them. A new set of trained features needs no further training.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -21,21 +20,21 @@ from caliport.calibrate.low_rank import LowRankUpdate
 from caliport.calibrate.merges.exact import exact
 from caliport.calibrate.training.attach import attached
 from caliport.calibrate.training.batches import Encoded
-from caliport.calibrate.training.loop import TrainSettings, fit
+from caliport.calibrate.training.loop import TrainRun, fit
 from caliport.calibrate.training.lora import COMPONENTS
 from caliport.core.errors import InputError
 
 
 @dataclass(frozen=True)
 class FeatureSettings:
-    """How features are trained.
+    """Which features are trained, and how.
 
     Attributes:
-        ranks: Rank of each feature that is trained.
-        scale: What B·A is multiplied with, α/r of a LoRA; inside B once trained.
-        dropout: Probability that a feature is off for an example of a step, each by itself; one
-            at least stays on. The paper's rate is not known to us: sweep it.
-        target_modules: Last names of the linear layers to adapt.
+        ranks: Rank of each feature to train.
+        scale: Factor of B·A, a LoRA's α/r; inside B after training.
+        dropout: Probability that a feature is off for an example in a step, drawn independently;
+            at least one stays on. The paper's rate is not known to us: sweep it.
+        target_modules: Last part of the names of the linear layers to adapt.
     """
 
     ranks: Mapping[str, int]
@@ -46,7 +45,7 @@ class FeatureSettings:
 
 @dataclass(frozen=True)
 class FeatureSet:
-    """A data set, or a part of one, with the features that apply to it."""
+    """A data set, or part of one, with the features that apply to it."""
 
     features: tuple[str, ...]
     examples: Sequence[Encoded]
@@ -56,28 +55,21 @@ def train_features(
     model: PreTrainedModel,
     sets: Sequence[FeatureSet],
     features: FeatureSettings,
-    settings: TrainSettings,
-    title: str,
-    *,
+    run: TrainRun,
     kept: Mapping[str, LowRankUpdate] | None = None,
-    micro_batch: int | None = None,
-    resume: Path | None = None,
 ) -> tuple[dict[str, LowRankUpdate], list[dict[str, float]]]:
     """Train the features of ``features.ranks`` together on a mixture of data sets.
 
-    A batch mixes data sets; a step costs what the features active in it cost, however many others
-    there are.
+    A batch mixes data sets. The cost of a step depends on the features active in it, not on how
+    many others there are.
 
     Args:
         model: The base; frozen.
         sets: What to train on.
         features: Ranks, scale and dropout.
-        settings: How to train.
-        title: For the progress bar and errors.
-        kept: Features trained earlier. They take part where a data set has them and stay as they
-            are, so that a feature can be added, or one replaced, later.
-        micro_batch: Most examples in one forward pass.
-        resume: Checkpoint file, see ``caliport.calibrate.training.loop.fit``.
+        run: Settings, title, checkpoint and micro-batch.
+        kept: Features trained earlier. They are applied where a data set has them, but not
+            changed, so that a feature can be added or replaced later.
 
     Returns:
         The trained features by name, and the loss curve.
@@ -88,7 +80,7 @@ def train_features(
     """
     kept = kept or {}
     _check(sets, features.ranks, kept)
-    torch.manual_seed(settings.seed)
+    torch.manual_seed(run.settings.seed)
     shapes = {
         name: (module.out_features, module.in_features)
         for name, module in model.named_modules()
@@ -97,7 +89,7 @@ def train_features(
     trained = _Features(features.ranks, shapes, features.scale)
     pooled = [example for one in sets for example in one.examples]
     labels = [one.features for one in sets for _ in one.examples]
-    active = _Active(labels, features.dropout, settings.seed)
+    active = ActiveFeatures(labels, features.dropout, run.settings.seed)
 
     def terms(module: str) -> Iterator[tuple[Tensor | None, Tensor, Tensor]]:
         for name, rows in active.groups:
@@ -112,19 +104,17 @@ def train_features(
     model.eval().requires_grad_(False)
     try:
         with attached(model, modules, terms):
-            curve = fit(
-                model, trained, pooled, settings, title, resume, active, micro_batch=micro_batch
-            )
+            curve = fit(model, trained, pooled, run, active)
     finally:
         model.requires_grad_(True)
     return {name: trained.update(name) for name in features.ranks}, curve
 
 
 def compose(features: Mapping[str, LowRankUpdate], names: Sequence[str]) -> LowRankUpdate:
-    """ΔW = Σ Bᵢ·Aᵢ of the named features, of rank Σ rᵢ; any set, also one never trained.
+    """ΔW = Σ Bᵢ·Aᵢ of the named features, of rank Σ rᵢ; any set, even one never trained together.
 
     Raises:
-        InputError: A name that is no feature, or no name at all.
+        InputError: A name that is not a feature, or no names.
     """
     for name in names:
         if name not in features:
@@ -169,10 +159,11 @@ class _Features(nn.Module):
         return f"{feature} {module}".replace(".", "/")
 
 
-class _Active:
-    """Which features are on in each row of the current batch, decided by seed, step and example.
+class ActiveFeatures:
+    """Which features are on in each row of the current batch.
 
-    So several processes, or a batch cut into parts, drop the same ones.
+    Seed, step and example decide it, so several processes, or a batch cut into micro-batches, drop
+    the same features.
     """
 
     def __init__(self, labels: Sequence[tuple[str, ...]], dropout: float, seed: int) -> None:
@@ -182,6 +173,7 @@ class _Active:
         self.groups: list[tuple[str, Tensor | None]] = []
 
     def __call__(self, indices: Sequence[int], step: int) -> None:
+        """Draw the features of the next batch's rows: the ``on_batch`` of ``fit``."""
         rows: dict[str, list[int]] = {}
         for row, index in enumerate(indices):
             for feature in self._kept(index, step):

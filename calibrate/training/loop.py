@@ -1,4 +1,4 @@
-"""One training loop for the base, adapters and corrections, on one process or several."""
+"""The training loop of bases, adapters and corrections, on one process or several."""
 
 from __future__ import annotations
 
@@ -41,20 +41,20 @@ _CHECKPOINT_SECONDS = 30.0
 _SHOWN_EXAMPLES = 8
 
 OnBatch = Callable[[Sequence[int], int], None]
-"""Called before each forward with the rows' indices into the examples, and the step."""
+"""Called before each forward pass with the rows' indices into the examples, and the step."""
 
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """How to train. Adam, gradients clipped to norm 1, linear warm-up, then the schedule.
+    """How to train: Adam, gradients clipped to norm 1, linear warm-up, then the schedule.
 
     Attributes:
         steps: Optimizer steps.
-        batch_size: Examples a step.
-        learning_rate: At its highest.
+        batch_size: Examples per step.
+        learning_rate: Peak learning rate.
         schedule: A transformers scheduler: ``constant_with_warmup``, ``linear`` or ``cosine``.
-        warmup: Share of the steps.
-        seed: Of the order of examples, of dropout and of initial values.
+        warmup: Share of the steps used for warm-up, 0 to 1.
+        seed: For the order of examples, dropout and initial values.
         prompt_loss: Train on the prompt's tokens too, as in pre-training.
     """
 
@@ -65,6 +65,25 @@ class TrainSettings:
     warmup: float = 0.05
     seed: int = 0
     prompt_loss: bool = False
+
+
+@dataclass(frozen=True)
+class TrainRun:
+    """One training: its settings, and what does not change its result.
+
+    Attributes:
+        settings: How to train.
+        title: For the progress bar and errors.
+        resume: Checkpoint file that all processes can read; None: no checkpoints. If it exists,
+            training continues from it, with the same result as an uninterrupted run. An interrupt
+            (SIGINT, SIGTERM) writes one. The caller removes it when all is done.
+        micro_batch: Most examples in one forward pass; gradients of a larger batch are accumulated.
+    """
+
+    settings: TrainSettings
+    title: str
+    resume: Path | None = None
+    micro_batch: int | None = None
 
 
 def losses_of(model: PreTrainedModel, batch: Batch) -> Tensor:
@@ -100,13 +119,13 @@ def evaluate(
 ) -> list[float]:
     """Each example's mean loss in nats a target token, in eval mode and fp32.
 
-    It runs where ``fit`` runs and gives the model back where it was. Nothing is shared between
-    processes: each that calls it gets all the losses.
+    Runs on the device that ``fit`` uses and moves the model back afterwards. Processes share
+    nothing: each one that calls this computes all the losses.
 
     Args:
-        model: Whatever is attached to it takes part.
+        model: The model, with whatever is attached to it.
         examples: What to measure.
-        batch_size: Examples in one forward; it changes nothing but rounding.
+        batch_size: Examples in one forward pass; changes rounding only.
     """
     pad = model.config.pad_token_id or 0
     near = sorted(range(len(examples)), key=lambda i: len(examples[i].prompt + examples[i].target))
@@ -130,40 +149,34 @@ def fit(
     model: PreTrainedModel,
     trained: nn.Module,
     examples: Sequence[Encoded],
-    settings: TrainSettings,
-    title: str,
-    resume: Path | None = None,
+    run: TrainRun,
     on_batch: OnBatch | None = None,
-    micro_batch: int | None = None,
 ) -> list[dict[str, float]]:
-    """Train ``trained``'s parameters that require gradients on the model's loss.
+    """Train the parameters of ``trained`` that require gradients on the model's loss.
 
-    The loss of a step is the mean over all targets of its batch, however many processes share
-    the batch and however it is cut into forwards. Device, processes and precision are
-    accelerate's: what its launcher was told, else the GPU with bf16 autocast where there is one,
-    else fp32 on the CPU.
+    A step's loss is the mean over all targets of its batch, regardless of how many processes share
+    the batch and how many forward passes it takes. Accelerate decides device, processes and
+    precision: as its launcher was told, else a GPU in bf16 autocast if there is one, else fp32 on
+    the CPU.
 
     Args:
-        model: Computes the loss; whatever is to be trained is part of it or attached to it. It
-            is given back on the device that it came on, as is ``trained``.
+        model: Computes the loss; what is trained is part of it or attached to it. It is moved back
+            to its device afterwards, as is ``trained``.
         trained: Holds the parameters to train; saved and restored on resume.
         examples: What to train on; the same on all processes.
-        settings: How.
-        title: For the progress bar and errors.
-        resume: A file for checkpoints, which all processes can read. One that is there is
-            continued from, with the same result as an uninterrupted run; it is the caller's to
-            remove when all is done. An interrupt (SIGINT, SIGTERM) leaves one.
-        on_batch: Called before each forward with the rows' indices into ``examples`` and the step.
-        micro_batch: Most examples in one forward; gradients of a larger batch are accumulated.
+        run: Settings, title, checkpoint and micro-batch.
+        on_batch: Called before each forward pass with the rows' indices into ``examples`` and the
+            step.
 
     Returns:
-        The loss curve: up to 200 points of ``step`` and mean ``loss`` since the one before.
+        The loss curve: up to 200 points of ``step`` and mean ``loss`` since the point before.
 
     Raises:
-        InputError: The loss or the gradient is not finite: names the step and its examples.
-            ``trained`` and ``resume`` then hold the state before that step.
-        KeyboardInterrupt: SIGINT or SIGTERM came and the checkpoint is written.
+        InputError: The loss or the gradient is not finite; the message names the step and its
+            examples. ``trained`` and ``run.resume`` then hold the state before that step.
+        KeyboardInterrupt: SIGINT or SIGTERM came; the checkpoint has been written.
     """
+    settings, title, resume = run.settings, run.title, run.resume
     with accelerated() as accelerator, on_device(accelerator.device, model, trained):
         state = State.new(
             trained,
@@ -184,16 +197,8 @@ def fit(
             with stoppable(resume is not None) as stop, progress(title, settings.steps) as advance:
                 for step in range(state.step, settings.steps):
                     before = random_state(accelerator.device)
-                    loss = _backward(
-                        accelerator,
-                        model,
-                        examples,
-                        order[step],
-                        step,
-                        settings.prompt_loss,
-                        on_batch,
-                        micro_batch,
-                    )
+                    batch = order[step]
+                    loss = _backward(accelerator, model, examples, batch, step, run, on_batch)
                     due = time.monotonic() - saved > _CHECKPOINT_SECONDS
                     flags = [due and accelerator.is_main_process, stop.asked]
                     values = torch.cat([loss[None], loss.new_tensor(flags)])
@@ -202,7 +207,7 @@ def fit(
                     if not (math.isfinite(value) and math.isfinite(norm)):
                         if resume is not None:
                             state.save(resume, accelerator, before)
-                        raise InputError(_not_finite(title, value, norm, step, order[step], resume))
+                        raise InputError(_not_finite(run, value, norm, step, batch))
                     state.advance(value)
                     advance(step + 1, f"loss {value:.3f}")
                     if resume is not None and (save or stopping):
@@ -221,15 +226,15 @@ def _backward(
     examples: Sequence[Encoded],
     batch: Sequence[int],
     step: int,
-    prompt_loss: bool,
+    run: TrainRun,
     on_batch: OnBatch | None,
-    micro_batch: int | None,
 ) -> Tensor:
-    """Add the gradients of this process's share of a batch; its part of the mean loss, []."""
+    """Add the gradients of this process's share of a batch; return its part of the mean loss."""
+    prompt_loss = run.settings.prompt_loss
     pad = model.config.pad_token_id or 0
     targets = max(1, sum(target_count(examples[i], prompt_loss) for i in batch))
     mine = batch[accelerator.process_index :: accelerator.num_processes]
-    size = micro_batch or len(batch)
+    size = run.micro_batch or len(batch)
     total = torch.zeros((), device=accelerator.device)
     for start in range(0, len(mine), size):
         rows = mine[start : start + size]
@@ -243,13 +248,11 @@ def _backward(
     return total
 
 
-def _not_finite(
-    title: str, loss: float, norm: float, step: int, batch: Sequence[int], resume: Path | None
-) -> str:
+def _not_finite(run: TrainRun, loss: float, norm: float, step: int, batch: Sequence[int]) -> str:
     shown = ", ".join(map(str, batch[:_SHOWN_EXAMPLES])) + ", …" * (len(batch) > _SHOWN_EXAMPLES)
-    kept = f"; the last good state is in {resume}" if resume is not None else ""
+    kept = f"; the last good state is in {run.resume}" if run.resume is not None else ""
     return (
-        f"{title}: loss is {loss}, gradient norm {norm} at step {step} (examples {shown}; "
+        f"{run.title}: loss is {loss}, gradient norm {norm} at step {step} (examples {shown}; "
         f"{len(batch)} in all, counted from 0){kept}; lower the learning rate or look at these "
         "examples"
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -12,7 +11,7 @@ from transformers import PreTrainedModel
 
 from caliport.calibrate.low_rank import LowRankUpdate
 from caliport.calibrate.training.batches import Encoded
-from caliport.calibrate.training.loop import TrainSettings, fit
+from caliport.calibrate.training.loop import TrainRun, fit
 
 COMPONENTS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -24,8 +23,8 @@ class LoraSettings:
     Attributes:
         rank: r.
         alpha: α; the update is scaled by α/r.
-        dropout: Of the adapter's input while training.
-        target_modules: Last names of the linear layers to adapt.
+        dropout: Dropout probability of the adapter's input during training.
+        target_modules: Last part of the names of the linear layers to adapt.
     """
 
     rank: int = 8
@@ -38,28 +37,22 @@ def train_lora(
     model: PreTrainedModel,
     examples: Sequence[Encoded],
     lora: LoraSettings,
-    settings: TrainSettings,
-    title: str,
-    resume: Path | None = None,
-    micro_batch: int | None = None,
+    run: TrainRun,
 ) -> tuple[LowRankUpdate, list[dict[str, float]]]:
     """Train one LoRA on a frozen base.
 
-    The model is given back without the adapter and with all its weights as they were.
+    Afterwards the model has no adapter and all its weights are unchanged.
 
     Args:
         model: The base.
-        examples: Of one task; of the composition for the joint expert.
+        examples: Examples of one task; of the composition for the joint expert.
         lora: Shape of the adapter.
-        settings: How to train.
-        title: For the progress bar and errors.
-        resume: Checkpoint file, see ``caliport.calibrate.training.loop.fit``.
-        micro_batch: Most examples in one forward pass.
+        run: Settings, title, checkpoint and micro-batch.
 
     Returns:
         The adapter, and its loss curve.
     """
-    torch.manual_seed(settings.seed)
+    torch.manual_seed(run.settings.seed)
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT multiplies; any number is right
@@ -70,7 +63,7 @@ def train_lora(
     peft_model = get_peft_model(model, config)
     peft_model.train()
     try:
-        curve = fit(model, peft_model, examples, settings, title, resume, micro_batch=micro_batch)
+        curve = fit(model, peft_model, examples, run)
         update = _update_of(peft_model, lora)
     finally:
         peft_model.eval()

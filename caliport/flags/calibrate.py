@@ -1,4 +1,4 @@
-"""XXX."""
+"""``caliport calibrate`` without a recipe: one composition, or FLix features, from flags."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from caliport.core.errors import InputError
 from caliport.core.progress import console
 from caliport.recipe.methods import CORRECTED, MERGED, WEIGHTED, parse
-from caliport.stages.compose import How, Job, compose_to
+from caliport.stages.compose import ComposeSettings, CompositionInputs, compose_to
 from caliport.stages.sources import Source
 from caliport.stages.train import Training, features_to
 
@@ -18,13 +18,25 @@ def calibrate_one(
     base: str,
     adapters: Sequence[Path],
     method: str,
-    data: Path | None,
-    prompt: str,
+    examples: Source | None,
     training: Mapping[str, Any],
     weights: Sequence[float],
     out: Path,
 ) -> None:
-    """Compose adapters by one method into ``out``."""
+    """Compose adapters by one method into the PEFT directory ``out``.
+
+    Args:
+        base: Directory or hub name of the base.
+        adapters: PEFT LoRA directories.
+        method: The method's name, with variants.
+        examples: Examples of the composition; None for merges that need none.
+        training: Fields of ``TrainSettings``.
+        weights: One per adapter for a merge; empty: equal.
+        out: The directory to create.
+
+    Raises:
+        InputError: An unknown method, or flags that do not go with it.
+    """
     from caliport.calibrate.training.loop import TrainSettings
 
     try:
@@ -39,15 +51,19 @@ def calibrate_one(
         raise InputError(
             f"found {len(weights)} --weight for {len(adapters)} --adapter; expected one each"
         )
-    if parsed.kind not in MERGED and data is None:
+    if parsed.kind not in MERGED and examples is None:
         raise InputError(f"--method {method} needs --data, examples of the composition")
-    job = Job(
-        {str(index): path for index, path in enumerate(adapters, start=1)},
-        Source(data, prompt) if data is not None else None,
+    inputs = CompositionInputs(
+        {str(index): path for index, path in enumerate(adapters, start=1)}, examples
     )
-    train = TrainSettings(**training) if parsed.kind in CORRECTED else None
-    how = How(base, parsed, train, weights=tuple(weights) or None, seed=training["seed"])
-    compose_to(out, f"{method} of {len(adapters)} adapters", job, how)
+    settings = ComposeSettings(
+        base,
+        parsed,
+        TrainSettings(**training) if parsed.kind in CORRECTED else None,
+        weights=tuple(weights) or None,
+        parameters={"density": 0.5, "seed": training["seed"]},
+    )
+    compose_to(out, f"{method} of {len(adapters)} adapters", inputs, settings)
     console.print(f"composed adapter: {out}")
 
 
@@ -60,16 +76,19 @@ def features_one(
     earlier: Path | None,
     out: Path,
 ) -> None:
-    """Train FLix features on examples that name theirs; ``earlier`` ones stay as they are.
+    """Train FLix features on examples that name their features.
 
     Args:
         base: Directory or hub name of the base.
         data: JSON Lines with ``features``.
-        prompt: Around each input.
+        prompt: Prompt around each input, with ``{input}``.
         ranks: ``NAME=RANK`` of each feature to train.
         training: Fields of ``TrainSettings``.
-        earlier: A directory of features trained earlier.
-        out: The directory to appear, with a PEFT directory a feature.
+        earlier: A directory of features trained earlier, which are copied unchanged.
+        out: The directory to create, with one PEFT directory per feature.
+
+    Raises:
+        InputError: A rank that is not ``NAME=RANK``.
     """
     from caliport.calibrate.training.flix import FeatureSettings
     from caliport.calibrate.training.loop import TrainSettings

@@ -1,16 +1,20 @@
-"""The names of methods: a kind and what varies it, such as ``lc++-per-layer-int4``."""
+"""The names of methods: a kind and its variants, such as ``lc++-per-layer-int4``."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from caliport.calibrate.corrections.registry import CORRECTIONS
+from caliport.calibrate.merges.by_loss.registry import WEIGHT_SEARCHES
+from caliport.calibrate.merges.registry import MERGES
+
 SCORED = ("zero-shot", "lora", "multi-step")
-"""Kinds that give no adapter of their own; they are scored for comparison."""
-MERGED = ("linear", "exact", "svd", "ties", "dare", "slerp")
+"""Kinds without an adapter of their own; scored for comparison."""
+MERGED = tuple(MERGES)
 """Kinds that need no data."""
-WEIGHTED = ("lorahub", "lm-cocktail")
-"""Kinds that choose one weight an adapter by losses."""
-CORRECTED = ("lc", "lc++", "scales")
+WEIGHTED = tuple(WEIGHT_SEARCHES)
+"""Kinds that choose one weight per adapter by losses."""
+CORRECTED = tuple(CORRECTIONS)
 """Kinds that train a correction on top of the frozen adapters."""
 TRAINED = ("joint", "mixture", "flix")
 """Kinds that train adapters themselves, from the compositions or from a mixture of data sets."""
@@ -21,17 +25,6 @@ _LABELS = {
     "zero-shot": "base alone",
     "lora": "each LoRA alone",
     "multi-step": "multi-step",
-    "linear": "linear merge (Eq. 5)",
-    "exact": "exact merge",
-    "svd": "SVD-truncated merge",
-    "ties": "TIES",
-    "dare": "DARE",
-    "slerp": "SLERP",
-    "lorahub": "LoraHub",
-    "lm-cocktail": "LM-Cocktail",
-    "lc": "LC (Eq. 6)",
-    "lc++": "LC++ (Eq. 7)",
-    "scales": "column scales",
     "joint": "joint-expert LoRA",
     "mixture": "one LoRA on the mixture",
     "flix": "FLix",
@@ -45,11 +38,11 @@ class Method:
     Attributes:
         name: As written in a recipe.
         kind: One of ``KINDS``.
-        per_layer: A correction for each layer instead of one shared by all.
+        per_layer: One correction per layer instead of one shared by all.
         shared: One correction for all compositions of the recipe.
-        alone: No merged LoRAs underneath.
-        precision: Trained through weights that ship in this precision; None: in float.
-        bundle: Those weights ship apart from the update, not folded with it.
+        alone: Without merged LoRAs under the correction.
+        precision: Precision of the weights that the correction is trained through; None: float.
+        bundle: Those weights ship beside the update, not folded with it.
     """
 
     name: str
@@ -72,14 +65,14 @@ class Method:
 
     @property
     def label(self) -> str:
-        """For people."""
+        """In tables and reports."""
         words = [
-            "one a layer" if self.per_layer else "",
+            "one per layer" if self.per_layer else "",
             "shared by all compositions" if self.shared else "",
             "without merged LoRAs" if self.alone else "",
             f"through {self.precision}{' bundle' if self.bundle else ''}" if self.precision else "",
         ]
-        return ", ".join([_LABELS[self.kind], *filter(None, words)])
+        return ", ".join([_label_of(self.kind), *filter(None, words)])
 
 
 def parse(name: str) -> Method:
@@ -110,8 +103,8 @@ def parse(name: str) -> Method:
         raise ValueError(f"{name!r}: only {', '.join(CORRECTED)} have variants")
     if "bundle" in found and precision is None:
         raise ValueError(f"{name!r}: -bundle goes with -int8 or -int4")
-    if kind == "scales" and "alone" in found:
-        raise ValueError(f"{name!r}: column scales need the LoRAs that they scale")
+    if "alone" in found and not CORRECTIONS[kind].alone:
+        raise ValueError(f"{name!r}: {CORRECTIONS[kind].limits}")
     return Method(
         name,
         kind,
@@ -121,3 +114,10 @@ def parse(name: str) -> Method:
         precision,
         "bundle" in found,
     )
+
+
+def _label_of(kind: str) -> str:
+    for registry in (MERGES, WEIGHT_SEARCHES, CORRECTIONS):
+        if kind in registry:
+            return registry[kind].label
+    return _LABELS[kind]

@@ -1,4 +1,4 @@
-"""What a merge will do to these adapters, known before anything is trained."""
+"""Audit adapters before anything is trained: how they overlap, what each merge does to them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 def audit_adapters(
     directories: Sequence[Path], weights: Sequence[float] | None, out: Path | None
 ) -> None:
-    """Audit adapters as one composition, show what was found, and write it where asked."""
+    """Audit adapters as one composition, show the result, and write it to ``out`` if given."""
     from caliport.show.tables import show_audit
     from caliport.validation.records.reports import AUDIT
     from caliport.validation.report.page import write_report
@@ -43,7 +43,7 @@ def audit_adapters(
 
 
 def audit_all(space: Workspace) -> None:
-    """Audit every composition of a run with the merges that its recipe uses; warn of far ones."""
+    """Audit every composition of a run for the merges in its recipe; warn of those far off."""
     from caliport.show.tables import show_far
     from caliport.validation.records.reports import AUDIT, AuditReport, read_result
 
@@ -76,12 +76,13 @@ def audit_composition(
 
     Args:
         adapters: PEFT LoRA directories by the name to show.
-        weights: One an adapter, in the same order; default 1/N each.
-        merges: Names of the merges to audit; default all that need no data.
+        weights: One per adapter, in the same order; default 1/N each.
+        merges: Names of the merges to audit; other names are ignored; default all merges that need
+            no data.
 
     Raises:
         InputError: Fewer than two adapters, one that cannot be read, adapters of different
-            bases, or weights that are not one finite number an adapter.
+            bases, or not one finite weight per adapter.
     """
     from caliport.calibrate import read_peft
     from caliport.calibrate.audit import audit_merge, audit_module, check_one_base, norm_of
@@ -98,15 +99,15 @@ def audit_composition(
     wanted = exact(parts, used)
     names = sorted(wanted.modules, key=_natural)
     modules: list[ModuleAudit] = []
-    chosen = {n: m for n, m in MERGES.items() if merges is None or n in merges}
+    chosen = [MERGES[name] for name in MERGES if merges is None or name in merges]
     audited: list[MergeAudit] = []
     with progress("auditing", len(names) + len(chosen)) as advance:
         for name in names:
             advance(len(modules), name)
             modules.append(audit_module(parts, name))
-        for name, merge in chosen.items():
-            advance(len(modules) + len(audited), f"{name} merge")
-            audited.append(audit_merge(parts, used, wanted, name, merge))
+        for merge in chosen:
+            advance(len(modules) + len(audited), f"{merge.name} merge")
+            audited.append(audit_merge(parts, used, wanted, merge))
     return CompositionAudit(
         weights=dict(zip(adapters, used, strict=True)),
         modules=[_module(m, list(adapters), norm_of(wanted, m.name), audited) for m in modules],
@@ -128,7 +129,7 @@ def write_audit(audits: Mapping[str, CompositionAudit], path: Path) -> None:
 
 
 def _names(directories: Sequence[Path]) -> list[str]:
-    """Each directory's own name; those that share one are numbered by their place."""
+    """Each directory's name; equal names are numbered by position."""
     names = [directory.resolve().name for directory in directories]
     return [
         name if names.count(name) == 1 else f"{name} ({index})"
@@ -148,7 +149,7 @@ def _weights(adapters: int, weights: Sequence[float] | None) -> list[float]:
 
 
 def _natural(name: str) -> list[tuple[bool, int, str]]:
-    """For sorting: layer 2 before layer 10."""
+    """Sort key that puts layer 2 before layer 10."""
     return [(not p.isdigit(), int(p) if p.isdigit() else 0, p) for p in name.split(".")]
 
 

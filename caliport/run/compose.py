@@ -11,9 +11,9 @@ from caliport.data.examples import Example, read_jsonl, write_jsonl
 from caliport.recipe.methods import CORRECTED, Method, parse
 from caliport.recipe.schema import Recipe, Train, prompts_of
 from caliport.run.audit import audit_all
-from caliport.run.resolve import examples_of, how_of, source_of, train_settings
+from caliport.run.resolve import compose_settings, examples_of, source_of, train_settings
 from caliport.run.workspace import Workspace
-from caliport.stages.compose import Job, compose_shared, compose_to, pick
+from caliport.stages.compose import CompositionInputs, compose_shared, compose_to, pick
 from caliport.stages.sources import Source
 from caliport.stages.stage import stage
 from caliport.stages.train import Training, compose_features_to, features_to, lora_to
@@ -22,7 +22,7 @@ SPLITS = ("train", "validation")
 
 
 def compose_all(space: Workspace) -> None:
-    """Make all that a run has to have before anything is scored or exported."""
+    """Make everything that scoring and export need."""
     prepare_all(space)
     audit_all(space)
     for composition in space.recipe.compositions:
@@ -32,7 +32,7 @@ def compose_all(space: Workspace) -> None:
 
 
 def prepare_all(space: Workspace) -> None:
-    """Examples, base and single-task adapters: what there is before anything is composed."""
+    """Make examples, base and single-task adapters: everything that composing needs."""
     make_data(space)
     if space.recipe.base.train is not None:
         train_base(space)
@@ -90,13 +90,13 @@ def _draw(recipe: Recipe, task: str, split: str) -> list[Example]:
 
 
 def train_base(space: Workspace) -> None:
-    """Train a small Llama and its tokenizer on the single tasks, never on a composition."""
+    """Train a small Llama and its tokenizer on the single tasks only, not on compositions."""
     recipe = space.recipe
     assert recipe.base.train is not None
     settings = train_settings(recipe.base.train, recipe.seed)
 
     def build(partial: Path, extra: dict[str, Any], resume: Path) -> None:
-        from caliport.calibrate.training.loop import fit
+        from caliport.calibrate.training.loop import TrainRun, fit
         from caliport.calibrate.training.small_base import BaseShape, build_model, build_tokenizer
 
         shape = BaseShape(**recipe.base.shape.model_dump())
@@ -111,9 +111,8 @@ def train_base(space: Workspace) -> None:
             for task in recipe.adapters
             for example in source_of(space, task, False).encoded(tokenizer, model)
         ]
-        extra["curve"] = fit(
-            model, model, encoded, settings, "base", resume, micro_batch=recipe.micro_batch
-        )
+        run = TrainRun(settings, "base", resume, recipe.micro_batch)
+        extra["curve"] = fit(model, model, encoded, run)
         extra["parameters"] = sum(p.numel() for p in model.parameters())
         model.eval().save_pretrained(partial)
         tokenizer.save_pretrained(partial)
@@ -158,7 +157,7 @@ def _training(space: Workspace, train: Train) -> Training:
 
 
 def compose(space: Workspace, composition: str, method: Method) -> None:
-    """Make one composed adapter by one method, with what it shares with others."""
+    """Make one composed adapter by one method, after any training it shares with others."""
     out = space.composed(composition, method.name)
     title = f"{composition}: {method.name}"
     if method.kind == "flix":
@@ -170,8 +169,9 @@ def compose(space: Workspace, composition: str, method: Method) -> None:
         _train_mixture(space)
         pick(out, title, space.shared("mixture"), ".")
     elif method.shared:
-        jobs = {name: job_of(space, name, method) for name in space.recipe.compositions}
-        compose_shared(space.shared(method.name), method.name, jobs, how_of(space, method))
+        inputs = {name: inputs_of(space, name, method) for name in space.recipe.compositions}
+        settings = compose_settings(space, method)
+        compose_shared(space.shared(method.name), method.name, inputs, settings)
         pick(out, title, space.shared(method.name), composition)
     elif method.kind == "joint":
         calibration = space.recipe.calibration
@@ -179,14 +179,15 @@ def compose(space: Workspace, composition: str, method: Method) -> None:
         source = source_of(space, composition, len(train.rates) > 1, calibration.examples)
         _lora(space, out, title, [source], train)
     else:
-        compose_to(out, title, job_of(space, composition, method), how_of(space, method))
+        one = inputs_of(space, composition, method)
+        compose_to(out, title, one, compose_settings(space, method))
 
 
-def job_of(space: Workspace, composition: str, method: Method) -> Job:
+def inputs_of(space: Workspace, composition: str, method: Method) -> CompositionInputs:
     """Adapters and examples of a composition."""
     recipe = space.recipe
     tuned = method.kind in CORRECTED and len(recipe.calibration.training(method).rates) > 1
-    return Job(
+    return CompositionInputs(
         {task: space.adapter(task) for task in recipe.compositions[composition]},
         source_of(space, composition, tuned, recipe.calibration.examples),
     )
@@ -207,7 +208,7 @@ def _train_flix(space: Workspace) -> None:
 
 
 def _train_mixture(space: Workspace) -> None:
-    """One LoRA on FLix's mixture, of the rank that FLix has active at once."""
+    """Train one LoRA on FLix's mixture, of the rank that is active at once in FLix."""
     flix = space.recipe.flix
     assert flix is not None
     train = flix.mixture or flix.train

@@ -1,4 +1,4 @@
-"""XXX."""
+"""What a recipe means for one run: examples, training settings, methods to score and export."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from caliport.data.examples import Example, read_jsonl
 from caliport.recipe.methods import CORRECTED, Method, parse
 from caliport.recipe.schema import Train, prompts_of
 from caliport.run.workspace import Workspace, need
-from caliport.stages.compose import How
+from caliport.stages.compose import ComposeSettings
 from caliport.stages.sources import Source
 
 if TYPE_CHECKING:
@@ -36,25 +36,23 @@ def source_of(space: Workspace, task: str, tuned: bool, count: int | None = None
     )
 
 
-def how_of(space: Workspace, method: Method) -> How:
+def compose_settings(space: Workspace, method: Method) -> ComposeSettings:
     """How a recipe's method composes."""
     recipe = space.recipe
     train = recipe.calibration.training(method) if method.kind in CORRECTED else None
-    return How(
+    return ComposeSettings(
         space.base,
         method,
         train_settings(train, recipe.seed) if train else None,
         train.rates if train else (),
         recipe.calibration.merge,
-        None,
-        recipe.calibration.density,
-        recipe.seed,
-        recipe.micro_batch,
+        parameters={"density": recipe.calibration.density, "seed": recipe.seed},
+        micro_batch=recipe.micro_batch,
     )
 
 
 def train_settings(train: Train, seed: int) -> TrainSettings:
-    """The recipe's fields as the library's plain settings, at the first learning rate."""
+    """A recipe's training as the library's settings, at the first learning rate."""
     from caliport.calibrate.training.loop import TrainSettings
 
     return TrainSettings(**{**train.model_dump(), "learning_rate": train.rates[0]}, seed=seed)
@@ -64,16 +62,16 @@ FP32 = "fp32"
 
 
 def variants_of(space: Workspace, method: str) -> tuple[str, ...]:
-    """The weights that a method is scored with: fp32, and those of ``evaluation.quantized``."""
+    """The precisions that a method is scored in: fp32, and those of ``evaluation.quantized``."""
     quantized = space.recipe.evaluation.quantized
     return (FP32, *(variant for variant, methods in quantized.items() if method in methods))
 
 
 def best_method(space: Workspace, composition: str) -> str:
-    """The method to export: the recipe's, or the one of lowest loss among those of kilobytes.
+    """The method to export: the recipe's, or the small method (``Method.small``) of lowest loss.
 
     Raises:
-        InputError: Nothing was scored yet, or the recipe has no method that can be exported.
+        InputError: Nothing has been scored yet, or the recipe has no small method.
     """
     if space.recipe.export.method != "best":
         return space.recipe.export.method
@@ -89,8 +87,8 @@ def best_method(space: Workspace, composition: str) -> str:
     return min(scores, key=lambda method: scores[method])
 
 
-def _expanded(space: Workspace, tasks: tuple[str, ...]) -> list[str]:
-    """The recipe's methods; ``lora`` becomes one for each single adapter."""
+def expanded_methods(space: Workspace, tasks: tuple[str, ...]) -> list[str]:
+    """The recipe's methods; ``lora`` becomes one per single adapter."""
     found: list[str] = []
     for method in space.recipe.calibration.methods:
         found += [f"lora-{task}" for task in tasks] if method == "lora" else [method]
@@ -100,7 +98,7 @@ def _expanded(space: Workspace, tasks: tuple[str, ...]) -> list[str]:
 def read_score(
     space: Workspace, composition: str, method: str, variant: str = FP32
 ) -> dict[str, Any]:
-    """What ``score_method`` found: loss, metrics, outputs, and each example's figures."""
+    """The result of ``score_method``: loss, metrics, outputs, and the values of each example."""
     path = space.kept("scores", composition, method, variant) / "score.json"
     need(path, f"score of {method}", "calibrate")
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

@@ -11,7 +11,14 @@ from caliport.core.processes import is_main
 from caliport.core.progress import progress
 from caliport.recipe.methods import parse
 from caliport.recipe.schema import prompt_of, prompts_of
-from caliport.run.resolve import FP32, _expanded, best_method, examples_of, read_score, variants_of
+from caliport.run.resolve import (
+    FP32,
+    best_method,
+    examples_of,
+    expanded_methods,
+    read_score,
+    variants_of,
+)
 from caliport.run.workspace import Workspace
 from caliport.stages.stage import stage
 from caliport.stages.sweep import seconds_of
@@ -30,7 +37,7 @@ _BYTES_A_VALUE = 2  # adapters are counted at 16 bit, as in the paper
 def score_all(space: Workspace) -> None:
     """Score each method by itself, so that a killed run repeats one at most; then the report."""
     for composition, tasks in space.recipe.compositions.items():
-        for method in _expanded(space, tasks):
+        for method in expanded_methods(space, tasks):
             for variant in variants_of(space, method):
                 score_method(space, composition, method, variant)
             if space.recipe.evaluation.judge is not None:
@@ -219,7 +226,7 @@ def _write_quality(space: Workspace) -> None:
     recipe = space.recipe
     results = {}
     for composition, tasks in recipe.compositions.items():
-        methods = _expanded(space, tasks)
+        methods = expanded_methods(space, tasks)
         found = {method: read_score(space, composition, method) for method in methods}
         examples = examples_of(space, composition, "validation", recipe.evaluation.examples)
         results[composition] = CompositionResult(

@@ -1,9 +1,9 @@
-"""Make composed adapters: every method, for one composition or one correction for several."""
+"""Make composed adapters by any method, for one composition or for several that share one."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from shutil import copytree
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,34 +20,34 @@ if TYPE_CHECKING:
     from caliport.calibrate.training.batches import Encoded
     from caliport.calibrate.training.loop import TrainSettings
 
-FEW = 64
-"""Examples that LoraHub and LM-Cocktail weigh adapters by (few-shot, as in their papers)."""
+FEW_SHOT = 64
+"""Examples that weights are searched on (few-shot, as in the papers)."""
 _ONE = "one"
 
 
 @dataclass(frozen=True)
-class Job:
-    """One composition to make: adapter directories by task, and examples if a method needs any."""
+class CompositionInputs:
+    """One composition's adapter directories by task, and its examples if the method needs any."""
 
     adapters: Mapping[str, Path]
-    source: Source | None = None
+    examples: Source | None = None
 
 
 @dataclass(frozen=True)
-class How:
-    """How to make it.
+class ComposeSettings:
+    """How to compose.
 
     Attributes:
         base: Directory or hub name of the base.
-        method: What to do.
+        method: The method.
         train: How to train a correction; None for methods that train nothing.
-        rates: Learning rates to choose from by the loss on the held-out examples; empty: that of
+        rates: Learning rates to choose from by the loss on held-out examples; empty: that of
             ``train``.
-        merge: The merge underneath a correction, see ``caliport.calibrate.merges.registry.MERGES``.
-        weights: Weights of a merge's adapters; None: equal.
-        density: Share of values that TIES and DARE keep.
-        seed: Of DARE and LoraHub.
-        micro_batch: Most examples in one forward pass; decides memory, not the result.
+        merge: The merge under a correction, a name in
+            ``caliport.calibrate.merges.registry.MERGES``.
+        weights: One weight per adapter for a merge; None: equal.
+        parameters: Parameters of merges and weight searches by name; each takes those it has.
+        micro_batch: Most examples in one forward pass; changes memory use, not the result.
     """
 
     base: str | Path
@@ -56,23 +56,27 @@ class How:
     rates: tuple[float, ...] = ()
     merge: str = "linear"
     weights: tuple[float, ...] | None = None
-    density: float = 0.5
-    seed: int = 0
+    parameters: Mapping[str, Any] = field(default_factory=lambda: {"density": 0.5, "seed": 0})
     micro_batch: int | None = None
 
 
-def compose_to(out: Path, title: str, job: Job, how: How) -> None:
-    """Compose one adapter into the PEFT directory ``out``, choosing the learning rate if asked."""
-    _tuned(out, title, {_ONE: job}, how)
+def compose_to(out: Path, title: str, inputs: CompositionInputs, settings: ComposeSettings) -> None:
+    """Compose one adapter into the PEFT directory ``out``.
+
+    With several learning rates, each is tried and the best one kept.
+    """
+    _compose_at_best_rate(out, title, {_ONE: inputs}, settings)
 
 
-def compose_shared(out: Path, title: str, jobs: Mapping[str, Job], how: How) -> None:
+def compose_shared(
+    out: Path, title: str, inputs: Mapping[str, CompositionInputs], settings: ComposeSettings
+) -> None:
     """Train one correction for several compositions; ``out`` gets a PEFT directory for each."""
-    _tuned(out, title, jobs, how)
+    _compose_at_best_rate(out, title, inputs, settings)
 
 
 def pick(out: Path, title: str, source: Path, below: str) -> None:
-    """Make the PEFT directory ``out`` from one of those that a shared training gave."""
+    """Make the PEFT directory ``out`` a copy of ``source / below``, from a shared training."""
 
     def build(partial: Path, extra: dict[str, Any], resume: Path) -> None:
         copytree(source / below, partial, dirs_exist_ok=True)
@@ -83,126 +87,145 @@ def pick(out: Path, title: str, source: Path, below: str) -> None:
     stage(out, "compose", title, {"source": source}, {"below": below}, build)
 
 
-def _tuned(out: Path, title: str, jobs: Mapping[str, Job], how: How) -> None:
-    train = how.train
+def merged(name: str, updates: Sequence[LowRankUpdate], settings: ComposeSettings) -> LowRankUpdate:
+    """Merge updates by a merge of ``MERGES``, with its weights and parameters from ``settings``."""
+    from caliport.calibrate.merges.registry import MERGES
+
+    merge = MERGES[name]
+    return merge(updates, settings.weights, **_known(merge.parameters, settings))
+
+
+def _known(parameters: Mapping[str, Any], settings: ComposeSettings) -> dict[str, Any]:
+    """Those of the settings' parameters that a merge or a weight search has."""
+    return {name: value for name, value in settings.parameters.items() if name in parameters}
+
+
+def _compose_at_best_rate(
+    out: Path, title: str, inputs: Mapping[str, CompositionInputs], settings: ComposeSettings
+) -> None:
+    train = settings.train
     if train is None:
-        _compose(out, title, jobs, how)
+        _compose(out, title, inputs, settings)
         return
 
     def make(place: Path, shown: str, rate: float, tune: bool) -> None:
-        at_rate = replace(how, train=replace(train, learning_rate=rate))
-        _compose(place, shown, jobs, at_rate, tune)
+        at_rate = replace(settings, train=replace(train, learning_rate=rate))
+        _compose(place, shown, inputs, at_rate, tune)
 
-    at_best_rate(out, title, how.rates or (train.learning_rate,), make)
+    at_best_rate(out, title, settings.rates or (train.learning_rate,), make)
 
 
-def _compose(out: Path, title: str, jobs: Mapping[str, Job], how: How, tune: bool = False) -> None:
+def _compose(
+    out: Path,
+    title: str,
+    inputs: Mapping[str, CompositionInputs],
+    settings: ComposeSettings,
+    tune: bool = False,
+) -> None:
     def build(partial: Path, extra: dict[str, Any], resume: Path) -> None:
         from caliport.calibrate import write_peft
 
-        bench = _Bench(jobs, how, title)
-        updates = bench.updates(extra, resume)
+        composer = _Composer(inputs, settings, title)
+        updates = composer.updates(extra, resume)
         if tune:
-            extra["tuning_loss"] = bench.tuning_loss(updates)
+            extra["tuning_loss"] = composer.tuning_loss(updates)
         for name, update in updates.items():
-            write_peft(update, partial if name == _ONE else partial / name, base=str(how.base))
+            write_peft(update, partial if name == _ONE else partial / name, str(settings.base))
 
-    method = how.method
-    inputs: dict[str, Path | str] = {"base": how.base}
-    settings: dict[str, Any] = {"method": method.name, "tune": tune}
-    needs_data = method.kind not in MERGED
-    for name, job in jobs.items():
-        inputs |= {f"{name} adapter {task}": path for task, path in job.adapters.items()}
-        if needs_data:
-            assert job.source is not None
-            inputs[f"{name} examples"] = job.source.path
-            settings[f"{name} data"] = job.source.settings
-    if how.train is not None:
-        settings |= {"train": how.train, "merge": how.merge}
-    if how.train is None or how.merge in ("ties", "dare"):
-        settings |= {"weights": how.weights, "density": how.density, "seed": how.seed}
-    stage(out, "compose", title, inputs, settings, build, together=how.train is not None)
+    files, key = _stage_key(inputs, settings)
+    key["tune"] = tune
+    stage(out, "compose", title, files, key, build, together=settings.train is not None)
 
 
-def merged(kind: str, updates: Sequence[LowRankUpdate], how: How) -> LowRankUpdate:
-    """Merge updates by ``kind``, a name in ``MERGES`` or ``none``, as ``how`` says."""
-    from caliport.calibrate.merges.common import none
-    from caliport.calibrate.merges.dare import dare
+def _stage_key(
+    inputs: Mapping[str, CompositionInputs], settings: ComposeSettings
+) -> tuple[dict[str, Path | str], dict[str, Any]]:
+    """The files that a composition reads, and the settings that decide its result."""
     from caliport.calibrate.merges.registry import MERGES
-    from caliport.calibrate.merges.ties import ties
 
-    if kind == "none":
-        return none(updates)
-    if kind == "ties":
-        return ties(updates, how.weights, density=how.density)
-    if kind == "dare":
-        return dare(updates, how.weights, density=how.density, seed=how.seed)
-    return MERGES[kind](updates, how.weights)
+    method = settings.method
+    files: dict[str, Path | str] = {"base": settings.base}
+    key: dict[str, Any] = {"method": method.name}
+    for name, one in inputs.items():
+        files |= {f"{name} adapter {task}": path for task, path in one.adapters.items()}
+        if method.kind not in MERGED:
+            assert one.examples is not None
+            files[f"{name} examples"] = one.examples.path
+            key[f"{name} data"] = one.examples.settings
+    if settings.train is not None:
+        key |= {"train": settings.train, "merge": settings.merge}
+    if settings.train is None or _known(MERGES[settings.merge].parameters, settings):
+        key |= {"weights": settings.weights, **settings.parameters}
+    return files, key
 
 
-class _Bench:
-    """What the methods work with: the base, its tokenizer, the adapters and the examples."""
+class _Composer:
+    """Makes compositions by one method from the base, the adapters and the examples."""
 
-    def __init__(self, jobs: Mapping[str, Job], how: How, title: str) -> None:
-        from caliport.calibrate import read_peft
-        from caliport.calibrate.peft_files import check_same_base
+    def __init__(
+        self, inputs: Mapping[str, CompositionInputs], settings: ComposeSettings, title: str
+    ) -> None:
+        from caliport.calibrate.peft_files import check_same_base, read_peft
         from caliport.core.checkpoints import load_base
 
-        self.jobs, self.how, self.title = jobs, how, title
-        self.model = load_base(how.base)
+        self.inputs, self.settings, self.title = inputs, settings, title
+        self.model = load_base(settings.base)
         self.rounding: Rounding | None = None
-        paths = {p for job in jobs.values() for p in job.adapters.values()}
+        paths = {path for one in inputs.values() for path in one.adapters.values()}
         check_same_base(sorted(paths))
         read = {path: read_peft(path) for path in paths}
         for path, update in read.items():
             update.check_fits(self.model, path)
         self.adapters = {
-            name: {task: read[path] for task, path in job.adapters.items()}
-            for name, job in jobs.items()
+            name: {task: read[path] for task, path in one.adapters.items()}
+            for name, one in inputs.items()
         }
 
     def updates(self, extra: dict[str, Any], resume: Path) -> dict[str, LowRankUpdate]:
-        """One update a job, by the method; adds what the manifest should say."""
-        kind = self.how.method.kind
+        """One update per composition; adds what the manifest should say to ``extra``."""
+        kind = self.settings.method.kind
         if kind in CORRECTED:
             return self._corrected(extra, resume)
         if kind in WEIGHTED:
-            return {name: self._weighted(name, extra) for name in self.jobs}
+            return {name: self._weighted(name, extra) for name in self.inputs}
         extra["parameters"] = 0
         return {
-            name: merged(kind, list(updates.values()), self.how)
+            name: merged(kind, list(updates.values()), self.settings)
             for name, updates in self.adapters.items()
         }
 
     def tuning_loss(self, updates: Mapping[str, LowRankUpdate]) -> float:
-        """Mean loss on the held-out examples of every job."""
-        losses = [self._loss(updates[name], self._encoded(name, "tuning")) for name in self.jobs]
+        """Mean loss on the held-out examples of every composition, in nats a token."""
+        losses = [self._loss(updates[name], self._encoded(name, "tuning")) for name in self.inputs]
         return sum(losses) / len(losses)
 
     def _weighted(self, name: str, extra: dict[str, Any]) -> LowRankUpdate:
-        from caliport.calibrate.merges.by_loss import lm_cocktail, lorahub
+        from caliport.calibrate.merges.by_loss.registry import WEIGHT_SEARCHES
 
-        updates = list(self.adapters[name].values())
-        few = self._encoded(name, "train")[:FEW]
-        if self.how.method.kind == "lorahub":
-            update, weights = lorahub(updates, lambda u: self._loss(u, few), seed=self.how.seed)
-        else:
-            update, weights = lm_cocktail(updates, [self._loss(u, few) for u in updates])
+        search = WEIGHT_SEARCHES[self.settings.method.kind]
+        examples = self._encoded(name, "train")[:FEW_SHOT]
+        update, weights = search(
+            list(self.adapters[name].values()),
+            lambda u: self._loss(u, examples),
+            **_known(search.parameters, self.settings),
+        )
         extra |= {"parameters": len(weights), "weights": [float(w) for w in weights]}
         return update
 
     def _corrected(self, extra: dict[str, Any], resume: Path) -> dict[str, LowRankUpdate]:
         from caliport.calibrate.corrections.common import Composition
         from caliport.calibrate.corrections.train import calibrate
+        from caliport.calibrate.merges.common import rank_zero
+        from caliport.calibrate.training.loop import TrainRun
         from caliport.export.quantization.tensors import as_shipped, rounded
 
-        method, how = self.how.method, self.how
-        assert how.train is not None
-        underneath = "none" if method.alone else how.merge
-        compositions = {
-            name: Composition(updates, merged(underneath, list(updates.values()), how))
-            for name, updates in self.adapters.items()
-        }
+        method, settings = self.settings.method, self.settings
+        assert settings.train is not None
+        compositions = {}
+        for name, updates in self.adapters.items():
+            parts = list(updates.values())
+            merge = rank_zero(parts) if method.alone else merged(settings.merge, parts, settings)
+            compositions[name] = Composition(updates, merge)
         precision = method.precision
         folded = precision is not None and not method.bundle
         if precision is not None:
@@ -213,13 +236,10 @@ class _Bench:
             self.model,
             compositions,
             method.kind,
-            {name: self._encoded(name, "train") for name in self.jobs},
-            how.train,
-            self.title,
-            per_layer=method.per_layer,
-            rounding=self.rounding,
-            micro_batch=how.micro_batch,
-            resume=resume,
+            {name: self._encoded(name, "train") for name in self.inputs},
+            TrainRun(settings.train, self.title, resume, settings.micro_batch),
+            method.per_layer,
+            self.rounding,
         )
         extra |= {"parameters": calibrated.parameters, "curve": calibrated.curve}
         return calibrated.updates
@@ -227,12 +247,13 @@ class _Bench:
     def _encoded(self, name: str, part: Literal["train", "tuning"]) -> list[Encoded]:
         from caliport.core.checkpoints import load_tokenizer
 
-        source = self.jobs[name].source
-        assert source is not None
-        return source.encoded(load_tokenizer(self.how.base, self.model), self.model, part)
+        examples = self.inputs[name].examples
+        assert examples is not None
+        tokenizer = load_tokenizer(self.settings.base, self.model)
+        return examples.encoded(tokenizer, self.model, part)
 
     def _loss(self, update: LowRankUpdate, examples: Sequence[Encoded]) -> float:
-        """Mean loss of examples, in nats a token, with the update beside the base."""
+        """Mean loss of examples in nats a token, with the update attached to the base."""
         from caliport.calibrate.training.attach import attached, attached_rounded
         from caliport.calibrate.training.loop import evaluate
 

@@ -1,4 +1,4 @@
-"""Examples of one task as training sees them: a file, a prompt, and what is held out."""
+"""Training examples of one task: a file, a prompt, and how many are held out."""
 
 from __future__ import annotations
 
@@ -24,11 +24,12 @@ class Source:
 
     Attributes:
         path: JSON Lines.
-        prompt: Around each input, with ``{input}``.
+        prompt: Prompt around each input, with ``{input}``.
         count: Most examples to train on; None: all but those held out.
-        tuning: Examples at the end of the file that are held out, to choose learning rates by.
-        features: FLix's features of these examples; none: each example names its own.
-        leave_out_long: Leave out examples longer than the context, with a word, not refuse them.
+        tuning: Number of examples held out at the end of the file, to choose learning rates by.
+        features: FLix features of these examples; empty: each example names its own.
+        leave_out_long: Skip examples longer than the context and report how many, instead of
+            refusing them.
     """
 
     path: Path
@@ -40,7 +41,7 @@ class Source:
 
     @property
     def settings(self) -> list[Any]:
-        """All but the path, for the key of a stage."""
+        """Everything but the path, for the key of a stage."""
         shorter = ["leave out long"] if self.leave_out_long else []
         return [self.prompt, self.count, self.tuning, list(self.features), *shorter]
 

@@ -11,14 +11,15 @@ from caliport.core.directories import read_manifest
 from caliport.stages.stage import stage
 
 Make = Callable[[Path, str, float, bool], None]
-"""Trains into a directory, by a title, at a learning rate; if the last is true it also puts the
+"""Trains into a directory, with a title, at a learning rate; if the last is true, also writes the
 held-out loss into the manifest as ``tuning_loss``."""
 
 
 def at_best_rate(out: Path, title: str, rates: Sequence[float], make: Make) -> None:
-    """Make ``out`` at the only learning rate, or at each of several in a stage of its own.
+    """Make ``out`` at the one learning rate, or at the best of several.
 
-    Then ``out`` is a copy of the best, and its manifest says what was tried.
+    Each of several is a stage of its own; ``out`` is a copy of the one with the lowest held-out
+    loss, and its manifest lists all that were tried.
     """
     if len(rates) == 1:
         make(out, title, rates[0], False)
@@ -42,5 +43,5 @@ def at_best_rate(out: Path, title: str, rates: Sequence[float], make: Make) -> N
 
 
 def seconds_of(manifest: Mapping[str, Any]) -> float:
-    """What a directory took, with the trainings that it was chosen from or taken out of."""
+    """Seconds to make a directory, including the trainings that it was chosen or copied from."""
     return float(manifest.get("seconds", 0) + manifest.get("earlier_seconds", 0))

@@ -1,9 +1,9 @@
-"""Train adapters themselves: single-task LoRAs, joint experts, one LoRA on a mixture, and FLix."""
+"""Train adapters: single-task LoRAs, joint experts, one LoRA on a mixture, and FLix features."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +37,26 @@ class Training:
     micro_batch: int | None = None
 
 
+@dataclass(frozen=True)
+class _Stage:
+    """What a training stage reads and what decides its result, apart from ``Training``.
+
+    Attributes:
+        name: For the manifest.
+        sources: Examples.
+        settings: Shape of what is trained.
+        inputs: Further files and directories.
+    """
+
+    name: str
+    sources: Sequence[Source]
+    settings: Mapping[str, Any]
+    inputs: Mapping[str, Path] = field(default_factory=dict)
+
+
 Build = Callable[[Path, Training, dict[str, Any], Path, bool], None]
+"""Trains into a directory, as ``Training`` says; adds manifest entries; may keep a checkpoint in
+the file; if the last is true, also adds the held-out loss as ``tuning_loss``."""
 
 
 def lora_to(
@@ -50,16 +69,15 @@ def lora_to(
     ) -> None:
         from caliport.calibrate import write_peft
         from caliport.calibrate.training.attach import attached
-        from caliport.calibrate.training.loop import evaluate
+        from caliport.calibrate.training.loop import TrainRun, evaluate
         from caliport.calibrate.training.lora import train_lora
         from caliport.core.checkpoints import load_base, load_tokenizer
 
         model = load_base(training.base)
         tokenizer = load_tokenizer(training.base, model)
         encoded = [e for source in sources for e in source.encoded(tokenizer, model)]
-        update, extra["curve"] = train_lora(
-            model, encoded, lora, training.settings, title, resume, training.micro_batch
-        )
+        run = TrainRun(training.settings, title, resume, training.micro_batch)
+        update, extra["curve"] = train_lora(model, encoded, lora, run)
         extra["parameters"] = update.parameter_count
         if tune:
             held_out = [e for s in sources for e in s.encoded(tokenizer, model, "tuning")]
@@ -68,7 +86,7 @@ def lora_to(
             extra["tuning_loss"] = sum(losses) / len(losses)
         write_peft(update, partial, base=str(training.base))
 
-    _at_rates(out, "lora", title, sources, {"lora": lora}, {}, training, build)
+    _train(out, title, _Stage("lora", sources, {"lora": lora}), training, build)
 
 
 def features_to(
@@ -82,13 +100,12 @@ def features_to(
     """Train FLix features; ``out`` gets a PEFT directory for each.
 
     Args:
-        out: The directory to appear.
+        out: The directory to create.
         title: What to tell the user.
         sources: Examples with their features.
-        features: Ranks and dropout of those to train.
-        training: How.
-        kept: A directory of features trained earlier; those that are not trained again stay as
-            they are and are copied.
+        features: Ranks and dropout of the features to train.
+        training: How to train them.
+        kept: A directory of features trained earlier. Those not trained again are copied unchanged.
     """
 
     def build(
@@ -96,6 +113,7 @@ def features_to(
     ) -> None:
         from caliport.calibrate import write_peft
         from caliport.calibrate.training.flix import train_features
+        from caliport.calibrate.training.loop import TrainRun
         from caliport.core.checkpoints import load_base, load_tokenizer
 
         model = load_base(training.base)
@@ -103,16 +121,8 @@ def features_to(
         sets = [one for s in sources for one in s.feature_sets(tokenizer, model)]
         earlier = read_features(kept) if kept is not None else {}
         earlier = {name: u for name, u in earlier.items() if name not in features.ranks}
-        trained, extra["curve"] = train_features(
-            model,
-            sets,
-            features,
-            training.settings,
-            title,
-            kept=earlier,
-            micro_batch=training.micro_batch,
-            resume=resume,
-        )
+        run = TrainRun(training.settings, title, resume, training.micro_batch)
+        trained, extra["curve"] = train_features(model, sets, features, run, earlier)
         for name, update in {**earlier, **trained}.items():
             write_peft(update, partial / name, base=str(training.base))
         extra["parameters"] = sum(update.parameter_count for update in trained.values())
@@ -121,14 +131,14 @@ def features_to(
             extra["tuning_loss"] = _loss_of_sets(model, tokenizer, sources, {**earlier, **trained})
 
     inputs = {} if kept is None else {"kept": kept}
-    _at_rates(out, "flix", title, sources, {"features": features}, inputs, training, build)
+    _train(out, title, _Stage("flix", sources, {"features": features}, inputs), training, build)
 
 
 def read_features(directory: Path) -> dict[str, Any]:
     """The features in a directory, as ``LowRankUpdate`` by name.
 
     Raises:
-        InputError: It is no directory of features.
+        InputError: It is not a directory of features.
     """
     from caliport.calibrate import read_peft
 
@@ -174,29 +184,20 @@ def _loss_of_sets(
     return sum(losses) / len(losses)
 
 
-def _at_rates(
-    out: Path,
-    name: str,
-    title: str,
-    sources: Sequence[Source],
-    settings: Mapping[str, Any],
-    inputs: Mapping[str, Path],
-    training: Training,
-    build: Build,
-) -> None:
+def _train(out: Path, title: str, what: _Stage, training: Training, build: Build) -> None:
     """One stage; or one for each learning rate, and then the best of them."""
-    whole: dict[str, Path | str] = {"base": training.base, **inputs}
-    whole |= {f"examples {index}": source.path for index, source in enumerate(sources)}
-    data = [source.settings for source in sources]
+    inputs: dict[str, Path | str] = {"base": training.base, **what.inputs}
+    inputs |= {f"examples {index}": source.path for index, source in enumerate(what.sources)}
+    data = [source.settings for source in what.sources]
 
     def make(place: Path, shown: str, rate: float, tune: bool) -> None:
         chosen = replace(training, settings=replace(training.settings, learning_rate=rate))
         stage(
             place,
-            name,
+            what.name,
             shown,
-            whole,
-            {**settings, "train": chosen.settings, "data": data, "tune": tune},
+            inputs,
+            {**what.settings, "train": chosen.settings, "data": data, "tune": tune},
             lambda partial, extra, resume: build(partial, chosen, extra, resume, tune),
             together=True,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -21,8 +22,8 @@ from caliport.calibrate.audit import (
     inner,
     norm_of,
 )
+from caliport.calibrate.merges.common import Merge
 from caliport.calibrate.merges.exact import exact
-from caliport.calibrate.merges.linear import linear
 from caliport.calibrate.merges.registry import MERGES
 from caliport.core.errors import InputError
 
@@ -91,7 +92,7 @@ def test_errors_are_those_of_the_dense_merges(
     updates = [update(seed, rank) for seed, _ in parts]
     weights = [weight for _, weight in parts]
     wanted = exact(updates, weights)
-    found = audit_merge(updates, weights, wanted, merge, MERGES[merge])
+    found = audit_merge(updates, weights, wanted, MERGES[merge])
     if found.refused is not None:
         with pytest.raises(InputError, match=re.escape(found.refused)):
             MERGES[merge](updates, weights)
@@ -115,9 +116,13 @@ def test_errors_are_those_of_the_dense_merges(
 @given(seeds, st.integers(1, 6), st.lists(st.floats(0.1, 2), min_size=3, max_size=3))
 def test_exact_is_called_exact(seed: int, rank: int, weights: list[float]) -> None:
     updates = [update(seed + i, rank, ("x", "y")) for i in range(3)]
-    found = audit_merge(updates, weights, exact(updates, weights), "exact", exact)
+    found = audit_merge(updates, weights, exact(updates, weights), MERGES["exact"])
     assert found.verdict == "exact"
     assert found.text == "equal to the weighted sum up to rounding"
+
+
+def merge_of(name: str, function: Callable[..., LowRankUpdate]) -> Merge:
+    return Merge(name, name, "this test", "", "", function)
 
 
 def scaled(factor: float):
@@ -143,7 +148,7 @@ def scaled(factor: float):
 def test_verdicts_in_words(factor: float, verdict: str, says: str) -> None:
     updates = [update(1, 3), update(2, 3)]
     wanted = exact(updates)
-    found = audit_merge(updates, [0.5, 0.5], wanted, "mine", scaled(factor))
+    found = audit_merge(updates, [0.5, 0.5], wanted, merge_of("mine", scaled(factor)))
     assert found.verdict == verdict
     assert says in found.text
     assert "cross terms" not in found.text
@@ -159,7 +164,7 @@ def test_far_from_exact_leaves_less_than_three_quarters_of_the_energy() -> None:
 
 def test_linear_is_far_from_exact_for_adapters_that_share_nothing() -> None:
     updates = [update(1, 2), update(2, 2)]
-    found = audit_merge(updates, [0.5, 0.5], exact(updates), "linear", linear)
+    found = audit_merge(updates, [0.5, 0.5], exact(updates), MERGES["linear"])
     assert found.verdict == "far"
     assert "cross terms Bᵢ·Aⱼ" in found.text
 
@@ -168,7 +173,9 @@ def test_global_error_weighs_modules_by_their_size() -> None:
     updates = [update(1, 2, ("x", "y")), update(2, 2, ("x", "y"))]
     wanted = exact(updates)
     merged = LowRankUpdate(wanted.a, {"x": 0 * wanted.b["x"], "y": wanted.b["y"]})
-    found = audit_merge(updates, [0.5, 0.5], wanted, "half", lambda updates, weights: merged)
+    found = audit_merge(
+        updates, [0.5, 0.5], wanted, merge_of("half", lambda updates, weights: merged)
+    )
     x, y = norm_of(wanted, "x"), norm_of(wanted, "y")
     assert found.departures["x"].error == pytest.approx(1)
     assert found.departures["y"].error == pytest.approx(0, abs=1e-7)
@@ -185,7 +192,9 @@ def test_module_that_a_merge_leaves_out_is_lost() -> None:
 def test_sum_that_cancels_has_no_relative_error() -> None:
     updates = [update(1, 3), update(1, 3)]
     wanted = exact(updates, [1.0, -1.0])
-    found = audit_merge(updates, [1.0, -1.0], wanted, "first", lambda updates, weights: updates[0])
+    found = audit_merge(
+        updates, [1.0, -1.0], wanted, merge_of("first", lambda updates, weights: updates[0])
+    )
     assert found.verdict == "undefined"
     assert found.total.error is found.total.kept is found.total.rest is None
     assert found.departures["x"].residual == pytest.approx(norm_of(updates[0], "x"))
@@ -194,7 +203,7 @@ def test_sum_that_cancels_has_no_relative_error() -> None:
 
 def test_refusal_is_a_finding() -> None:
     updates = [update(1, 2), update(2, 3)]
-    found = audit_merge(updates, [0.5, 0.5], exact(updates), "linear", linear)
+    found = audit_merge(updates, [0.5, 0.5], exact(updates), MERGES["linear"])
     assert found.verdict == "does not apply"
     assert found.text.startswith("does not apply: x has rank 2 in adapter 1 and 3 in adapter 2")
 

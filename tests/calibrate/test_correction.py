@@ -14,19 +14,19 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from caliport.calibrate import LowRankUpdate, read_peft, write_peft
-from caliport.calibrate.corrections.common import Composition, component_of, frozen
+from caliport.calibrate.corrections.common import Composition, component_of, corrected_update
 from caliport.calibrate.corrections.registry import CORRECTIONS
 from caliport.calibrate.corrections.train import calibrate
-from caliport.calibrate.merges.common import none
+from caliport.calibrate.merges.common import rank_zero
 from caliport.calibrate.merges.linear import linear
 from caliport.calibrate.training.attach import Rows, attached, attached_rounded
 from caliport.calibrate.training.batches import Encoded
-from caliport.calibrate.training.loop import TrainSettings, evaluate
+from caliport.calibrate.training.loop import TrainRun, TrainSettings, evaluate
 from caliport.core.checkpoints import load_base
 from caliport.export.decoder.fold import fold
 from caliport.export.quantization.tensors import as_shipped, dequantize, quantize, rounded
 
-METHODS = ("lc", "lc++", "scales")
+METHODS = tuple(CORRECTIONS)
 
 
 @pytest.fixture(scope="module")
@@ -91,9 +91,11 @@ def test_equation(
 ) -> None:
     """ΔW is the equation written out, and PEFT's logits of the saved directory are ours."""
     if alone:
-        composition = Composition(composition.updates, none(list(composition.updates.values())))
+        composition = Composition(
+            composition.updates, rank_zero(list(composition.updates.values()))
+        )
     correction = make(method, {"c": composition}, per_layer)
-    update = frozen(correction, "c", composition)
+    update = corrected_update(correction, "c", composition)
     for module in update.modules:
         owner = (
             module.replace(".", "/") if per_layer else component_of(module, update.shape(module))
@@ -132,7 +134,7 @@ def test_parameter_counts(composition: Composition) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_starts_as_the_merge(method: str, composition: Composition) -> None:
     """LC and LC++ as the merge underneath; scales as the mean of the ΔWᵢ."""
-    update = frozen(CORRECTIONS[method]({"c": composition}), "c", composition)
+    update = corrected_update(CORRECTIONS[method]({"c": composition}), "c", composition)
     for name in composition.merged.modules:
         wanted = composition.merged.delta(name)
         if method == "scales":
@@ -152,7 +154,9 @@ def test_only_the_correction_learns(
     }
     kept = {t: {n: x.clone() for n, x in values.items()} for t, values in adapters.items()}
     settings = TrainSettings(steps=30, batch_size=16, learning_rate=1e-2)
-    found = calibrate(model, {"c": composition}, method, {"c": examples}, settings, method)
+    found = calibrate(
+        model, {"c": composition}, method, {"c": examples}, TrainRun(settings, method)
+    )
     assert found.curve[-1]["loss"] < found.curve[0]["loss"] - 0.1
     assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
     assert all(p.grad is None for p in model.parameters())
@@ -166,10 +170,14 @@ def test_three_tasks_and_different_ranks(
     """Column scales take any adapters, one of another rank and on fewer modules among them."""
     third = random_adapter(base_dir, tmp_path / "c", 9, rank=2, target_modules=["q_proj"])
     three = {**updates, "c": read_peft(third)}
-    composition = Composition(three, none(list(three.values())))
+    composition = Composition(three, rank_zero(list(three.values())))
     settings = TrainSettings(steps=5, batch_size=16, learning_rate=1e-2)
     found = calibrate(
-        load_base(base_dir), {"x": composition}, "scales", {"x": examples}, settings, "scales"
+        load_base(base_dir),
+        {"x": composition},
+        "scales",
+        {"x": examples},
+        TrainRun(settings, "scales"),
     )
     ranks = {found.updates["x"].rank(n) for n in found.updates["x"].modules}
     assert ranks == {8, 10}
@@ -186,7 +194,7 @@ def test_shared_by_compositions(
     }
     settings = TrainSettings(steps=4, batch_size=8, learning_rate=1e-2)
     halves = {"x": examples[:32], "y": examples[32:]}
-    found = calibrate(load_base(base_dir), both, "lc++", halves, settings, "shared")
+    found = calibrate(load_base(base_dir), both, "lc++", halves, TrainRun(settings, "shared"))
     for name in first.modules:
         p = {k: u.delta(name) - both[k].merged.delta(name) for k, u in found.updates.items()}
         torch.testing.assert_close(p["x"], p["y"], rtol=1e-4, atol=1e-4)
@@ -225,7 +233,7 @@ def test_quantization_aware_runs_what_ships(
     """Training's forward has the weights of fold, then quantize; to the last bit but summation."""
     model = load_base(base_dir)
     correction = make("lc++", {"c": composition}, False)
-    update = frozen(correction, "c", composition)
+    update = corrected_update(correction, "c", composition)
     shipped = dequantize(quantize(fold(load_base(base_dir), update, "x"), precision))
     training = as_shipped(model, precision, update.modules)
     tokens = torch.tensor([prompts[2]])
@@ -286,8 +294,7 @@ def test_quantization_aware_repairs(
             {"c": composition},
             "lc++",
             {"c": examples},
-            settings,
-            name,
+            TrainRun(settings, name),
             rounding=(lambda _, w: rounded(w, "int4")) if through else None,
         )
         folded = fold(load_base(base_dir), found.updates["c"], "x")

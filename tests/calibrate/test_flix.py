@@ -12,13 +12,13 @@ from caliport.calibrate import LowRankUpdate
 from caliport.calibrate.training.attach import attached
 from caliport.calibrate.training.batches import Encoded
 from caliport.calibrate.training.flix import (
+    ActiveFeatures,
     FeatureSet,
     FeatureSettings,
-    _Active,
     compose,
     train_features,
 )
-from caliport.calibrate.training.loop import TrainSettings, evaluate
+from caliport.calibrate.training.loop import TrainRun, TrainSettings, evaluate
 from caliport.core.checkpoints import load_base
 from caliport.core.errors import InputError
 
@@ -45,7 +45,7 @@ SETS = [
 @pytest.fixture(scope="module")
 def trained(base_dir: Path) -> dict[str, LowRankUpdate]:
     settings = FeatureSettings(RANKS, dropout=0.1)
-    updates, curve = train_features(load_base(base_dir), SETS, settings, SETTINGS, "flix")
+    updates, curve = train_features(load_base(base_dir), SETS, settings, TrainRun(SETTINGS, "flix"))
     assert curve[-1]["loss"] < curve[0]["loss"] - 0.5
     return updates
 
@@ -79,9 +79,8 @@ def test_a_feature_is_added_and_the_others_stay(
     before = {n: p.clone() for n, p in model.named_parameters()}
     kept = {name: {n: b.clone() for n, b in u.b.items()} for name, u in trained.items()}
     new = FeatureSet(("copy", "es"), examples(4, 150))
-    added, _ = train_features(
-        model, [new], FeatureSettings({"es": 2}), SETTINGS, "es", kept=trained
-    )
+    run = TrainRun(SETTINGS, "es")
+    added, _ = train_features(model, [new], FeatureSettings({"es": 2}), run, trained)
     assert set(added) == {"es"}
     assert all(torch.equal(kept[f][n], b) for f, u in trained.items() for n, b in u.b.items())
     assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
@@ -92,11 +91,11 @@ def test_a_feature_is_added_and_the_others_stay(
 
 def test_dropout_is_decided_by_seed_step_and_example() -> None:
     labels = [("a", "b"), ("a",), ("a", "b", "c")] * 100
-    whole, part = _Active(labels, 0.3, 0), _Active(labels, 0.3, 0)
+    whole, part = ActiveFeatures(labels, 0.3, 0), ActiveFeatures(labels, 0.3, 0)
     whole(range(300), 7)
     part(range(150, 300), 7)
 
-    def rows(active: _Active, feature: str, count: int) -> set[int]:
+    def rows(active: ActiveFeatures, feature: str, count: int) -> set[int]:
         found = dict(active.groups)[feature]
         return set(range(count)) if found is None else set(found.tolist())
 
@@ -108,7 +107,7 @@ def test_dropout_is_decided_by_seed_step_and_example() -> None:
     assert 0.55 < share < 0.85
     whole(range(300), 8)
     assert rows(whole, "c", 300) != rows(part, "c", 150)
-    never = _Active(labels, 0.0, 0)
+    never = ActiveFeatures(labels, 0.0, 0)
     never(range(300), 0)
     assert dict(never.groups)["a"] is None
 
@@ -124,8 +123,9 @@ def test_dropout_is_decided_by_seed_step_and_example() -> None:
 def test_refuses(
     sets: list[FeatureSet], ranks: dict[str, int], message: str, base_dir: Path
 ) -> None:
+    run = TrainRun(SETTINGS, "x")
     with pytest.raises(InputError, match=message):
-        train_features(load_base(base_dir), sets, FeatureSettings(ranks), SETTINGS, "x")
+        train_features(load_base(base_dir), sets, FeatureSettings(ranks), run)
 
 
 def test_unknown_feature_is_refused(trained: dict[str, LowRankUpdate]) -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from caliport.calibrate import LowRankUpdate
-from caliport.calibrate.merges.common import none
+from caliport.calibrate.merges.common import rank_zero
 from caliport.calibrate.merges.dare import dare
 from caliport.calibrate.merges.exact import exact
 from caliport.calibrate.merges.linear import linear
@@ -306,14 +306,13 @@ def test_a_single_adapter_is_its_own_merge(rank: int, shape: tuple[int, int]) ->
         close(MERGES[name]([one]).delta("x.q"), one.delta("x.q"))
 
 
-def test_none_has_rank_0() -> None:
-    merged = none([update(0, 2, ("x.q",)), update(1, 3, ("x.v",))])
+def test_rank_zero_is_no_adapter() -> None:
+    merged = rank_zero([update(0, 2, ("x.q",)), update(1, 3, ("x.v",))])
     assert merged.modules == ("x.q", "x.v")
     for name in merged.modules:
         assert merged.rank(name) == 0
         assert merged.shape(name) == (OUT, INTO)
         assert torch.equal(merged.delta(name), torch.zeros(OUT, INTO))
-    assert "none" not in MERGES
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ LAUNCHED = """
     from caliport.calibrate.training.batches import Encoded
     from caliport.calibrate.training.flix import FeatureSet, FeatureSettings, train_features
     from caliport.calibrate.training.lora import LoraSettings, train_lora
-    from caliport.calibrate.training.loop import TrainSettings
+    from caliport.calibrate.training.loop import TrainRun, TrainSettings
     from caliport.core.checkpoints import load_base
     from caliport.core.processes import is_main, process_count
 
@@ -35,7 +35,7 @@ LAUNCHED = """
         sets = [FeatureSet(("often",), pool[:56]), FeatureSet(("often", "seldom"), pool[56:])]
         features, curve = train_features(
             load_base(base), sets, FeatureSettings({"often": 2, "seldom": 2}, dropout=0.3),
-            TrainSettings(steps, batch, learning_rate=1e-3), "x",
+            TrainRun(TrainSettings(steps, batch, learning_rate=1e-3), "x"),
         )
         named = [(f"{f} {n}", u, n) for f, u in features.items() for n in u.modules]
         sides = {s: {key: getattr(u, s)[n] for key, u, n in named} for s in ("a", "b")}
@@ -52,8 +52,10 @@ LAUNCHED = """
         loop.collate = failing
         update, curve = train_lora(
             load_base(base), examples(), LoraSettings(4, 8, dropout),
-            TrainSettings(steps, batch, learning_rate=1e-3), "x",
-            out.with_suffix(".resume"), micro_batch=micro_batch,
+            TrainRun(
+                TrainSettings(steps, batch, learning_rate=1e-3), "x",
+                out.with_suffix(".resume"), micro_batch,
+            ),
         )
         loop.collate = collate
         found = {"a": dict(update.a), "b": dict(update.b), "curve": curve}

@@ -17,7 +17,7 @@ from torch import nn
 from caliport.calibrate.training import loop
 from caliport.calibrate.training.attach import attached
 from caliport.calibrate.training.batches import Encoded, Order, collate, encode
-from caliport.calibrate.training.loop import TrainSettings, evaluate, fit, loss_of
+from caliport.calibrate.training.loop import TrainRun, TrainSettings, evaluate, fit, loss_of
 from caliport.calibrate.training.lora import LoraSettings, train_lora
 from caliport.core.checkpoints import load_base, load_tokenizer
 from caliport.core.errors import InputError
@@ -58,7 +58,7 @@ def test_lora_learns_and_leaves_the_base(base_dir: Path, examples: list[Encoded]
     names = [n for n, _ in model.named_modules()]
     before = {n: p.clone() for n, p in model.named_parameters()}
     settings = TrainSettings(steps=30, batch_size=16, learning_rate=1e-2)
-    update, curve = train_lora(model, examples, LORA, settings, "lora")
+    update, curve = train_lora(model, examples, LORA, TrainRun(settings, "lora"))
     assert [n for n, _ in model.named_modules()] == names
     assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
     assert curve[-1]["loss"] < curve[0]["loss"] - 0.2
@@ -79,7 +79,7 @@ def test_only_what_is_trained_has_gradients_and_optimizer_state(
         if parameter.requires_grad:
             parameter.register_hook(lambda _, name=name: touched.add(name))
     settings = TrainSettings(steps=2, batch_size=4)
-    fit(model, head, examples, settings, "head", tmp_path / "resume")
+    fit(model, head, examples, TrainRun(settings, "head", tmp_path / "resume"))
     state = torch.load(tmp_path / "resume", weights_only=True)
     assert touched == {n for n, p in model.named_parameters() if p is head.weight}
     assert list(state["parameters"]) == ["weight"]
@@ -142,10 +142,8 @@ def test_the_callback_gets_the_rows_of_each_forward(
             model,
             model,
             examples,
-            TrainSettings(steps=2, batch_size=10),
-            "base",
+            TrainRun(TrainSettings(steps=2, batch_size=10), "base", None, micro_batch),
             on_batch=lambda rows, step, called=called: called.append((list(rows), step)),
-            micro_batch=micro_batch,
         )
         hook.remove()
         assert [(len(rows), step) for rows, step in called] == [
@@ -162,7 +160,7 @@ def test_accumulated_gradients_give_the_same_training(
 ) -> None:
     settings = TrainSettings(steps=6, batch_size=10, learning_rate=1e-2)
     whole, parts = (
-        train_lora(load_base(base_dir), examples, LORA, settings, "lora", micro_batch=size)
+        train_lora(load_base(base_dir), examples, LORA, TrainRun(settings, "lora", None, size))
         for size in (None, 3)
     )
     assert_same(whole[0].a, parts[0].a)
@@ -176,7 +174,7 @@ def test_interrupted_training_resumes_exactly(
 ) -> None:
     """Broken off within an epoch of eight steps, it ends with the same bits, dropout and all."""
     settings = TrainSettings(steps=14, batch_size=8, learning_rate=1e-3)
-    whole, curve = train_lora(load_base(base_dir), examples, DROPPING, settings, "x")
+    whole, curve = train_lora(load_base(base_dir), examples, DROPPING, TrainRun(settings, "x"))
     resume = tmp_path / "resume"
 
     def fail(*_: object, **__: object) -> None:
@@ -186,8 +184,10 @@ def test_interrupted_training_resumes_exactly(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "collate", lambda *a: (fail(), collate(*a))[1])
         with pytest.raises(RuntimeError, match="stopped here"):
-            train_lora(load_base(base_dir), examples, DROPPING, settings, "x", resume)
-    resumed, again = train_lora(load_base(base_dir), examples, DROPPING, settings, "x", resume)
+            train_lora(load_base(base_dir), examples, DROPPING, TrainRun(settings, "x", resume))
+    resumed, again = train_lora(
+        load_base(base_dir), examples, DROPPING, TrainRun(settings, "x", resume)
+    )
     assert again == curve
     assert_same(whole.b, resumed.b, tolerance=0)
 
@@ -197,12 +197,12 @@ def test_checkpoint_of_one_process_from_before_there_could_be_several(
 ) -> None:
     settings = TrainSettings(steps=6, batch_size=8, learning_rate=1e-3)
     model, resume = load_base(base_dir), tmp_path / "resume"
-    whole, _ = train_lora(model, examples, DROPPING, settings, "x")
+    whole, _ = train_lora(model, examples, DROPPING, TrainRun(settings, "x"))
     with pytest.raises(KeyboardInterrupt):
         interrupted(base_dir, examples, settings, resume, signal.SIGINT)
     state = torch.load(resume, weights_only=True)
     torch.save({**state, "rng": state["rng"][0]["cpu"]}, resume)
-    resumed, _ = train_lora(model, examples, DROPPING, settings, "x", resume)
+    resumed, _ = train_lora(model, examples, DROPPING, TrainRun(settings, "x", resume))
     assert_same(whole.b, resumed.b, tolerance=0)
 
 
@@ -219,7 +219,7 @@ def test_checkpoint_of_other_processes_says_so(
         interrupted(base_dir, examples, settings, resume, signal.SIGINT)
     state = torch.load(resume, weights_only=True)
     torch.save({**state, "rng": state["rng"] * 2}, resume)
-    train_lora(load_base(base_dir), examples, DROPPING, settings, "x", resume)
+    train_lora(load_base(base_dir), examples, DROPPING, TrainRun(settings, "x", resume))
     said = " ".join(capsys.readouterr().err.split())
     assert "x: going on with 1 processes from a checkpoint of 2" in said
 
@@ -239,7 +239,7 @@ def interrupted(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "collate", at_third)
-        train_lora(load_base(base), examples, DROPPING, settings, "x", resume)
+        train_lora(load_base(base), examples, DROPPING, TrainRun(settings, "x", resume))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -249,13 +249,15 @@ def test_a_signal_saves_and_ends(
     """It leaves after the step that it is at and can be resumed exactly; handlers stay."""
     handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
     settings = TrainSettings(steps=6, batch_size=8, learning_rate=1e-3)
-    whole, _ = train_lora(load_base(base_dir), examples, DROPPING, settings, "x")
+    whole, _ = train_lora(load_base(base_dir), examples, DROPPING, TrainRun(settings, "x"))
     with pytest.raises(KeyboardInterrupt):
         interrupted(base_dir, examples, settings, tmp_path / "resume", number)
     assert torch.load(tmp_path / "resume", weights_only=True)["step"] == 3
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
     resume = tmp_path / "resume"
-    resumed, _ = train_lora(load_base(base_dir), examples, DROPPING, settings, "x", resume)
+    resumed, _ = train_lora(
+        load_base(base_dir), examples, DROPPING, TrainRun(settings, "x", resume)
+    )
     assert_same(whole.b, resumed.b, tolerance=0)
 
 
@@ -266,7 +268,7 @@ def test_loss_that_is_not_finite_stops(
     model, resume = load_base(base_dir), tmp_path / "base.resume"
     settings = TrainSettings(steps=40, batch_size=12, learning_rate=1e18, warmup=0.5)
     with pytest.raises(InputError, match=r"^base: loss is nan, .* at step \d+ ") as caught:
-        fit(model, model, examples, settings, "base", resume)
+        fit(model, model, examples, TrainRun(settings, "base", resume))
     state = torch.load(resume, weights_only=True)
     step = state["step"]
     shown = ", ".join(map(str, order_of(examples, 12)[step][:8]))
@@ -280,7 +282,7 @@ def test_loss_that_is_not_finite_stops(
         assert torch.equal(parameter, state["parameters"][name])
     again = load_base(base_dir)
     with pytest.raises(InputError, match=f"at step {step} "):  # it goes on from there and fails so
-        fit(again, again, examples, settings, "base", resume)
+        fit(again, again, examples, TrainRun(settings, "base", resume))
 
 
 def test_gradient_that_is_not_finite_stops(base_dir: Path, examples: list[Encoded]) -> None:
@@ -289,7 +291,7 @@ def test_gradient_that_is_not_finite_stops(base_dir: Path, examples: list[Encode
     before = {n: p.clone() for n, p in model.named_parameters()}
     model.lm_head.weight.register_hook(lambda gradient: gradient * float("inf"))
     with pytest.raises(InputError, match=r"loss is \d.*, gradient norm (nan|inf) at step 0"):
-        fit(model, model, examples, TrainSettings(steps=2, batch_size=4), "base")
+        fit(model, model, examples, TrainRun(TrainSettings(steps=2, batch_size=4), "base"))
     assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
 
 
@@ -300,7 +302,7 @@ def test_precision_is_accelerates_and_stays_within_a_call(
 
     def curve() -> list[float]:
         settings = TrainSettings(steps=8, batch_size=8, learning_rate=1e-3)
-        return losses(train_lora(load_base(base_dir), examples, LORA, settings, "x")[1])
+        return losses(train_lora(load_base(base_dir), examples, LORA, TrainRun(settings, "x"))[1])
 
     full = curve()
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
