@@ -36,9 +36,9 @@ def compose(
         base: A Hugging Face directory or hub name.
         adapters: PEFT LoRA directories of the base, at least one.
         out: The PEFT LoRA directory to appear; ``PeftModel.from_pretrained(base, out)`` loads it.
-        method: A merge (``linear``, ``exact``, ``svd``, ``ties``, ``dare``, ``slerp``), a search
-            for weights (``lorahub``, ``lm-cocktail``) or a correction (``lc``, ``lc++``,
-            ``scales``, with variants such as ``lc++-int4``); docs/calibrate.md says what they do.
+        method: A merge such as ``linear``, a search for weights such as ``lorahub``, or a
+            correction such as ``lc++``, with variants such as ``lc++-int4``; docs/calibrate.md
+            lists them.
         data: Examples of the composition, for methods that need them: JSON Lines with ``input`` and
             ``output``, or a ``Source`` that has a prompt too.
         weights: Of a merge, one for each adapter; default equal weights.

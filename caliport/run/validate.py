@@ -12,7 +12,7 @@ from caliport.export.quantization.choices import Quantization
 from caliport.recipe.methods import CORRECTED, parse
 from caliport.recipe.schema import prompt_of
 from caliport.run.export import ALONE, Row, rows_of
-from caliport.run.resolve import best_method, examples_of, how_of
+from caliport.run.resolve import best_method, compose_settings, examples_of
 from caliport.run.workspace import Workspace, need
 from caliport.stages.compose import merged
 from caliport.stages.stage import stage
@@ -107,7 +107,7 @@ def _shared_steps(
     from caliport.validation.evaluation.budget import Step
 
     made = parse(method)
-    how = how_of(space, made)
+    how = compose_settings(space, made)
     updates = [read_peft(path) for path in adapters.values()]
     label = f"1/{len(updates)} of each adapter"
     exact = references.of_update(merged("exact", updates, how), "exact sum")
