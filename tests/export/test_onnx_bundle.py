@@ -187,8 +187,12 @@ def test_wrong_inputs_are_one_line(
     (bundle / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(InputError, match="made for another base"):
         add_composition(bundle, "all", adapters["all"])
-    (bundle / "manifest.json").write_text("{}")
+    del manifest["bundle"]
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(InputError, match="expected one for onnx"):
+        add_composition(bundle, "all", adapters["all"])
+    (bundle / "manifest.json").write_text("{}")
+    with pytest.raises(InputError, match="runtime is None, expected executorch or onnx"):
         add_composition(bundle, "all", adapters["all"])
     (bundle / "manifest.json").unlink()
     (bundle / "all.onnx_adapter").write_bytes(b"\0" * 100)
