@@ -26,6 +26,9 @@ class LowRankUpdate:
     Attributes:
         a: A by module name, float32 [R, in].
         b: B by module name, float32 [out, R], with the scaling inside. R may differ by module.
+
+    Raises:
+        ValueError: A module without A or without B, or with different R in the two.
     """
 
     a: Mapping[str, Tensor]

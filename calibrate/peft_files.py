@@ -20,13 +20,12 @@ from torch import Tensor
 from caliport.calibrate.low_rank import LowRankUpdate
 from caliport.core.checkpoints import check_safetensors
 from caliport.core.errors import InputError
+from caliport.core.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
-_CONFIG = "adapter_config.json"
-_WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 
-# Settings under which what the adapter does is not W0 + B·A of the base as published, and why.
-# Read in PEFT 0.21.2's LoraConfig and LoRA variants; a test compares the lists with its fields.
+# Settings with which the adapter is not W0 + B·A of the published base, and why. From PEFT
+# 0.21.2's LoraConfig and LoRA variants; a test compares the lists with its fields.
 _REFUSED = {
     "use_dora": "DoRA rescales each row of W0 + ΔW, which is no low-rank update; "
     "retrain without DoRA or merge it into the base",
@@ -52,9 +51,9 @@ _REFUSED = {
     "checkpoint",
 }
 
-# Settings that are read here; settings that say how the adapter was trained or which layers it has
-# (its file says that), not what it computes; and initialisations that leave the base as it is.
-# fan_in_fan_out: the base stores its weight transposed, A and B are as ever.
+# Settings that read_peft uses; settings about training or target layers, which do not change what
+# the adapter computes; and initialisations that do not change the base.
+# fan_in_fan_out: the base stores its weight transposed; A and B are the same.
 # fmt: off
 _READ = frozenset((
     "peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora",
@@ -96,7 +95,7 @@ def read_peft(directory: str | Path) -> LowRankUpdate:
     """
     directory = Path(directory)
     config = _read_config(directory)
-    weights = directory / _WEIGHTS
+    weights = directory / ADAPTER_WEIGHTS
     a: dict[str, Tensor] = {}
     b: dict[str, Tensor] = {}
     for key, tensor in _read_tensors(directory).items():
@@ -111,7 +110,7 @@ def read_peft(directory: str | Path) -> LowRankUpdate:
         if a[name].shape[0] != rank or b[name].shape[1] != rank:
             raise InputError(
                 f"{weights}: {name} has rank {a[name].shape[0]} and {b[name].shape[1]}, "
-                f"{_CONFIG} says {rank}"
+                f"{ADAPTER_CONFIG} says {rank}"
             )
         b[name] = b[name] * (alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
     return LowRankUpdate(a, b)
@@ -146,7 +145,7 @@ def write_peft(update: LowRankUpdate, directory: str | Path, base: str | None = 
     )
     config.save_pretrained(str(directory))
     # PEFT 0.21 holds target_modules as a set, so their order in the file would differ by run.
-    path = directory / _CONFIG
+    path = directory / ADAPTER_CONFIG
     content = {**json.loads(path.read_text(encoding="utf-8")), "target_modules": update.modules}
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     tensors = {}
@@ -156,15 +155,15 @@ def write_peft(update: LowRankUpdate, directory: str | Path, base: str | None = 
             a, b = a.new_zeros(1, a.shape[1]), b.new_zeros(b.shape[0], 1)
         tensors[f"{_PREFIX}{name}.lora_A.weight"] = a.contiguous()
         tensors[f"{_PREFIX}{name}.lora_B.weight"] = b.contiguous()
-    save_file(tensors, directory / _WEIGHTS, metadata={"format": "pt"})
+    save_file(tensors, directory / ADAPTER_WEIGHTS, metadata={"format": "pt"})
 
 
 def check_same_base(directories: Sequence[str | Path]) -> None:
     """Check that PEFT adapters name one base: equal last path components, whatever their case.
 
-    A base may lie in different places for different adapters, so only the last component counts
-    (in a hub's cache, models--ORG--NAME/snapshots/HASH, that is NAME). A base that is not named
-    says nothing; nor does a revision that is not named or is the moving "main".
+    Adapters may refer to one base at different paths, so only the last component is compared (for
+    a hub cache, models--ORG--NAME/snapshots/HASH, that is NAME). Adapters that name no base are not
+    compared; nor are revisions that are missing or "main", which moves.
 
     Raises:
         InputError: A directory without a readable ``adapter_config.json``, or two adapters that
@@ -180,15 +179,15 @@ def check_same_base(directories: Sequence[str | Path]) -> None:
         first = first or (_base_name(base), base, directory)
         if _base_name(base) != first[0]:
             raise InputError(
-                f"{directory / _CONFIG}: base {base}, but {first[2] / _CONFIG} has base "
+                f"{directory / ADAPTER_CONFIG}: base {base}, but {first[2] / ADAPTER_CONFIG} has base "
                 f"{first[1]}; expected adapters of one base"
             )
         if isinstance(revision, str) and revision not in ("", "main"):
             revised = revised or (revision, base, directory)
             if revision != revised[0]:
                 raise InputError(
-                    f"{directory / _CONFIG}: base {base} at revision {revision}, but "
-                    f"{revised[2] / _CONFIG} has base {revised[1]} at revision {revised[0]}; "
+                    f"{directory / ADAPTER_CONFIG}: base {base} at revision {revision}, but "
+                    f"{revised[2] / ADAPTER_CONFIG} has base {revised[1]} at revision {revised[0]}; "
                     "expected adapters of one base"
                 )
 
@@ -201,11 +200,11 @@ def _base_name(base: str) -> str:
 
 
 def _read_json(directory: Path) -> dict[str, Any]:
-    path = directory / _CONFIG
+    path = directory / ADAPTER_CONFIG
     if not directory.is_dir():
         raise InputError(f"{directory}: no such directory; expected a PEFT LoRA adapter")
     if not path.is_file():
-        raise InputError(f"{directory}: no {_CONFIG}; expected a PEFT LoRA adapter")
+        raise InputError(f"{directory}: no {ADAPTER_CONFIG}; expected a PEFT LoRA adapter")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -217,7 +216,7 @@ def _read_json(directory: Path) -> dict[str, Any]:
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
-    config, path = _read_json(directory), directory / _CONFIG
+    config, path = _read_json(directory), directory / ADAPTER_CONFIG
     for field, value in config.items():
         if value and field in _REFUSED:
             raise InputError(f"{path}: {field} = {value!r}: {_REFUSED[field]}")
@@ -256,10 +255,12 @@ def _read_config(directory: Path) -> dict[str, Any]:
 
 def _read_tensors(directory: Path) -> dict[str, Tensor]:
     """The tensors that decide what the adapter computes, all finite matrices."""
-    path = directory / _WEIGHTS
+    path = directory / ADAPTER_WEIGHTS
     pickled = directory / "adapter_model.bin"
     if not path.is_file() and pickled.is_file():
-        raise InputError(f"{pickled}: pickled weights, expected {_WEIGHTS}; pickles are not read")
+        raise InputError(
+            f"{pickled}: pickled weights, expected {ADAPTER_WEIGHTS}; pickles are not read"
+        )
     check_safetensors(path)
     try:
         tensors = load_file(path)

@@ -1,1 +1,1 @@
-"""What every stage stands on: errors, whole-or-not-at-all directories, checkpoints, progress."""
+"""Shared by every stage: errors, atomically written directories, checkpoints, progress."""

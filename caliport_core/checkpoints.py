@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from caliport.core.errors import InputError
+from caliport.core.errors import InputError, one_line
+from caliport.core.files import CONFIG
 
 if TYPE_CHECKING:
     import torch
@@ -22,11 +23,11 @@ if TYPE_CHECKING:
 
 
 def load_base(path: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """A causal language model in eval mode, float32 unless said otherwise.
+    """Load a causal language model in eval mode.
 
     Args:
-        path: A Hugging Face directory, or a hub name where a hub can be reached.
-        dtype: Weights' type; default float32.
+        path: A Hugging Face directory, or a hub name if a hub can be reached.
+        dtype: Type of the weights; default float32.
 
     Raises:
         InputError: No such directory or hub name, no ``config.json``, pickled or truncated
@@ -36,7 +37,7 @@ def load_base(path: str | Path, dtype: torch.dtype | None = None) -> PreTrainedM
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # one bar a tensor is noise; the stages show their own
+    logging.disable_progress_bar()  # one bar per tensor is noise; the stages show their own
     _check_checkpoint(path)
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -44,16 +45,16 @@ def load_base(path: str | Path, dtype: torch.dtype | None = None) -> PreTrainedM
         )
     except Exception as error:
         raise InputError(
-            f"{path}: not loadable as a causal language model ({_line(error)})"
+            f"{path}: not loadable as a causal language model ({one_line(error)})"
         ) from error
     return model.eval()
 
 
 def load_config(path: str | Path) -> tuple[PretrainedConfig, GenerationConfig | None]:
-    """A checkpoint's config and, where it has them, its generation settings; no weights.
+    """Load a checkpoint's config and its generation settings (None without any); no weights.
 
     Raises:
-        InputError: As ``load_base``.
+        InputError: For the same reasons as ``load_base``.
     """
     from transformers import AutoConfig, GenerationConfig
 
@@ -61,7 +62,7 @@ def load_config(path: str | Path) -> tuple[PretrainedConfig, GenerationConfig | 
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:
-        raise InputError(f"{path}: not loadable as a model's config ({_line(error)})") from error
+        raise InputError(f"{path}: not loadable as a model's config ({one_line(error)})") from error
     try:
         return config, GenerationConfig.from_pretrained(path)
     except OSError:
@@ -69,10 +70,10 @@ def load_config(path: str | Path) -> tuple[PretrainedConfig, GenerationConfig | 
 
 
 def load_tokenizer(path: str | Path, model: nn.Module | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint, checked against the model's embedding when one is given.
+    """Load a checkpoint's tokenizer and, if a model is given, check it against its embedding.
 
     Raises:
-        InputError: No tokenizer there, or more tokens than the model's embedding has rows.
+        InputError: No tokenizer, or more tokens than the model's embedding has rows.
     """
     from transformers import AutoTokenizer
 
@@ -80,7 +81,7 @@ def load_tokenizer(path: str | Path, model: nn.Module | None = None) -> PreTrain
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:
-        raise InputError(f"{path}: not loadable as a tokenizer ({_line(error)})") from error
+        raise InputError(f"{path}: not loadable as a tokenizer ({one_line(error)})") from error
     if model is not None:
         rows = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
         if len(tokenizer) > rows:
@@ -94,8 +95,8 @@ def load_tokenizer(path: str | Path, model: nn.Module | None = None) -> PreTrain
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Token ids of one user turn, ready for the model to answer.
 
-    Uses the tokenizer's chat template where it has one; otherwise the plain text, a line break
-    and whatever special tokens the tokenizer adds by itself.
+    Uses the tokenizer's chat template if it has one; otherwise the plain text, a line break
+    and the special tokens that the tokenizer adds by default.
     """
     if tokenizer.chat_template:
         rendered = render_prompt(tokenizer, text)
@@ -104,7 +105,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def render_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
-    """The text that ``encode_prompt`` encodes, as a stock runner must be given it."""
+    """The text that ``encode_prompt`` encodes; give this text to a stock runner."""
     if not tokenizer.chat_template:
         return text + "\n"
     turn = [{"role": "user", "content": text}]
@@ -112,7 +113,7 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
 
 
 def eos_ids(model: PreTrainedModel) -> list[int]:
-    """The token ids that end a generation, from the model's own settings."""
+    """The token ids that end generation, from the model's own settings."""
     found: Any = model.generation_config.eos_token_id if model.generation_config else None
     if found is None:
         found = model.config.eos_token_id
@@ -122,10 +123,10 @@ def eos_ids(model: PreTrainedModel) -> list[int]:
 
 
 def check_safetensors(path: Path) -> None:
-    """Check a safetensors file's header against its size, without reading a tensor.
+    """Check a safetensors file's header against its size, without reading any tensor.
 
     Raises:
-        InputError: Missing, empty, a pickle, truncated or otherwise not a safetensors file.
+        InputError: The file is missing, empty, a pickle, truncated or not a safetensors file.
     """
     if not path.is_file():
         raise InputError(f"{path}: no such file; expected weights as safetensors")
@@ -156,7 +157,7 @@ def _check_checkpoint(path: str | Path) -> None:
         if directory.is_absolute() or str(path).startswith(".") or str(path).count("/") != 1:
             raise InputError(f"{path}: no such directory; expected a Hugging Face checkpoint")
         return
-    if not (directory / "config.json").is_file():
+    if not (directory / CONFIG).is_file():
         raise InputError(f"{path}: no config.json; expected a Hugging Face checkpoint")
     weights = list(directory.glob("*.safetensors"))
     for file in weights:
@@ -167,7 +168,3 @@ def _check_checkpoint(path: str | Path) -> None:
             raise InputError(
                 f"{pickled[0]}: pickled weights, expected safetensors; convert them first"
             )
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

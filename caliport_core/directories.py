@@ -1,7 +1,8 @@
-"""Directories that appear whole or not at all, and the manifest that says what made them.
+"""Output directories that appear complete or not at all, and their ``manifest.json``.
 
-A stage writes beside its output and renames when it is done. ``manifest.json`` carries the key
-of what the directory was made from, so that a stage with the same inputs can be skipped.
+A stage writes into a temporary sibling of its output and renames it when done. ``manifest.json``
+records a key of everything the directory was made from, so a stage whose inputs have not changed
+can be skipped.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from caliport.core.errors import InputError
 MANIFEST = "manifest.json"
 _UNWRITABLE = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.ENOTDIR}
 _LOW_SPACE = 1 << 20
-_SETTLED = 100_000_000  # nanoseconds; a clock's tick is shorter
+_SETTLED = 100_000_000  # nanoseconds; longer than one tick of a file system's clock
 _HASHES: dict[tuple[int, ...], str] = {}
 _PACKAGES = (
     "caliport",
@@ -50,10 +51,10 @@ def versions() -> dict[str, str]:
 
 
 def file_hash(path: Path) -> str:
-    """SHA-256 of a file's bytes, hexadecimal, read in pieces.
+    """SHA-256 of a file's bytes, hexadecimal, read in chunks.
 
-    A file is read once a process, for as long as its inode, size and times stay as they are; so
-    one that was renamed together with its directory is not read again.
+    Hashes are cached per process by inode, size and times, so a file that was only renamed with
+    its directory is not read again.
     """
     found = path.stat()
     state = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
@@ -69,8 +70,8 @@ def file_hash(path: Path) -> str:
 def content_hash(path: Path) -> str:
     """SHA-256 of a file, or of a directory's file names and bytes.
 
-    Manifests and hidden files do not count, so that a directory's hash depends on what a later
-    stage reads and not on when it was made.
+    Manifests and hidden files are ignored, so a directory's hash depends on what a later stage
+    reads and not on when it was made.
     """
     if path.is_file():
         return file_hash(path)
@@ -93,13 +94,13 @@ def _files(directory: Path) -> dict[str, Path]:
 
 
 def key(stage: str, inputs: Mapping[str, str], settings: Mapping[str, Any]) -> str:
-    """Hash of all that decides what a stage writes: its inputs, settings and the versions used."""
+    """Hash of everything that determines a stage's output: inputs, settings and versions."""
     text = json.dumps([stage, dict(inputs), dict(settings), versions()], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """The manifest of a directory; ``InputError`` when it is missing or not valid JSON."""
+    """Read a directory's manifest; ``InputError`` if it is missing or not a JSON object."""
     path = directory / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -117,7 +118,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 def check_files(directory: Path) -> None:
     """Check that a finished directory holds exactly the files that its manifest records.
 
-    Hidden files do not count, and neither does the manifest, which nothing vouches for.
+    Hidden files are ignored, and so is the manifest, since no hash of it is recorded.
 
     Raises:
         InputError: The first file that is missing, changed or not recorded.
@@ -151,13 +152,13 @@ def check_files(directory: Path) -> None:
 
 
 def check_recorded(directory: Path) -> None:
-    """``check_files`` where there is a manifest; a directory without one vouches for nothing."""
+    """Run ``check_files`` if there is a manifest; without one there is nothing to check."""
     if (directory / MANIFEST).is_file():
         check_files(directory)
 
 
 def up_to_date(directory: Path, stage_key: str) -> bool:
-    """Whether a finished directory made from the same inputs is already there."""
+    """Whether a finished directory made from the same inputs already exists."""
     if not (directory / MANIFEST).is_file():
         return False
     try:
@@ -170,17 +171,17 @@ def up_to_date(directory: Path, stage_key: str) -> bool:
 def new_directory(
     out: Path, stage: str, inputs: Mapping[str, str], settings: Mapping[str, Any]
 ) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Yield a directory to fill and a dict of further manifest entries; rename it to ``out``.
+    """Yield a directory to fill and a dict for extra manifest entries; then rename it to ``out``.
 
     Args:
-        out: The directory to appear. One that is there already is replaced, after the new one
-            is complete.
-        stage: Name of what makes it, for the manifest.
+        out: The output directory. An existing one is replaced once the new one is complete.
+        stage: Name of the stage, for the manifest.
         inputs: Content hash of every input, by name.
-        settings: JSON-able settings.
+        settings: JSON-serializable settings.
 
     Raises:
-        InputError: ``out`` cannot be written (permissions, no space left); nothing stays behind.
+        InputError: ``out`` cannot be written (permissions, no space left); no partial output
+            remains.
     """
     partial = out.parent / f".{out.name}.partial-{os.getpid()}"
     extra: dict[str, Any] = {}
@@ -215,7 +216,7 @@ def new_directory(
 
 
 def _write_problem(error: Exception, out: Path) -> str | None:
-    """What stops us from writing, or None. Libraries wrap a full disk in errors of their own."""
+    """Why ``out`` cannot be written, or None; libraries wrap a full disk in their own errors."""
     if isinstance(error, OSError) and error.errno in _UNWRITABLE:
         return os.strerror(error.errno or 0)
     place = next((p for p in (out, *out.parents) if p.exists()), Path("."))
@@ -225,7 +226,7 @@ def _write_problem(error: Exception, out: Path) -> str | None:
 
 
 def _replace(new: Path, out: Path) -> None:
-    """Put ``new`` at ``out``. Between the two renames ``out`` is absent, never half there."""
+    """Move ``new`` to ``out``. Between the two renames ``out`` is missing, but never partial."""
     if out.exists():
         old = out.parent / f".{out.name}.old-{os.getpid()}"
         out.rename(old)
@@ -236,7 +237,7 @@ def _replace(new: Path, out: Path) -> None:
 
 
 def _remove_abandoned(out: Path) -> None:
-    """Remove what a killed process left beside ``out``; that of a living one is left alone."""
+    """Remove what killed processes left beside ``out``; running processes keep theirs."""
     for kind in ("partial", "old"):
         for left in out.parent.glob(f".{out.name}.{kind}-*"):
             pid = left.name.rpartition("-")[2]

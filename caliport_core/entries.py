@@ -1,6 +1,6 @@
-"""Registries of one file an entry: merges, corrections, quantizers.
+"""Registries with one file per entry: merges, corrections, quantizers.
 
-An entry's name is its file's name with ``+`` for ``_plus`` and ``-`` for any other ``_``:
+An entry's name is its file name with ``+`` for ``_plus`` and ``-`` for any other ``_``:
 ``lm_cocktail.py`` is ``lm-cocktail``, ``lc_plus_plus.py`` is ``lc++``. Listing the names imports
 none of the files, so command-line help can list them without torch.
 """
@@ -16,7 +16,7 @@ Entry_co = TypeVar("Entry_co", covariant=True)
 
 
 class Entries(Mapping[str, Entry_co]):
-    """The entries of a package by name, in alphabetical order; each is imported when it is read.
+    """The entries of a package by name, in alphabetical order, each imported on first access.
 
     Args:
         package: Full name of the package.

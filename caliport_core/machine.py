@@ -1,4 +1,4 @@
-"""This machine: its processor, and the memory and disk that are available."""
+"""The host machine: processor name, available memory and free disk."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ _UNLIMITED = 1 << 60
 
 
 def available_memory(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes that this process may still use: the machine's, or less if a control group says so.
+    """Bytes this process may still use: available memory, or less under a control group.
 
     Args:
-        proc: Of the kernel, where ``self/cgroup`` names the groups.
+        proc: The proc file system; ``self/cgroup`` names the process's control groups.
         groups: Where the control groups are mounted, version 1 or 2.
     """
     import psutil
@@ -34,10 +34,11 @@ def available_memory(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cg
 
 
 def _room(root: Path, path: str, limit: str, usage: str, cache: str) -> int:
-    """What the tightest of a control group and those around it leaves free.
+    """Bytes left under the tightest limit of a control group and its parents.
 
-    Pages of files that were not used lately count as used but can be given back at once. Where a
-    container mounts its own group as the root, its path is not below it, but the root's files are.
+    Inactive file pages count as used but can be reclaimed at once, so they are added back. A
+    container that mounts its own group as the root has no directory at the group's path; the
+    limits are then read from the root itself.
     """
     left = _UNLIMITED
     place = root / path.strip("/")
@@ -57,7 +58,7 @@ def _room(root: Path, path: str, limit: str, usage: str, cache: str) -> int:
 
 
 def free_disk(out: Path) -> int:
-    """Free bytes where ``out`` will be written."""
+    """Free bytes on the disk that ``out`` will be written to."""
     out = out.absolute()
     return shutil.disk_usage(next(p for p in (out, *out.parents) if p.is_dir())).free
 

@@ -1,9 +1,8 @@
-"""Changes to the whole process: third-party functions replaced for a while, threads, warnings.
+"""Process-wide changes: temporary patches of third-party functions, threads, warnings.
 
-Each patch of a third-party package is a file in a folder ``patches`` and says in ``RELEASES`` which
-releases it was written for and tested with. With another release installed, a patch that only saves
-time or space is left out (``is_tested``), and one without which the result would be wrong refuses
-to work (``check_tested``).
+Each patch of a third-party package is a file in a folder ``patches`` and lists in ``RELEASES`` the
+releases it was tested with. With any other release, a patch that only saves time or space is
+skipped (``is_tested``), and a patch that correct results need raises an error (``check_tested``).
 """
 
 from __future__ import annotations
@@ -29,8 +28,7 @@ _MISSING = object()
 def exclusive() -> Iterator[None]:
     """Run the body while no other thread runs one; for code that patches the whole process.
 
-    A thread may enter again what it has entered. What the body starts in threads of its own must
-    not enter.
+    Reentrant within a thread. Threads that the body starts must not enter it: they would deadlock.
     """
     with _patching:
         yield
@@ -38,13 +36,14 @@ def exclusive() -> Iterator[None]:
 
 @contextmanager
 def swapped(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Give an attribute of a module, class or object another value while the body runs.
+    """Replace an attribute of a module, class or object while the body runs.
 
     Raises:
-        AttributeError: The owner has no such attribute: a patch does not fit what is installed.
+        AttributeError: The owner has no such attribute: the patch does not fit the installed
+            release.
     """
     getattr(owner, name)
-    before = vars(owner).get(name, _MISSING)  # an inherited one goes back to being inherited
+    before = vars(owner).get(name, _MISSING)  # missing: it was inherited and will be again
     setattr(owner, name, value)
     try:
         yield
@@ -57,7 +56,7 @@ def swapped(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 @contextmanager
 def swapped_here(owner: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
-    """As ``swapped``, for a function or method: other threads still call the former one."""
+    """Like ``swapped`` for a function or method, but other threads still call the original."""
     before, thread = getattr(owner, name), get_ident()
 
     def chosen(*args: Any, **kwargs: Any) -> Any:
@@ -71,25 +70,25 @@ def installed(package: str) -> str:
     """The version of an installed package.
 
     Raises:
-        importlib.metadata.PackageNotFoundError: It is not installed.
+        importlib.metadata.PackageNotFoundError: The package is not installed.
     """
     return importlib.metadata.version(package)
 
 
 def is_tested(releases: tuple[str, ...]) -> bool:
-    """Whether every package is installed in a release that a patch was tested with.
+    """Whether all installed packages are releases that a patch was tested with.
 
     Args:
-        releases: Such as ``("executorch==1.5.*", "torch==2.13.*")``.
+        releases: Requirements such as ``("executorch==1.5.*", "torch==2.13.*")``.
     """
     return _untested(releases) is None
 
 
 def check_tested(releases: tuple[str, ...]) -> None:
-    """Check that every package is installed in a release that a patch was tested with.
+    """Check that all installed packages are releases that a patch was tested with.
 
     Raises:
-        InputError: One is not.
+        InputError: A package is missing or another release of it is installed.
     """
     if message := _untested(releases):
         raise InputError(message)
@@ -111,16 +110,16 @@ def _untested(releases: tuple[str, ...]) -> str | None:
 
 
 def use_one_thread() -> None:
-    """Let PyTorch compute with one thread in the calling thread, and in no other.
+    """Limit PyTorch to one thread for work started by the calling thread, and for no other.
 
-    ``torch.set_num_threads`` (torch 2.13) sets the number of the calling thread and also the number
-    that every later thread begins with; the second is put back. The calling thread must be new:
-    one that is to stay at one thread.
+    ``torch.set_num_threads`` (torch 2.13) sets the number for the calling thread and also the
+    default of every later thread; the default is restored here. Call this in a new thread: the
+    limit stays for the rest of its life.
     """
     import torch
 
     with _threads_lock:
-        count = torch.get_num_threads()  # also ends this thread's own, lazy initialization
+        count = torch.get_num_threads()  # also completes this thread's lazy initialization
         torch.set_num_threads(1)
         restoring = Thread(target=torch.set_num_threads, args=(count,))
         restoring.start()
@@ -129,16 +128,16 @@ def use_one_thread() -> None:
 
 class _Quiet:
     lock = Lock()
-    bodies = 0  # that run now, in all threads
-    loud = ExitStack()  # what makes the process loud again
+    bodies = 0  # bodies running now, in all threads
+    loud = ExitStack()  # restores warnings and logging
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
     """Silence Python warnings and log records below ERROR while the body runs, in any thread.
 
-    torchao 0.18 logs every optional library it cannot load, torch 2.13 and executorch 1.5 log each
-    deprecation they meet in one another. None of it is anything a user can act on.
+    torchao 0.18 logs every optional library it cannot load; torch 2.13 and executorch 1.5 log
+    deprecations they find in each other. A user can act on none of these.
     """
     with _Quiet.lock:
         if not _Quiet.bodies:

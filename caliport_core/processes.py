@@ -1,8 +1,7 @@
-"""Which of the launched processes this one is, from what the launcher put into the environment.
+"""Rank and number of launched processes, read from the launcher's environment variables.
 
-``torchrun`` and ``accelerate launch`` set RANK and WORLD_SIZE; mpirun's names are those that
-accelerate reads. Asking the environment costs nothing, so a command line can ask before it
-imports torch.
+``torchrun`` and ``accelerate launch`` set RANK and WORLD_SIZE; for mpirun, the same variables are
+read as accelerate reads. This needs no torch, so the command line can ask before importing it.
 """
 
 from __future__ import annotations
@@ -17,12 +16,12 @@ _POLL_SECONDS = 0.5
 
 
 def process_count() -> int:
-    """Processes that were launched together; 1 without a launcher."""
+    """Number of processes launched together; 1 without a launcher."""
     return _first(_WORLD, 1)
 
 
 def is_main() -> bool:
-    """Whether this process is the one that writes and speaks."""
+    """Whether this is the process that writes files and prints messages."""
     return process_count() == 1 or _first(_RANK, 0) == 0
 
 
@@ -31,10 +30,10 @@ def _first(names: tuple[str, ...], default: int) -> int:
 
 
 def wait_until(done: Callable[[], bool]) -> None:
-    """Wait for something that another process does, for as long as it takes.
+    """Poll until another process has done something, for as long as it takes.
 
-    A poll and no collective, whose time-out would end a wait of half an hour. If the other process
-    fails, the launcher ends this one.
+    This polls because a collective would time out after half an hour. If the other process fails,
+    the launcher ends this one.
     """
     while not done():
         time.sleep(_POLL_SECONDS)

@@ -1,4 +1,4 @@
-"""One look for every progress bar."""
+"""Progress bars and status lines, all in one style."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from caliport.core.processes import is_main
 console = Console(stderr=True, quiet=not is_main())
 
 Advance = Callable[[int, str], None]
-"""Called with the number of units done so far and a short note, such as the current loss."""
+"""Called with the number of units done so far and a short note, such as the loss."""
 
 
 _Show = Callable[[str, int, int | None], None]
@@ -60,7 +60,7 @@ def progress(title: str, total: int | None) -> Iterator[Advance]:
 
 @contextmanager
 def working(title: str) -> Iterator[None]:
-    """Show what ``at`` says, the time and this process's memory while the body runs."""
+    """Show the stage set by ``at``, elapsed time and this process's memory while the body runs."""
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}: {task.fields[stage]}"),
@@ -85,9 +85,9 @@ def working(title: str) -> Iterator[None]:
 
 
 def at(stage: str, done: int = 0, total: int | None = None) -> None:
-    """Name the stage that has begun and, if it has parts, how many of them are done.
+    """Report the stage that has begun and, if it has parts, how many of them are done.
 
-    Shown by the ``working`` around it, wherever that is; without one nothing happens.
+    The enclosing ``working`` shows it; without one, nothing happens.
 
         at("quantizing, layer", 3, 16)
     """
@@ -97,12 +97,12 @@ def at(stage: str, done: int = 0, total: int | None = None) -> None:
 
 
 class MemoryColumn(ProgressColumn):
-    """Resident memory of this process, read anew twice a second."""
+    """Resident memory of this process, updated twice a second."""
 
     max_refresh = 0.5
 
     def render(self, task: Task) -> Text:
-        """Such as ``1.2 GB``."""
+        """Format the memory, such as ``1.2 GB in memory``."""
         import psutil
 
         return Text(f"{psutil.Process().memory_info().rss / 1e9:.1f} GB in memory")

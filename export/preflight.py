@@ -28,9 +28,10 @@ from typing import TYPE_CHECKING
 
 from caliport.core.checkpoints import check_safetensors, load_config
 from caliport.core.errors import InputError
+from caliport.core.files import CONFIG, WEIGHTS, WEIGHTS_INDEX
 from caliport.core.machine import available_memory, free_disk
 from caliport.export import runtime as runtimes
-from caliport.export.decoder.parts import parts_of
+from caliport.export.decoder.parts import cache_shape, parts_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -195,10 +196,8 @@ def _has_names(whole: PreTrainedModel, read: Mapping[str, object]) -> bool:
 
 def _cache(whole: PreTrainedModel, context: int | None, bits: int | None) -> int:
     """Bytes of one method's keys and values, which ExecuTorch holds until all are emitted."""
-    from caliport.export.decoder.checks import cache_shape
-
     config = whole.config.get_text_config()
-    heads, dim = cache_shape(whole)
+    heads, dim = cache_shape(whole.config)
     length = context or int(config.max_position_embeddings)
     return 2 * int(config.num_hidden_layers) * heads * dim * length * (bits or 32) // 8
 
@@ -209,11 +208,11 @@ _BYTES = {"F64": 8, "I64": 8, "F32": 4, "F16": 2, "BF16": 2}
 def _local(base: str | Path) -> Path | None:
     """The directory of a base: itself, or a hub name's copy on this machine."""
     if Path(base).is_dir():
-        return Path(base) if (Path(base) / "config.json").is_file() else None
+        return Path(base) if (Path(base) / CONFIG).is_file() else None
     from huggingface_hub import try_to_load_from_cache
 
     try:
-        found = try_to_load_from_cache(str(base), "config.json")
+        found = try_to_load_from_cache(str(base), CONFIG)
     except ValueError:
         return None
     return Path(found).parent if isinstance(found, str) else None
@@ -223,12 +222,12 @@ def _headers(directory: Path) -> Iterator[tuple[str, str, list[int]]]:
     """Name, type and shape of each tensor in the files that transformers, or PEFT, would load."""
     from safetensors import safe_open
 
-    index = directory / "model.safetensors.index.json"
+    index = directory / WEIGHTS_INDEX
     if index.is_file():
         weight_map: Mapping[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         files = [directory / name for name in sorted(set(weight_map.values()))]
     else:
-        one = directory / "model.safetensors"
+        one = directory / WEIGHTS
         files = [one] if one.is_file() else sorted(directory.glob("*.safetensors"))
     for file in files:
         check_safetensors(file)

@@ -28,7 +28,8 @@ from caliport.core.patching import quiet, swapped
 from caliport.export.decoder.shipped import ShippedDecoder, group
 from caliport.export.decoder.skeleton import Layers, furnish, skeleton
 from caliport.export.decoder.terms import Composed, halves, split
-from caliport.export.executorch.lower import PROGRAM, constant_methods
+from caliport.export.executorch.files import PROGRAM
+from caliport.export.executorch.lower import constant_methods
 from caliport.export.executorch.patches.fast_lowering import fast_lowering
 from caliport.export.executorch.patches.tied_tables import shared_tables
 from caliport.export.executorch.repeat import repeat

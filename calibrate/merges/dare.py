@@ -36,8 +36,8 @@ def dare(
     Args:
         updates: Adapters of any ranks and modules.
         weights: One per update; default 1/N each.
-        density: Share of values that are kept, in (0, 1].
-        seed: Decides which.
+        density: Share of values to keep, in (0, 1].
+        seed: Decides which values are kept.
         rank: The result is not low-rank, so its largest R singular values are kept; default
             Σ rᵢ of the module, the cost of the exact sum. min(out, in) keeps all of it.
 

@@ -18,9 +18,9 @@ from caliport.calibrate.merges.common import (
 def exact(
     updates: Sequence[LowRankUpdate], weights: Sequence[float] | None = None
 ) -> LowRankUpdate:
-    """The weighted sum itself, by concatenation: ΔW = Σ wᵢ·Bᵢ·Aᵢ, of rank Σ rᵢ.
+    """The weighted sum, by concatenation: ΔW = Σ wᵢ·Bᵢ·Aᵢ, of rank Σ rᵢ.
 
-    A module that only some updates target keeps what those give it.
+    In a module that only some updates target, the sum is over those.
 
     Args:
         updates: Adapters of any ranks and modules.

@@ -15,8 +15,8 @@ def linear(
     """Average A and B separately: A' = Σ wᵢAᵢ, B' = Σ wᵢBᵢ, ΔW' = B'·A'.
 
     Eq. 5 of Learnable Calibration (arXiv 2507.16083), where wᵢ = 1/N. This is not the weighted
-    sum of the ΔWᵢ: it has cross terms Bᵢ·Aⱼ. The adapter's scaling is inside B, so adapters of
-    one α/r give exactly the paper's merge.
+    sum of the ΔWᵢ: it has cross terms Bᵢ·Aⱼ. The adapters' scaling is inside B, so adapters with
+    the same α/r give exactly the paper's merge.
 
     Args:
         updates: Adapters of equal rank in every module.
@@ -47,7 +47,7 @@ MERGE = Merge(
 
 
 def _check_equal(updates: Sequence[LowRankUpdate]) -> None:
-    """Equal modules and ranks, which adding A and B apart needs."""
+    """Check for equal modules and ranks, which averaging A and B separately needs."""
     first = updates[0]
     for index, other in enumerate(updates[1:], start=2):
         if other.modules != first.modules:

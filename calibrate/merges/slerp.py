@@ -19,7 +19,7 @@ from caliport.calibrate.merges.common import (
 )
 from caliport.core.errors import InputError
 
-# Above this |cosine| sinΩ is too small to divide by, and the arc is a line within 0.03 %.
+# Above this |cosine|, sinΩ is too small to divide by, and arc and line differ by at most 0.03 %.
 _PARALLEL = 0.9995
 
 
@@ -32,12 +32,12 @@ def slerp(
 
         ΔW = sin((1−t)Ω)/sinΩ · ΔW₁ + sin(tΩ)/sinΩ · ΔW₂.
 
-    The ΔW are interpolated as they are, not scaled to norm 1 first, so updates of equal norm keep
-    that norm and others get one in between. More than two are folded in one after another: the
-    third at t = w₃/(w₁ + w₂ + w₃), and so on, so their order matters a little. The result is a
-    concatenation with other weights, of rank Σ rᵢ; norms and angles come from the factors,
-    ⟨ΔW₁, ΔW₂⟩ = Σ (B₁ᵀB₂ ∘ A₁A₂ᵀ). Where Ω is undefined (a ΔW is 0 or not there) or sinΩ nearly 0
-    (|cosΩ| > 0.9995: parallel or opposite), the weights are the line's, 1−t and t.
+    The ΔW are not scaled to norm 1 first, so updates of equal norm keep that norm and others get a
+    norm in between. More than two are merged one after another, the third at
+    t = w₃/(w₁ + w₂ + w₃) and so on, so their order matters a little. The result is a concatenation
+    with other weights, of rank Σ rᵢ. Norms and angles come from the factors,
+    ⟨ΔW₁, ΔW₂⟩ = Σ (B₁ᵀB₂ ∘ A₁A₂ᵀ). If Ω is undefined (a ΔW is 0 or missing) or sinΩ is nearly 0
+    (|cosΩ| > 0.9995: parallel or opposite), interpolation is linear, with weights 1−t and t.
 
     Args:
         updates: Adapters of any ranks and modules.
@@ -81,10 +81,10 @@ MERGE = Merge(
 
 
 def _arc(t: float, one: Tensor, two: Tensor, products: Tensor) -> tuple[float, float]:
-    """What of two combinations of the ΔWᵢ lies at t on the arc between them.
+    """Weights of two combinations of the ΔWᵢ at position t on the arc between them.
 
     Args:
-        t: 0 at the first, 1 at the second.
+        t: 0 is the first, 1 the second.
         one, two: Coefficients [N].
         products: ⟨ΔWᵢ, ΔWⱼ⟩ [N, N].
     """

@@ -1,4 +1,4 @@
-"""What TIES, DARE and truncation do to the dense ΔW of one module."""
+"""Operations on the dense ΔW of one module, for TIES and DARE: trim, drop, elect, factorise."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def trim(delta: Tensor, density: float) -> Tensor:
-    """Keep the ⌊density·n⌋ values of largest magnitude (at least one), the others become 0.
+    """Keep the ⌊density·n⌋ values of largest magnitude (at least one); set the others to 0.
 
     Args:
         delta: ΔW [out, in], n values.
@@ -22,7 +22,7 @@ def trim(delta: Tensor, density: float) -> Tensor:
 
 
 def drop(delta: Tensor, density: float, draw: torch.Generator) -> Tensor:
-    """Keep each value with probability density, divided by density; the others become 0.
+    """Keep each value with probability ``density``, divided by it; set the others to 0.
 
     Eq. 1 of DARE (arXiv 2311.03099) with p = 1 − density: the expected value is ΔW.
     """
@@ -31,19 +31,19 @@ def drop(delta: Tensor, density: float, draw: torch.Generator) -> Tensor:
 
 
 def disjoint(deltas: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """Elect a sign for every value, then average those that agree with it.
+    """Elect a sign for every position, then average the values that agree with it.
 
     Section 3.2 of TIES (arXiv 2306.01708) with weights: γ = sgn(Σ wᵢΔWᵢ), positive where the sum
     is 0, and over the i whose wᵢΔWᵢ has sign γ
 
         ΔW = λ · Σ wᵢΔWᵢ / Σ |wᵢ|,  λ = Σ |wᵢ| over all i.
 
-    With equal weights this is the paper's mean over those that agree, times λ; where all agree it
+    With equal weights this is the paper's mean over those that agree, times λ. Where all agree, it
     is Σ wᵢΔWᵢ, the exact sum. Weights 1/N give λ = 1, weights 1 the paper's λ = N.
 
     Args:
         deltas: [out, in] each.
-        weights: One each.
+        weights: One per ΔW.
     """
     pairs = [(w, d) for w, d in zip(weights, deltas, strict=True) if w != 0]
     total = torch.zeros_like(deltas[0], dtype=torch.float64)
@@ -62,15 +62,15 @@ def disjoint(deltas: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
 def factor(delta: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """The best approximation B·A of a dense ΔW of at most ``rank`` (Eckart–Young).
 
-    The singular vectors of the shorter side come from its Gram matrix in float64; only the
-    largest ``rank`` are computed, which is what makes it affordable for wide layers.
+    The singular vectors of the shorter side come from its Gram matrix in float64. Only the largest
+    ``rank`` are computed, which keeps it affordable for wide layers.
 
     Args:
         delta: ΔW [out, in].
         rank: R; min(out, in) at most is used.
 
     Returns:
-        A [R, in] and B [out, R], float32, which share the singular values' roots.
+        A [R, in] and B [out, R], float32, each with the square roots of the singular values.
     """
     from scipy.linalg import eigh
 

@@ -24,17 +24,17 @@ def svd(
     weights: Sequence[float] | None = None,
     rank: int | None = None,
 ) -> LowRankUpdate:
-    """The best approximation of the exact sum that has a given rank, in every module.
+    """The best approximation of the exact sum at a given rank, in every module.
 
-    By Eckart–Young it keeps the largest singular values of Σ wᵢ·Bᵢ·Aᵢ; the squared error is the
-    sum of the squares of the others. Computed from the concatenated factors B = Q₁R₁, Aᵀ = Q₂R₂
-    and the small SVD of R₁·R₂ᵀ; ΔW is never formed.
+    It keeps the largest singular values of Σ wᵢ·Bᵢ·Aᵢ (Eckart–Young); the squared error is the sum
+    of the squares of the others. Computed from the concatenated factors, B = Q₁R₁ and Aᵀ = Q₂R₂,
+    and the SVD of the small R₁·R₂ᵀ; ΔW is never built.
 
     Args:
         updates: Adapters of any ranks and modules.
         weights: One per update; default 1/N each.
         rank: R of every module; default the largest single adapter's rank there, so that the
-            merge costs what one adapter costs. Σ rᵢ or more keeps the sum exactly.
+            merge is as large as one adapter. Σ rᵢ or more keeps the sum exactly.
 
     Raises:
         InputError: A module has different shapes in two updates, or rank is below 1.

@@ -27,17 +27,17 @@ def ties(
 ) -> LowRankUpdate:
     """TIES: trim each ΔWᵢ, elect signs, average those that agree (arXiv 2306.01708, Section 3.2).
 
-    It acts on the dense ΔWᵢ = Bᵢ·Aᵢ, where signs mean something (those of A and B do not: −B·−A is
-    the same update), and trims module by module, as PEFT does, where the paper trims a whole model
-    at once. The scale is the paper's mean over those that agree times λ = Σ |wᵢ|, so that weights
-    1/N give λ = 1; ``caliport.calibrate.merges.sparsify.disjoint`` has the formula. Where all
-    values survive and agree it is the exact sum. (PEFT elects by the unweighted sum and divides by
-    the number that agree, which with 1/N scales by 1/N twice.)
+    Acts on the dense ΔWᵢ = Bᵢ·Aᵢ, because signs of A and B have no meaning (−B·−A is the same
+    update). Trims module by module, as PEFT does; the paper trims the whole model at once. The
+    scale is the paper's mean over those that agree, times λ = Σ |wᵢ|, so weights 1/N give λ = 1;
+    ``caliport.calibrate.merges.sparsify.disjoint`` has the formula. If all values are kept and
+    agree, this is the exact sum. (PEFT elects by the unweighted sum and divides by the number that
+    agree, which with weights 1/N scales by 1/N twice.)
 
     Args:
         updates: Adapters of any ranks and modules.
         weights: One per update; default 1/N each.
-        density: Share of values that trimming keeps, in (0, 1].
+        density: Share of values to keep, in (0, 1].
         rank: The result is not low-rank, so its largest R singular values are kept; default
             Σ rᵢ of the module, the cost of the exact sum. min(out, in) keeps all of it.
 

@@ -1,1 +1,1 @@
-"""XXX."""
+"""Training of bases, adapters, corrections and FLix features, in one loop."""

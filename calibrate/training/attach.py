@@ -1,4 +1,4 @@
-"""Low-rank terms beside a frozen base while it runs, other ones for other rows of a batch."""
+"""Run a frozen base with low-rank terms attached, different ones for different rows of a batch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 Terms = Callable[[str], Iterable[tuple[Tensor | None, Tensor, Tensor]]]
-"""From a module's name to the terms of the current batch: rows (None: all), A and B."""
+"""From a module's name to the terms of the current batch: rows (int64 [n]; None: all), A and B."""
 
 Rounding = Callable[[str, Tensor], Tensor]
 """From a module's name and its float weight [out, in] to the values that will ship for it."""
@@ -19,10 +19,9 @@ Rounding = Callable[[str, Tensor], Tensor]
 
 @contextmanager
 def attached(model: nn.Module, modules: Sequence[str], terms: Terms) -> Iterator[None]:
-    """Let the named linear layers compute W0·x + Σ B·(A·x) while the body runs.
+    """Make the named linear layers compute W0·x + Σ B·(A·x) inside the ``with`` block.
 
-    The base's weights are not touched, so they are bit-identical afterwards. A term costs what
-    its rows cost: terms that no row of the batch uses cost nothing.
+    The base's weights stay bit-identical. A term is computed for its own rows only.
     """
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
@@ -47,16 +46,16 @@ def attached(model: nn.Module, modules: Sequence[str], terms: Terms) -> Iterator
 def attached_rounded(
     model: nn.Module, modules: Sequence[str], terms: Terms, rounding: Rounding
 ) -> Iterator[None]:
-    """Let the named linear layers compute with the weights that ship, Q(W0 + ΔW), meanwhile.
+    """Make the named linear layers compute with Q(W0 + ΔW), the weights that ship.
 
-    ΔW gets the straight-through gradient (Bengio et al., arXiv 1308.3432): that of W0 + ΔW, as if
-    Q were not there. It is taken through the low-rank path, x ↦ B·(A·x), whose gradient in A and B
-    is the same, so the dense ΔW never has one.
+    ΔW gets the straight-through gradient (Bengio et al., arXiv 1308.3432), that of W0 + ΔW without
+    Q. It is taken through the low-rank path x ↦ B·(A·x), which has the same gradient in A and B, so
+    the dense ΔW needs none.
 
     Args:
-        model: The base; its weights are not touched.
+        model: The base; its weights stay bit-identical.
         modules: Linear layers whose weight is rounded together with its update.
-        terms: As for ``attached``; one term a row.
+        terms: As for ``attached``, with exactly one term per row.
         rounding: Q.
     """
 
@@ -92,14 +91,14 @@ def attached_rounded(
 
 
 class Rows:
-    """Which label (a composition, a data set) each row of the current batch has."""
+    """The label (a composition) of each row of the current batch."""
 
     def __init__(self, labels: Sequence[str]) -> None:
         self._labels = labels
         self.groups: list[tuple[str, Tensor | None]] = []
 
     def __call__(self, indices: Sequence[int], step: int) -> None:
-        """Take the rows of the batch that comes next: ``fit``'s ``on_batch``."""
+        """Set the rows of the next batch: the ``on_batch`` of ``fit``."""
         labels = [self._labels[index] for index in indices]
         kinds = sorted(set(labels))
         self.groups = [

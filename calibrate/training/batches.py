@@ -1,4 +1,4 @@
-"""From examples to padded batches, in an order that a step number alone decides."""
+"""From examples to padded batches, in an order that depends on seed and step only."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SORTED_BATCHES = 8
 
 @dataclass(frozen=True)
 class Encoded:
-    """One example as token ids: what the model reads and what it must write."""
+    """One example as token ids: the prompt, and the target that the model should write."""
 
     prompt: tuple[int, ...]
     target: tuple[int, ...]
@@ -36,16 +36,16 @@ def encode(
     """Encode (input, output) pairs; the target ends with the end-of-sequence token.
 
     Args:
-        tokenizer: The base's.
-        template: The task's prompt, with ``{input}`` where the input goes.
+        tokenizer: The base's tokenizer.
+        template: The task's prompt, with ``{input}`` for the example's input.
         pairs: Inputs and outputs as text.
         context: Most tokens of prompt and target together.
-        source: Names the data in errors.
-        leave_out_long: Leave out examples longer than the context, and say how many.
+        source: Name of the data in errors.
+        leave_out_long: Skip examples longer than the context and report how many.
 
     Raises:
         InputError: No examples, no ``{input}`` in the template, or examples longer than the
-            context, which are counted and never cut.
+            context, which are never cut; the message says how many.
     """
     if not pairs:
         raise InputError(f"{source}: no examples; expected at least one")
@@ -74,11 +74,11 @@ def encode(
 
 @dataclass(frozen=True)
 class Batch:
-    """Left-padded, so that the targets stand at the right edge of every row.
+    """A left-padded batch, so that the targets are at the right edge of every row.
 
     Attributes:
         input_ids, attention_mask, position_ids: int64 [batch, length].
-        labels: int64 [batch, kept], for the last ``kept`` positions; ``IGNORED`` where no target.
+        labels: int64 [batch, kept], for the last ``kept`` positions; ``IGNORED`` if not a target.
     """
 
     input_ids: Tensor
@@ -97,7 +97,7 @@ class Batch:
 
 
 def target_count(example: Encoded, prompt_loss: bool = False) -> int:
-    """How many of an example's tokens have a loss; its very first token is never predicted."""
+    """Number of an example's tokens with a loss; its first token is never predicted."""
     predicted = len(example.prompt) + len(example.target) - 1
     return predicted if prompt_loss else min(len(example.target), predicted)
 
@@ -120,9 +120,9 @@ def collate(examples: Sequence[Encoded], pad: int, prompt_loss: bool = False) ->
 
 
 class Order:
-    """Which examples make batch ``step``: a new permutation each epoch, decided by the seed.
+    """The examples of each step's batch: a new permutation each epoch, decided by the seed.
 
-    Runs of eight batches are sorted by length before they are cut, so that little is padding.
+    Runs of eight batches are sorted by length before they are cut, to reduce padding.
     """
 
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:

@@ -1,4 +1,4 @@
-"""How far a training has come, and the file that lets one killed at any moment go on exactly."""
+"""The state of a training, and the checkpoint from which a killed one resumes exactly."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _POINTS = 200
 
 @dataclass
 class State:
-    """All that a checkpoint holds but the random numbers.
+    """Everything in a checkpoint but the states of the random number generators.
 
     Attributes:
-        parameters: What is trained, by name.
-        optimizer, scheduler: Adam over them and its learning rate.
-        steps: How many there will be.
-        step: How many there were.
-        curve: Up to 200 points of ``step`` and mean ``loss`` since the one before.
+        parameters: The trained parameters, by name.
+        optimizer, scheduler: Adam over them, and its learning rate schedule.
+        steps: Number of steps in all.
+        step: Number of steps done.
+        curve: Up to 200 points of ``step`` and mean ``loss`` since the point before.
         recent: Losses since the last point.
     """
 
@@ -45,14 +45,14 @@ class State:
     def new(
         trained: nn.Module, learning_rate: float, schedule: str, warmup: int, steps: int
     ) -> State:
-        """Before the first step; only what requires gradients has optimizer state."""
+        """The state before the first step; only parameters that require gradients are trained."""
         parameters = {n: p for n, p in trained.named_parameters() if p.requires_grad}
         optimizer = torch.optim.Adam(parameters.values(), lr=learning_rate)
         scheduler = get_scheduler(schedule, optimizer, warmup, steps)
         return State(parameters, optimizer, scheduler, steps)
 
     def advance(self, loss: float) -> None:
-        """Step with the gradients that are there and note the loss."""
+        """Take one optimizer step with the current gradients, and record the loss."""
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -63,7 +63,10 @@ class State:
             self.recent = []
 
     def save(self, path: Path, accelerator: Accelerator, random: dict[str, Tensor]) -> None:
-        """Write beside and rename, so that a kill leaves the one before. All processes call it."""
+        """Write to a new file and rename it, so that a kill leaves the last checkpoint.
+
+        All processes must call this.
+        """
         every = gathered(accelerator, random)
         if not accelerator.is_main_process:
             return
@@ -82,7 +85,7 @@ class State:
         os.replace(beside, path)
 
     def load(self, path: Path, accelerator: Accelerator, title: str) -> None:
-        """Take over a checkpoint and this process's random numbers, if it has them."""
+        """Restore a checkpoint, and this process's random number generators if it has them."""
         state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
         with torch.no_grad():
             for name, parameter in self.parameters.items():
@@ -91,7 +94,7 @@ class State:
         self.scheduler.load_state_dict(state["scheduler"])
         self.step, self.curve, self.recent = state["step"], state["curve"], state["recent"]
         random = state["rng"]
-        if isinstance(random, Tensor):  # as written before there could be several processes
+        if isinstance(random, Tensor):  # a checkpoint from before several processes were supported
             random = [{"cpu": random}]
         if len(random) != accelerator.num_processes:
             console.print(

@@ -1,7 +1,7 @@
-"""What training needs of accelerate: the device, the precision, and sums over processes.
+"""What training uses of accelerate: device, precision, and sums over processes.
 
 There is no DistributedDataParallel wrapper: what is trained is attached to the model by hooks and
-its own forward is never called, so gradients are summed by hand, in one flat buffer a step.
+its own forward is never called. So gradients are summed here, in one flat buffer per step.
 """
 
 from __future__ import annotations
@@ -28,26 +28,26 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 @contextmanager
 def accelerated() -> Iterator[Accelerator]:
-    """An ``Accelerator`` as its launcher said; bf16 on a GPU that has it if nothing was said.
+    """An ``Accelerator`` as configured by its launcher; by default bf16 on a GPU that supports it.
 
-    Its state lives in classes of accelerate; it is cleared afterwards unless it was there before,
-    so that a later call is free to read another environment. A process group stays open.
+    accelerate keeps its state in classes. It is cleared afterwards unless it existed before, so
+    that a later call can read another environment. A process group stays open.
 
     Raises:
-        InputError: Mixed precision other than bf16 was asked for.
+        InputError: The launcher asks for a mixed precision other than bf16.
     """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
-    said = os.environ.get(_PRECISION)
-    if said not in (None, "no", "bf16"):
-        raise InputError(f"{_PRECISION}: found {said!r}; expected no or bf16")
+    asked = os.environ.get(_PRECISION)
+    if asked not in (None, "no", "bf16"):
+        raise InputError(f"{_PRECISION}: found {asked!r}; expected no or bf16")
     fresh = [s for s in (AcceleratorState, GradientState, PartialState) if not s._shared_state]
-    # Without a GPU accelerate takes launched processes for single ones unless told cpu=True.
+    # Without a GPU, accelerate treats launched processes as single ones unless given cpu=True.
     alone = process_count() > 1 and not torch.accelerator.is_available()
     try:
         if AcceleratorState in fresh:
-            yield Accelerator(cpu=alone, mixed_precision=said or _best_precision())
+            yield Accelerator(cpu=alone, mixed_precision=asked or _best_precision())
         else:
             yield Accelerator()
     finally:
@@ -65,7 +65,7 @@ def _best_precision() -> str:
 
 @contextmanager
 def on_device(device: torch.device, *modules: nn.Module) -> Iterator[None]:
-    """Move modules to a device, and back to where each was."""
+    """Move modules to a device, and back to their own devices afterwards."""
     homes = [next(module.parameters()).device for module in modules]
     try:
         for module in modules:
@@ -77,10 +77,10 @@ def on_device(device: torch.device, *modules: nn.Module) -> Iterator[None]:
 
 
 def same_start(accelerator: Accelerator, parameters: Sequence[nn.Parameter], step: int) -> None:
-    """Give all processes the main one's values.
+    """Copy the main process's parameter values to all processes.
 
     Raises:
-        InputError: They are at different steps, because they read different checkpoints.
+        InputError: The processes are at different steps, because they read different checkpoints.
     """
     if accelerator.num_processes == 1:
         return
@@ -102,8 +102,8 @@ def summed(
 ) -> list[float]:
     """Sum gradients, in place, and a few values [n] over the processes, in one reduction.
 
-    A parameter that no process has a gradient for keeps none, as in a single process: an
-    optimizer skips those, but would go on with its momentum for a gradient of zero.
+    A parameter without a gradient in any process stays without one, as in a single process: the
+    optimizer skips it, whereas a zero gradient would still apply its momentum.
     """
     if accelerator.num_processes == 1:
         return [float(value) for value in values.tolist()]
@@ -127,7 +127,7 @@ def _flat_gradient(parameter: nn.Parameter) -> Tensor:
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:
-    """States of the generators that dropout draws from, by kind of device."""
+    """States of the generators that dropout draws from, by device type."""
     states = {"cpu": torch.get_rng_state()}
     if device.type != "cpu":
         states[device.type] = torch.get_device_module(device).get_rng_state()
@@ -135,14 +135,14 @@ def random_state(device: torch.device) -> dict[str, Tensor]:
 
 
 def set_random_state(device: torch.device, states: dict[str, Tensor]) -> None:
-    """Put back what ``random_state`` gave; a kind of device that it lacks stays as it is."""
+    """Restore the states from ``random_state``; a missing device type is left unchanged."""
     torch.set_rng_state(states["cpu"])
     if device.type != "cpu" and device.type in states:
         torch.get_device_module(device).set_rng_state(states[device.type])
 
 
 def gathered(accelerator: Accelerator, one: Any) -> list[Any]:
-    """The object of every process, in order of rank."""
+    """The objects of all processes, in order of rank."""
     if accelerator.num_processes == 1:
         return [one]
     from accelerate.utils import gather_object
@@ -158,13 +158,13 @@ class Stop:
 
 @contextmanager
 def stoppable(active: bool) -> Iterator[Stop]:
-    """Turn SIGINT and SIGTERM into ``asked`` while the body runs, so that it can save and leave.
+    """Turn SIGINT and SIGTERM into ``asked`` inside the block, so that it can save and stop.
 
-    A second one interrupts at once in a single process. Launched processes take no notice of
-    it: theirs come twice, from the terminal and from the launcher, which ends them itself.
+    In a single process a second signal interrupts at once. Launched processes ignore a second one:
+    they get each signal twice, from the terminal and from the launcher, which stops them itself.
 
     Raises:
-        KeyboardInterrupt: The body ended without leaving, though it was asked to.
+        KeyboardInterrupt: The block finished although a signal had asked it to stop.
     """
     stop = Stop()
     if not active or threading.current_thread() is not threading.main_thread():

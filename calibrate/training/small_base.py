@@ -1,4 +1,4 @@
-"""A small Llama-shaped base with its own tokenizer, for recipes that bring no checkpoint."""
+"""A small Llama-shaped base with its own tokenizer, for recipes without a checkpoint."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class BaseShape:
-    """Shape of a Llama decoder. Sizes in units of values; ``context`` in tokens."""
+    """Shape of a Llama decoder; ``context`` is in tokens."""
 
     vocab_size: int = 2048
     hidden_size: int = 256
@@ -38,7 +38,7 @@ class BaseShape:
 def build_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer with a chat template on ``texts``.
 
-    Byte-level BPE because every stock runner reads it and no text is out of its vocabulary.
+    Byte-level BPE because every stock runner reads it and it can encode any text.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -66,7 +66,7 @@ def build_model(
     tokenizer: PreTrainedTokenizerFast, shape: BaseShape, seed: int
 ) -> LlamaForCausalLM:
     """A Llama of the given shape with random weights and the tokenizer's special tokens."""
-    logging.disable_progress_bar()  # saving a few megabytes needs no bar of its own
+    logging.disable_progress_bar()  # saving a few megabytes needs no progress bar
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=shape.vocab_size,

@@ -146,11 +146,3 @@ def _check_rotary(config: PreTrainedConfig, context: int) -> None:
                 f"beyond it, the rotary embeddings of rope_type {kind} depend on the length of "
                 "the text"
             )
-
-
-def cache_shape(model: PreTrainedModel) -> tuple[int, int]:
-    """Key-value heads and the size of a head."""
-    config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(heads), int(size)

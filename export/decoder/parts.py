@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from caliport.export.quantization.choices import GROUP_SIZE
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
     from caliport.export.quantization.choices import Form
 
@@ -66,3 +66,11 @@ def parts_of(model: PreTrainedModel, forms: Mapping[str, Form]) -> list[Part]:
             same = head is not None and (form or "").removeprefix("rows ") == forms.get(head, "")
             found.append(Part(tuple(parameter.shape), form, lookup, same))
     return found
+
+
+def cache_shape(config: PreTrainedConfig) -> tuple[int, int]:
+    """Key-value heads and the size of a head, which configurations leave out where they follow."""
+    text = config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return int(heads), int(size)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from caliport.core.errors import InputError
+from caliport.core.errors import InputError, one_line
 from caliport.core.patching import exclusive
 from caliport.export.quantization.choices import GROUP_SIZE, Form
 from caliport.export.quantization.tensors import torchao_tensor
@@ -77,7 +77,7 @@ def empty(config: PretrainedConfig, buffers: bool = True) -> PreTrainedModel:
                 config, dtype=torch.float32, trust_remote_code=False
             )
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise InputError(f"config.json: transformers cannot build this model ({reason})") from error
     model.tie_weights()
     return model.eval()

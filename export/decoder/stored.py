@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from caliport.core.errors import InputError
+from caliport.core.files import WEIGHTS, WEIGHTS_INDEX
 from caliport.core.progress import at
 from caliport.export.quantization.choices import GROUP_SIZE, Form
 from caliport.export.quantization.integers import integers
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
 
     from caliport.calibrate.low_rank import LowRankUpdate
 
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
 
 Read = Callable[[str], Tensor]
 
@@ -270,17 +269,17 @@ def _loaded(source: str | Path) -> Read:
 
 def _files(directory: Path) -> dict[str, str] | None:
     """The file of each tensor in a checkpoint directory."""
-    index = directory / _INDEX
+    index = directory / WEIGHTS_INDEX
     if index.is_file():
         found: dict[str, str] = json.loads(index.read_text())["weight_map"]
         return found
-    single = directory / _SINGLE
+    single = directory / WEIGHTS
     if not single.is_file():
         return None
     from safetensors import safe_open
 
     with safe_open(single, framework="pt") as opened:
-        return dict.fromkeys(opened.keys(), _SINGLE)
+        return dict.fromkeys(opened.keys(), WEIGHTS)
 
 
 def describe(forms: Mapping[str, Form]) -> dict[str, Any]:

@@ -30,7 +30,8 @@ from caliport.export.decoder.skeleton import (
 )
 from caliport.export.decoder.stored import put_matrix
 from caliport.export.decoder.terms import Composed, halves, read_updates, split
-from caliport.export.executorch.lower import PROGRAM, constant_methods
+from caliport.export.executorch.files import PROGRAM
+from caliport.export.executorch.lower import constant_methods
 from caliport.export.executorch.patches.fast_lowering import fast_lowering
 from caliport.export.executorch.patches.quantize_once import quantized_once
 from caliport.export.executorch.patches.tied_tables import shared_tables

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from caliport.core.patching import quiet
 from caliport.export.decoder.shipped import ShippedDecoder, every, group
 from caliport.export.decoder.skeleton import CannotRepeat, Layers, furnish, skeleton
+from caliport.export.executorch.files import PROGRAM
 from caliport.export.executorch.patches.fast_lowering import fast_lowering
 from caliport.export.executorch.patches.tied_tables import shared_tables
 from caliport.export.executorch.repeat import repeat
@@ -19,8 +20,6 @@ from caliport.export.executorch.steps import count_delegated, finish, lower_skel
 if TYPE_CHECKING:
     from executorch.exir import EdgeProgramManager
     from transformers import PreTrainedModel
-
-PROGRAM = "model.pte"
 
 
 def lower(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from caliport.core.errors import InputError
 from caliport.export.executorch import snippet
 from caliport.export.executorch.costs import ExecuTorchCosts
+from caliport.export.executorch.files import PROGRAM
 from caliport.export.request import Request
 from caliport.export.runtime import Costs, Rounding, Runtime
 
@@ -36,7 +37,7 @@ class ExecuTorch:
         "executorch.extension.llm.runner",
     )
     rounding: Rounding = "token"
-    program = "model.pte"
+    program = PROGRAM
     shares_adapters = True
     has_int8_cache = True
     bundle_note = snippet.BUNDLE_NOTE

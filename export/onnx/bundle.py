@@ -26,6 +26,7 @@ from caliport.core.directories import (
 )
 from caliport.core.errors import InputError
 from caliport.export.artifact import Artifact
+from caliport.export.onnx.files import GENAI_CONFIG
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -136,7 +137,7 @@ def lower_bundle(
     config = onnx.genai_config(decoder.whole, context, tokenizer)
     # ONNX Runtime 1.31 warns of every input with a default while it loads.
     config["model"]["decoder"]["session_options"]["log_severity_level"] = _ERRORS_ONLY
-    (directory / onnx.GENAI_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    (directory / GENAI_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     return onnx.describe(program, decoder)
 
 

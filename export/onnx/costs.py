@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from caliport.export.decoder.parts import cache_shape
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -31,7 +33,7 @@ class OnnxCosts:
         """Bytes of the sines and cosines, float32 [context, turned / 2] each."""
         config = model.config.get_text_config()
         length = context or int(config.max_position_embeddings)
-        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        _, dim = cache_shape(config)
         rope = getattr(config, "rope_parameters", None) or {}
         kinds = [kind for kind in rope.values() if isinstance(kind, Mapping)] or [rope]
         return sum(int(4 * length * dim * kind.get("partial_rotary_factor", 1.0)) for kind in kinds)

@@ -23,9 +23,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from caliport.core.checkpoints import eos_ids
-from caliport.export.decoder.checks import cache_shape
+from caliport.export.decoder.parts import cache_shape
 from caliport.export.decoder.shipped import ShippedDecoder, every, group
 from caliport.export.decoder.skeleton import CannotRepeat
+from caliport.export.onnx.files import GENAI_CONFIG, GRAPH, WEIGHTS
 from caliport.export.onnx.fuse import fuse_between_layers, fuse_inside_layers
 from caliport.export.onnx.repeat import PAST, PRESENT, repeat
 from caliport.export.onnx.trace import LOGITS, MASK, POSITIONS, TOKENS, trace
@@ -37,9 +38,6 @@ if TYPE_CHECKING:
 
     from caliport.export.decoder.skeleton import Layers
 
-GRAPH = "model.onnx"
-WEIGHTS = "model.onnx.data"
-GENAI_CONFIG = "genai_config.json"
 THREADS = 4
 """Written into ``genai_config.json``: as many as a phone has quick cores.
 
@@ -145,7 +143,7 @@ def genai_config(
     config = model.config.get_text_config()
     ends = eos_ids(model)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(ends), 0)
-    kv_heads, head_size = cache_shape(model)
+    kv_heads, head_size = cache_shape(model.config)
     session = {
         "log_id": "onnxruntime-genai",
         "provider_options": [],

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from caliport.core.errors import InputError
 from caliport.export.onnx import snippet
 from caliport.export.onnx.costs import OnnxCosts
+from caliport.export.onnx.files import GENAI_CONFIG, GRAPH
 from caliport.export.request import Request
 from caliport.export.runtime import Costs, Rounding, Runtime
 
@@ -28,7 +29,7 @@ class Onnx:
     needs: tuple[str, ...] = ("onnxruntime-genai",)
     modules: tuple[str, ...] = ("onnx", "onnxscript", "onnxruntime", "onnxruntime_genai")
     rounding: Rounding = "block"
-    program = "model.onnx"
+    program = GRAPH
     shares_adapters = False
     has_int8_cache = False
     bundle_note = snippet.BUNDLE_NOTE
@@ -36,7 +37,7 @@ class Onnx:
 
     def recognizes(self, directory: Path) -> bool:
         """A ``genai_config.json``, which names the graph."""
-        return (directory / "genai_config.json").is_file()
+        return (directory / GENAI_CONFIG).is_file()
 
     def check_name(self, name: str) -> None:
         """A composition is a file."""

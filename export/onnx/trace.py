@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from caliport.core.errors import InputError
+from caliport.core.errors import InputError, one_line
 from caliport.core.patching import quiet
-from caliport.export.decoder.checks import cache_shape
+from caliport.export.decoder.parts import cache_shape
 from caliport.export.decoder.skeleton import Layers, marked, skeleton
 from caliport.export.onnx.decoder import Decoder
 from caliport.export.onnx.operators import furnish, mark
@@ -53,7 +53,7 @@ def trace(decoder: ShippedDecoder, layers: Layers, context: int) -> onnx_ir.Mode
     except InputError:
         raise
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise InputError(
             f"{type(model).__name__}: torch.onnx cannot trace it ({reason})"
         ) from error
@@ -69,7 +69,7 @@ def trace(decoder: ShippedDecoder, layers: Layers, context: int) -> onnx_ir.Mode
 
 
 def _exported(model: PreTrainedModel, layers: Layers, context: int) -> torch.export.ExportedProgram:
-    heads, head_size = cache_shape(model)
+    heads, head_size = cache_shape(model.config)
     # Sizes of 0 and 1 would be taken for constants.
     caches = [torch.zeros(1, heads, 3, head_size) for _ in range(2 * len(layers.kept))]
     inputs: dict[str, Any] = {

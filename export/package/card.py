@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from caliport.core.directories import MANIFEST, read_manifest, versions
+from caliport.core.files import ADAPTER_CONFIG, CHAT_TEMPLATE
 from caliport.export import runtime as runtimes
+from caliport.export.decoder.parts import cache_shape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -29,8 +31,7 @@ def describe(
     A base is named only by its hub name, since a directory's name is this machine's affair.
     """
     text = config.get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    heads, head_size = cache_shape(config)
     name = str(base) if isinstance(base, str) and not Path(base).exists() else None
     return {
         "base": {
@@ -47,7 +48,7 @@ def describe(
 
 def describe_adapter(directory: Path) -> dict[str, Any]:
     """Ranks and modules from ``adapter_config.json``; method and parts from its own manifest."""
-    config = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
+    config = json.loads((directory / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     modules = config.get("target_modules") or []
     ranks = {config.get("r"), *(config.get("rank_pattern") or {}).values()} - {None}
     facts: dict[str, Any] = {
@@ -78,7 +79,7 @@ def write_card(directory: Path, facts: Mapping[str, Any]) -> None:
     precision, base = facts["precision"], facts["base"]
     runtime = runtimes.get(facts["runtime"])
     sizes = sorted((p.name, p.stat().st_size) for p in directory.iterdir() if p.is_file())
-    chat = any(name == "chat_template.jinja" for name, _ in sizes)
+    chat = any(name == CHAT_TEMPLATE for name, _ in sizes)
     found = versions()
     compositions = facts.get("bundle", {}).get("compositions", {})
     kind, adapter = "A decoder", _adapter_words(facts["adapter"])

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from caliport.core.files import GENERATION_CONFIG
+
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
-
-GENERATION_CONFIG = "generation_config.json"
 
 
 def save_generation_config(

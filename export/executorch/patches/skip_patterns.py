@@ -2,8 +2,8 @@
 
 Upstream: executorch 1.5.1, in ``executorch.backends.xnnpack.partition.graphs``. The functions
 ``sdpa.get_graphs`` and ``bilinear_2d.get_graphs_dict`` trace reference graphs of plain attention
-and of image scaling, for XNNPACK's partitioner to look for. Attention is one custom operator here,
-or composed of products that the partitioner takes one by one, and images do not occur.
+and of image scaling, for XNNPACK's passes to look for. Attention is one custom operator here,
+or composed of products that XNNPACK takes one by one, and images do not occur.
 
 With another release the patch is left out: lowering takes longer and gives the same bytes.
 """
@@ -20,7 +20,7 @@ RELEASES = ("executorch==1.5.*",)
 
 @contextmanager
 def skip_patterns() -> Iterator[None]:
-    """While the body runs, XNNPACK's partitioner has no pattern graphs."""
+    """While the body runs, XNNPACK's passes have no pattern graphs."""
     if not is_tested(RELEASES):
         yield
         return

@@ -1,0 +1,3 @@
+"""Names of the files of an ExecuTorch artifact that only its runtimes read."""
+
+PROGRAM = "model.pte"
