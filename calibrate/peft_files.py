@@ -179,16 +179,16 @@ def check_same_base(directories: Sequence[str | Path]) -> None:
         first = first or (_base_name(base), base, directory)
         if _base_name(base) != first[0]:
             raise InputError(
-                f"{directory / ADAPTER_CONFIG}: base {base}, but {first[2] / ADAPTER_CONFIG} has base "
-                f"{first[1]}; expected adapters of one base"
+                f"{directory / ADAPTER_CONFIG}: base {base}, but {first[2] / ADAPTER_CONFIG} "
+                f"has base {first[1]}; expected adapters of one base"
             )
         if isinstance(revision, str) and revision not in ("", "main"):
             revised = revised or (revision, base, directory)
             if revision != revised[0]:
                 raise InputError(
                     f"{directory / ADAPTER_CONFIG}: base {base} at revision {revision}, but "
-                    f"{revised[2] / ADAPTER_CONFIG} has base {revised[1]} at revision {revised[0]}; "
-                    "expected adapters of one base"
+                    f"{revised[2] / ADAPTER_CONFIG} has base {revised[1]} at revision "
+                    f"{revised[0]}; expected adapters of one base"
                 )
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
-from caliport.core.errors import InputError
+from caliport.core.errors import InputError, one_line
 
 _LIBRARY = "transformers"
 _TASK = "text-generation"
@@ -78,7 +78,7 @@ def check_task(base: str) -> None:
         library = TasksManager.infer_library_from_model(base)
     except Exception as error:
         raise InputError(
-            f"{base}: no checkpoint that Optimum knows ({_line(error)}); expected a Hugging Face "
+            f"{base}: no checkpoint that Optimum knows ({one_line(error)}); expected a Hugging Face "
             "directory or hub name of a decoder"
         ) from error
     if library != _LIBRARY:
@@ -97,7 +97,3 @@ def check_task(base: str) -> None:
         task = "no known task"
     if task != _TASK:
         raise InputError(f"{base}: {names[0]} is for {task}, expected a model for {_TASK}")
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

@@ -26,6 +26,7 @@ from caliport.export.decoder.attention import (
     check_cache,
     window_of,
 )
+from caliport.export.decoder.parts import cache_shape
 from caliport.export.decoder.patches.own_attention import own_attention
 from caliport.export.decoder.patches.short_rotary import short_rotary
 from caliport.export.executorch.patches.tanh_gelu import tanh_gelu
@@ -110,8 +111,7 @@ class Decoder(nn.Module):
         self.context = context
         self.parts = _PARTS[cache_bits]
         config = model.config.get_text_config()
-        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        heads, dim = cache_shape(config)
         self.layers = config.num_hidden_layers
         capped = getattr(config, "attn_logit_softcapping", None) is not None
         self.groups = config.num_attention_heads // heads if capped else None

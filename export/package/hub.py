@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from caliport.core.directories import check_files
-from caliport.core.errors import InputError
+from caliport.core.errors import InputError, one_line
 
 
 def check_repo_id(repo_id: str) -> None:
@@ -63,4 +63,4 @@ def push(directory: Path, repo_id: str, *, private: bool = False) -> str:
 
 
 def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    return one_line(error, 300) or type(error).__name__
