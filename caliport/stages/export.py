@@ -44,8 +44,7 @@ def export_to(out: Path, title: str, request: Request, *, refuse: bool = True) -
         with working(title):
             fill(partial, extra, request)
 
-    # No times in an artifact: the same inputs give the same bytes.
-    stage(out, "export", title, request.inputs(), request.settings(), build, timed=False)
+    stage(out, "export", title, request.inputs(), request.settings(), build)
 
 
 def _say_needs(request: Request, out: Path, refuse: bool) -> None:

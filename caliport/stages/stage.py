@@ -18,6 +18,8 @@ from caliport.core.progress import console
 Build = Callable[[Path, dict[str, Any], Path], None]
 """Fills a directory, adds manifest entries, and may keep a checkpoint in the file named last."""
 
+_UNTIMED = ("export",)  # the same inputs give the same bytes, so there are no times in artifacts
+
 
 def stage(
     out: Path,
@@ -27,7 +29,6 @@ def stage(
     settings: Mapping[str, Any],
     build: Build,
     together: bool = False,
-    timed: bool = True,
 ) -> None:
     """Make ``out`` by ``build``, unless it is there already, made from the same inputs.
 
@@ -41,7 +42,6 @@ def stage(
             inputs alone.
         together: ``build`` trains with all processes. Otherwise only the main one builds and the
             others wait; either way only the main one writes.
-        timed: Write into the manifest how long it took, as ``seconds``.
     """
     hashes = hashes_of(inputs)
     plain = {label: _plain(value) for label, value in settings.items()}
@@ -60,7 +60,7 @@ def stage(
     start = time.monotonic()
     with new_directory(out, name, hashes, plain) as (partial, extra):
         build(partial, extra, resume)
-        if timed:
+        if name not in _UNTIMED:
             extra["seconds"] = round(time.monotonic() - start, 3)
     for left in out.parent.glob(f".{out.name}.resume-*"):
         left.unlink()
