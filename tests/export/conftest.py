@@ -1,14 +1,19 @@
-"""Finished artifacts of both runtimes, made once by a process of its own."""
+"""Finished artifacts of both runtimes, made once by a process of its own; other releases."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 from commands import ENVIRONMENT
+
+from caliport.core import patching
+from caliport.core.errors import InputError
 
 EXPORT = """
 import sys
@@ -40,3 +45,36 @@ def artifacts(
     """A directory with the composition as ``onnx`` and as ``executorch``, in int8."""
     out = tmp_path_factory.mktemp("artifacts")
     return export_both(base_dir, adapter_dirs[0], out, seed=1)
+
+
+@pytest.fixture
+def another(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Pretend that other releases of packages are installed, such as ``torch="2.14.0"``."""
+    installed = patching.installed
+
+    def pretend(**versions: str) -> None:
+        monkeypatch.setattr(patching, "installed", lambda p: versions.get(p) or installed(p))
+
+    return pretend
+
+
+@pytest.fixture
+def refused(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Check that something refuses a release, in one line, and takes the installed one."""
+    installed = patching.installed
+
+    def check(enter: Callable[[], AbstractContextManager[None] | object], **other: str) -> None:
+        ((package, version),) = other.items()
+        with monkeypatch.context() as patch:
+            patch.setattr(patching, "installed", lambda p: other.get(p) or installed(p))
+            with pytest.raises(InputError, match=f"{package}: found version {version}") as info:
+                _enter(enter())
+        assert "\n" not in str(info.value)
+
+    return check
+
+
+def _enter(context: object) -> None:
+    if isinstance(context, AbstractContextManager):
+        with context:
+            pass

@@ -17,7 +17,6 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
-from caliport.core.patching import quiet
 from caliport.export.decoder.checks import check_exportable
 from caliport.export.executorch.decoder import Decoder
 from caliport.export.reference.folded import reference
@@ -270,19 +269,3 @@ def test_the_kernel_leaves_out_whole_blocks_of_masked_keys() -> None:
             query.transpose(1, 2), *wide, attn_mask=seen, scale=0.25
         )
         torch.testing.assert_close(found, expected.transpose(1, 2), atol=1e-4, rtol=0)
-
-
-def test_xnnpack_still_takes_one_gelu_for_the_other() -> None:
-    """Fails when executorch tells the two apart; ``_TanhGelu`` is then no longer needed."""
-    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-    from executorch.exir import to_edge_transform_and_lower
-    from executorch.extension.pybindings import portable_lib
-
-    x = torch.linspace(-3, 3, 64)
-    with quiet():
-        program = torch.export.export(nn.GELU(approximate="tanh"), (x,))
-        lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
-        module = portable_lib._load_for_executorch_from_buffer(lowered.to_executorch().buffer)
-    found = module.forward([x])[0]
-    torch.testing.assert_close(found, nn.functional.gelu(x), atol=1e-6, rtol=0)
-    assert (found - nn.functional.gelu(x, approximate="tanh")).abs().max() > 1e-4
