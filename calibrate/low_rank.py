@@ -45,6 +45,12 @@ class LowRankUpdate:
                     f"{tuple(self.b[name].shape)}; expected [R, in] and [out, R]"
                 )
 
+    def __repr__(self) -> str:
+        ranks = sorted({self.rank(name) for name in self.a})
+        shown = "–".join(str(rank) for rank in dict.fromkeys((*ranks[:1], *ranks[-1:])))
+        count = f"{len(self.a)} modules, rank {shown or 0}, {self.parameter_count:,} values"
+        return f"LowRankUpdate({count})"
+
     @property
     def modules(self) -> tuple[str, ...]:
         """Names of the updated modules in the base model, sorted."""

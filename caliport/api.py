@@ -137,14 +137,15 @@ def generate(
 
             print(caliport.generate("artifacts/summarize_es", "Summarize in Spanish: …"))
     """
-    from caliport.core.checkpoints import encode_prompt, load_tokenizer
+    from caliport.core.checkpoints import encode_prompt
+    from caliport.export.package.tokenizer import read_tokenizer
     from caliport.validation.evaluation.quality import decode
     from caliport.validation.runners import engine
     from caliport.validation.runners.runner import greedy
 
     found = artifact if isinstance(artifact, Artifact) else Artifact.read(artifact)
-    tokenizer = load_tokenizer(found.directory)
-    ends = engine.get(found.runtime).ends(found.directory)
+    tokenizer = read_tokenizer(found.directory)
+    ends = engine.get(found.runtime).ends(found)
     runner = load(found, threads=threads, composition=composition)
     written = greedy(runner, encode_prompt(tokenizer, text), max_new_tokens, ends)
     return decode(tokenizer, [written])[0]

@@ -1,11 +1,11 @@
-"""Save a tokenizer so that transformers and the stock runners of both runtimes read it."""
+"""Save a tokenizer so that transformers and the stock runners read it, and read it back."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from caliport.core.errors import InputError
+from caliport.core.errors import InputError, one_line
 from caliport.core.files import TOKENIZER
 
 if TYPE_CHECKING:
@@ -13,14 +13,15 @@ if TYPE_CHECKING:
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
-    """Write the tokenizer files of an artifact: what transformers itself saves.
+    """Write the tokenizer files of an artifact, as transformers saves them.
 
     ExecuTorch's runner reads ``tokenizer.json``; onnxruntime_genai 0.18 reads it too, together
     with ``tokenizer_config.json`` (it knows transformers 5's class ``TokenizersBackend``) and
-    ``chat_template.jinja``. A test holds both to the tokens that transformers gives.
+    ``chat_template.jinja``. A test checks that both give the same tokens as transformers.
 
     Raises:
-        InputError: The tokenizer has no ``tokenizer.json`` form, which every stock runner needs.
+        InputError: The tokenizer cannot be saved as ``tokenizer.json``, which every stock runner
+            needs.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise InputError(
@@ -28,3 +29,17 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
             "expected a tokenizer of the tokenizers library, which the stock runners read"
         )
     tokenizer.save_pretrained(directory)
+
+
+def read_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of an artifact directory; no code in it runs.
+
+    Raises:
+        InputError: None that transformers can read.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    except Exception as error:
+        raise InputError(f"{directory}: no tokenizer can be read ({one_line(error)})") from error
