@@ -1,4 +1,4 @@
-"""The one exception that reaches a user as a single line, and other errors in one line."""
+"""``InputError``, which reaches a user as a single line, and other errors on one line."""
 
 
 class InputError(Exception):
@@ -10,5 +10,5 @@ class InputError(Exception):
 
 
 def one_line(error: object, most: int = 200) -> str:
-    """What an error of another library says, in one line of at most ``most`` characters."""
+    """Another library's error message on one line, cut to ``most`` characters."""
     return " ".join(str(error).split())[:most]

@@ -28,7 +28,8 @@ _MISSING = object()
 def exclusive() -> Iterator[None]:
     """Run the body while no other thread runs one; for code that patches the whole process.
 
-    Reentrant within a thread. Threads that the body starts must not enter it: they would deadlock.
+    Reentrant within a thread. Threads that the body starts must not enter it: they would wait for
+    the body to end.
     """
     with _patching:
         yield
@@ -110,7 +111,7 @@ def _untested(releases: tuple[str, ...]) -> str | None:
 
 
 def use_one_thread() -> None:
-    """Limit PyTorch to one thread for work started by the calling thread, and for no other.
+    """Make PyTorch use one thread in the calling thread, without changing any other thread.
 
     ``torch.set_num_threads`` (torch 2.13) sets the number for the calling thread and also the
     default of every later thread; the default is restored here. Call this in a new thread: the

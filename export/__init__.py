@@ -1,6 +1,6 @@
-"""A base and adapters in, .pte and .onnx out: fold or bundle, quantize, lower.
+"""Export a base and its adapters as .pte or .onnx: fold or bundle, quantize, lower.
 
-The package can be called: ``caliport.export(base, out, runtime=…)`` calls ``api.export``.
+The package is callable: ``caliport.export(base, out, runtime=…)`` calls ``api.export``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``caliport.export``: from a base and adapters to an artifact."""
+"""The public functions: ``export`` makes an artifact, ``add_composition`` extends a bundle."""
 
 from __future__ import annotations
 
@@ -27,27 +27,27 @@ def export(
 
     Args:
         base: A Hugging Face directory (or hub name) of a decoder.
-        out: The artifact directory to appear: the program, tokenizer files, generation settings, a
-            model card and ``manifest.json``. One that is there already is replaced.
+        out: The artifact directory to write: the program, tokenizer files, generation settings, a
+            model card and ``manifest.json``. An existing one is replaced.
         runtime: ``executorch`` writes ``model.pte`` for XNNPACK; ``onnx`` writes ``model.onnx``,
             ``model.onnx.data`` and ``genai_config.json`` for ONNX Runtime on CPU.
-        adapter: A PEFT LoRA directory to fold in; None exports the base alone.
-        precision: ``fp32``, ``int8`` or ``int4``, or a ``Quantization`` that says more: layers that
-            ``int4`` keeps at 8 bits, bits of the embedding and of the key-value cache. The manifest
-            says the exact scheme.
-        context: Tokens of the key-value cache, prompt and answer together; default the base's own
-            maximum.
-        bundle: PEFT LoRA directories by name, or a ``Bundle``. The base is quantized as it is and
-            stored once. For ``executorch`` each composition is a method of the program over the
-            same weights, and adapters that several compositions contain are stored once; a finished
-            program cannot be added to. For ``onnx`` each composition is a small ``.onnx_adapter``
-            file, and ``add_composition`` adds more.
+        adapter: A PEFT LoRA directory to fold in; None exports only the base.
+        precision: ``fp32``, ``int8`` or ``int4``, or a ``Quantization`` for finer choices: layers
+            that ``int4`` keeps at 8 bits, bits of the embedding and of the key-value cache. The
+            manifest records the exact scheme.
+        context: Length of the key-value cache in tokens, prompt and answer together; default the
+            base's maximum.
+        bundle: PEFT LoRA directories by name, or a ``Bundle``. The base is quantized without any
+            adapter and stored once. For ``executorch`` each composition is a method of the program
+            over the same weights, and adapters that several compositions contain are stored once;
+            a finished program cannot be extended. For ``onnx`` each composition is a small
+            ``.onnx_adapter`` file, and ``add_composition`` adds more.
 
     Returns:
         The artifact at ``out``.
 
     Raises:
-        InputError: Invalid input, or a model that cannot be exported; nothing is left behind.
+        InputError: Invalid input, or a model that cannot be exported; no partial output remains.
 
     Example:
         ::
@@ -73,19 +73,19 @@ def export(
 
 
 def add_composition(bundle: Directory, name: str, adapter: Directory) -> Path:
-    """Add a composition to a finished bundle for ``onnx``; the base is neither read nor written.
+    """Add a composition to a finished ``onnx`` bundle; the base is neither read nor written.
 
     Args:
         bundle: The bundle's directory.
-        name: Of the composition; one of that name is replaced.
+        name: Name of the composition; an existing one of that name is replaced.
         adapter: A PEFT LoRA directory for the bundle's base.
 
     Returns:
         The file, ``bundle/NAME.onnx_adapter``.
 
     Raises:
-        InputError: No bundle or one that cannot be added to, a name that is no file name, or an
-            adapter that cannot be read or does not fit. Nothing is changed then.
+        InputError: Not a bundle or one that cannot be extended, a name that cannot be a file name,
+            or an adapter that cannot be read or does not fit. The bundle is then unchanged.
     """
     from caliport.export.onnx.bundle import add_composition as add
 

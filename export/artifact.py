@@ -1,4 +1,4 @@
-"""An exported artifact: one read of its directory answers what everyone asks of it."""
+"""An exported artifact: its directory together with the facts in its manifest."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from caliport.export import runtime as runtimes
 from caliport.export.quantization.choices import PRECISIONS, Quantization
 
 UNKNOWN = "unknown"
-"""The precision of an artifact that no manifest of ours describes."""
+"""The precision of an artifact without a caliport manifest."""
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """A directory with a program that a runtime can run, and what its manifest says.
+    """A directory with a program that a runtime can run, and the contents of its manifest.
 
     Attributes:
-        directory: Where its files are.
-        runtime: The name of its runtime (``caliport.export.runtime.names``).
+        directory: Directory of its files.
+        runtime: Name of its runtime (``caliport.export.runtime.names``).
         precision: ``fp32``, ``int8`` or ``int4``; ``UNKNOWN`` if another tool made it.
-        manifest: What ``manifest.json`` says; empty if another tool made it.
+        manifest: Contents of ``manifest.json``; empty if another tool made it.
     """
 
     directory: Path
@@ -34,9 +34,9 @@ class Artifact:
 
     @classmethod
     def read(cls, directory: str | Path) -> Artifact:
-        """Read the facts of an artifact; its other files are not opened.
+        """Read an artifact's manifest; its other files are not opened.
 
-        A directory with a program but no manifest is another tool's.
+        A directory with a program but no manifest was made by another tool.
 
         Raises:
             InputError: No program, programs of two runtimes, or a manifest without a known runtime
@@ -46,7 +46,7 @@ class Artifact:
         if not (directory / MANIFEST).is_file() and (found := runtimes.recognized(directory)):
             if len(found) > 1:
                 raise InputError(
-                    f"{directory}: holds programs of {' and '.join(found)}, expected those of one"
+                    f"{directory}: has programs of {' and '.join(found)}, expected one runtime's"
                 )
             return cls(directory, found[0], UNKNOWN)
         manifest = read_manifest(directory)
@@ -63,28 +63,28 @@ class Artifact:
 
     @property
     def is_ours(self) -> bool:
-        """Whether caliport made it, so that a manifest describes it."""
+        """Whether caliport made it; only then is there a manifest."""
         return bool(self.manifest)
 
     @property
     def quantization(self) -> Quantization:
-        """How its weights are quantized; only of an artifact of ours."""
+        """How its weights are quantized; only valid if ``is_ours``."""
         return Quantization.of(self.manifest)
 
     @property
     def context(self) -> int | None:
-        """Tokens that its cache holds; None where no manifest says it."""
+        """Length of its key-value cache in tokens; None if no manifest records it."""
         context = self.manifest.get("context")
         return context if isinstance(context, int) else None
 
     @property
     def is_bundle(self) -> bool:
-        """Whether compositions stand beside a frozen base instead of being folded into it."""
+        """Whether it keeps compositions beside a frozen base instead of folding one in."""
         return "bundle" in self.manifest
 
     @property
     def compositions(self) -> Mapping[str, Mapping[str, Any]]:
-        """Of a bundle: the facts of each composition by name; empty for a fold."""
+        """A bundle's compositions by name, with their manifest entries; empty for a fold."""
         found: Mapping[str, Mapping[str, Any]] = self.manifest.get("bundle", {}).get(
             "compositions", {}
         )
@@ -92,20 +92,20 @@ class Artifact:
 
     @property
     def inputs(self) -> Mapping[str, str]:
-        """Content hashes of what it was made from, by label."""
+        """Content hashes of its inputs, by label."""
         found: Mapping[str, str] = self.manifest.get("inputs", {})
         return found
 
     @property
     def form(self) -> str:
-        """Names it among the artifacts of a composition, such as ``onnx-int4`` and ``-bundle``."""
+        """Runtime and precision, such as ``onnx-int4``, with ``-bundle`` for a bundle."""
         return form_of(self.runtime, self.precision, self.is_bundle)
 
     def composition(self, name: str) -> Mapping[str, Any]:
-        """The facts of one composition of a bundle.
+        """The manifest entry of one composition of a bundle.
 
         Raises:
-            InputError: There is none of that name.
+            InputError: There is no composition of that name.
         """
         if name not in self.compositions:
             listed = ", ".join(self.compositions) or "none"
@@ -115,7 +115,7 @@ class Artifact:
         return self.compositions[name]
 
     def check(self) -> None:
-        """Check that its files are those that its manifest records; one without vouches for none.
+        """Check its files against its manifest; without a manifest nothing is checked.
 
         Raises:
             InputError: The first file that is missing, changed or not recorded.
@@ -125,5 +125,5 @@ class Artifact:
 
 
 def form_of(runtime: str, precision: str, bundle: bool) -> str:
-    """Names an artifact, or one part of a bundle, among those of its composition."""
+    """Runtime and precision, such as ``onnx-int4``, with ``-bundle`` for a bundle."""
     return f"{runtime}-{precision}{'-bundle' if bundle else ''}"

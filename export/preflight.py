@@ -1,20 +1,20 @@
-"""What an export will need, said before a weight is read: memory, disk and time.
+"""Estimate an export's memory, disk and time before any weight is read.
 
-The estimate comes from the decoder that ``config.json`` describes, built without weights, and from
-the headers of the safetensors files:
+The estimate uses the decoder of ``config.json``, built without weights, and the headers of the
+safetensors files:
 
     artifact = every matrix as its runtime stores it + graph + tokenizer + adapters beside the base
-    disk     = artifact + all weights as they ship, which lie in files until the program is written
+    disk     = artifact + all weights as they ship, kept in files until the program is written
     memory   = adapters + the larger of
                READING + TOKENIZER · tokenizer + the largest matrix as read + the largest ΔW
-               lowering + TOKENIZER · tokenizer + what the runtime copies of the weights
+               lowering + TOKENIZER · tokenizer + weights that the runtime copies
              + further methods · (their key-value cache + METHOD · layers)
     seconds  = start + layer · layers + VALUE[precision] · values
 
-with sizes in bytes; lowering, start and layer are the runtime's own (``runtime.Costs``). Weights
-are read, quantized and written one matrix at a time, so the size of the whole model is not in the
-memory. A checkpoint on a hub, or one whose tensors do not have the parameters' names, is loaded as
-a whole, in float32.
+with sizes in bytes; lowering, start and layer come from the runtime (``runtime.Costs``). Weights
+are read, quantized and written one matrix at a time, so the size of the whole model does not count
+towards memory. A base given by hub name, or a checkpoint whose tensors are not named like the
+model's parameters, is loaded whole, in float32.
 """
 
 from __future__ import annotations
@@ -40,26 +40,26 @@ if TYPE_CHECKING:
     from caliport.export.runtime import Costs
 
 READING = 0.75e9
-"""Python, the libraries, slices of matrices, and a skeleton that is traced meanwhile; bytes."""
+"""Bytes for Python, libraries, slices of matrices, and a skeleton traced at the same time."""
 TOKENIZER = 13
-"""Bytes in memory for one of ``tokenizer.json``."""
+"""Bytes in memory for each byte of ``tokenizer.json``."""
 GRAPH = 18_000
-"""Bytes of the graph and of gaps between weights, for each layer of a method and once more."""
+"""Bytes of graph and of gaps between weights, per layer of a method and once more."""
 METHOD = 3e6
-"""Bytes in memory for each layer of every further method, until all are written."""
+"""Bytes in memory per layer of every further method, until all are written."""
 VALUE = {"fp32": 20e-9, "int8": 10e-9, "int4": 8e-9}
-"""Seconds a value, to read, quantize, write and hash it."""
+"""Seconds per value to read, quantize, write and hash it."""
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What an export needs; about, not exactly.
+    """Estimated needs of an export.
 
     Attributes:
-        memory: Peak, bytes.
-        disk: Peak, bytes.
-        artifact: Those of the disk that stay.
-        seconds: Wall time.
+        memory: Peak memory in bytes.
+        disk: Peak disk use in bytes.
+        artifact: Bytes of the finished artifact.
+        seconds: Wall time in seconds.
     """
 
     memory: int
@@ -69,20 +69,20 @@ class Needs:
 
 
 def preflight(request: Request, out: Path, *, refuse: bool = True) -> Needs | None:
-    """Print what an export will need and stop if this machine does not have it.
+    """Print what an export will need and stop if the host does not have it.
 
     Args:
-        request: What will be exported. Where the headers of its base cannot be read from this
-            machine's disk, nothing is said and nothing refused: loading it says what is wrong.
-        out: Where the artifact will appear.
-        refuse: Stop if memory or disk do not suffice.
+        request: What will be exported. If the headers of its base cannot be read from the local
+            disk, nothing is printed or checked: loading the base then reports the error.
+        out: Where the artifact will be written.
+        refuse: Raise an error if memory or disk is too small.
 
     Returns:
-        What it needs, or None where it cannot be known.
+        The estimate, or None if it cannot be made.
 
     Raises:
-        InputError: Too little memory (that of the machine or of the control group that this
-            process is in) or too little disk; a base or layers that cannot be exported at all.
+        InputError: Too little memory (of the machine or of this process's control group) or too
+            little disk; a base or layers that cannot be exported at all.
     """
     found = needs(request)
     if found is None:
@@ -107,7 +107,7 @@ def preflight(request: Request, out: Path, *, refuse: bool = True) -> Needs | No
 
 
 def needs(request: Request) -> Needs | None:
-    """The estimate that stands at the top of this file."""
+    """Compute the estimate described at the top of this file."""
     from caliport.export.decoder.skeleton import empty
     from caliport.export.quantization.tensors import plan
 
@@ -150,13 +150,13 @@ def needs(request: Request) -> Needs | None:
 
 @dataclass(frozen=True)
 class _Beside:
-    """What the adapters add.
+    """What the adapters add to the estimate.
 
     Attributes:
-        methods: Of the program.
+        methods: Number of methods in the program.
         held: Bytes in memory.
         shipped: Bytes in the artifact.
-        largest: Values of the largest ΔW that is folded in.
+        largest: Number of values of the largest ΔW that is folded in.
     """
 
     methods: int
@@ -188,7 +188,7 @@ class _Beside:
 
 
 def _has_names(whole: PreTrainedModel, read: Mapping[str, object]) -> bool:
-    """Whether a checkpoint's tensors are named as the parameters."""
+    """Whether a checkpoint's tensors have the names of the model's parameters."""
     tied = {**(whole.all_tied_weights_keys or {})}
     names = (name for name, _ in whole.named_parameters(remove_duplicate=False))
     return all(tied.get(name, name) in read for name in names)
@@ -206,7 +206,7 @@ _BYTES = {"F64": 8, "I64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 
 def _local(base: str | Path) -> Path | None:
-    """The directory of a base: itself, or a hub name's copy on this machine."""
+    """The local directory of a base: the path itself, or a hub name's cached copy."""
     if Path(base).is_dir():
         return Path(base) if (Path(base) / CONFIG).is_file() else None
     from huggingface_hub import try_to_load_from_cache
@@ -219,7 +219,7 @@ def _local(base: str | Path) -> Path | None:
 
 
 def _headers(directory: Path) -> Iterator[tuple[str, str, list[int]]]:
-    """Name, type and shape of each tensor in the files that transformers, or PEFT, would load."""
+    """Name, type and shape of each tensor in the files that transformers or PEFT would load."""
     from safetensors import safe_open
 
     index = directory / WEIGHTS_INDEX
@@ -232,7 +232,7 @@ def _headers(directory: Path) -> Iterator[tuple[str, str, list[int]]]:
     for file in files:
         check_safetensors(file)
         with safe_open(file, framework="numpy") as tensors:
-            for name in tensors.keys():  # noqa: SIM118  no mapping: it cannot be iterated
+            for name in tensors.keys():  # noqa: SIM118  not a mapping: it cannot be iterated
                 part = tensors.get_slice(name)
                 yield name, part.get_dtype(), part.get_shape()
 

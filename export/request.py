@@ -1,4 +1,4 @@
-"""What an export is asked for: one frozen request from the command line to the runtime."""
+"""An export request: everything that determines one artifact, in one frozen object."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ class Bundle:
     """Compositions that stay beside one frozen base.
 
     Attributes:
-        compositions: PEFT LoRA directories by the names that the compositions get.
+        compositions: PEFT LoRA directories by composition name.
         shared: Single-task adapters by name, stored once for all compositions that contain them.
-        modules: Ends of the names of the linear layers that can be updated, such as ``q_proj``;
-            None for all in the decoder's layers. Those that a composition updates always can.
+        modules: Target modules: name endings of the linear layers that compositions may update,
+            such as ``q_proj``; None for all in the decoder's layers. The layers that the given
+            compositions update are always included.
     """
 
     compositions: Mapping[str, Path]
@@ -32,12 +33,12 @@ class Request:
 
     Attributes:
         base: A Hugging Face directory or hub name of a decoder.
-        runtime: The name of a runtime (``caliport.export.runtime.names``).
-        quantization: How the base, with what is folded into it, is quantized.
-        context: Tokens of the key-value cache, prompt and answer together; None for the base's own
-            maximum.
-        adapter: A fold's PEFT LoRA directory; None exports the base alone.
-        bundle: What stays beside the base; None for a fold.
+        runtime: Name of a runtime (``caliport.export.runtime.names``).
+        quantization: How the base, including a folded adapter, is quantized.
+        context: Length of the key-value cache in tokens, prompt and answer together; None for the
+            base's maximum.
+        adapter: PEFT LoRA directory to fold in; None exports only the base.
+        bundle: Compositions to keep beside the base; None for a fold.
     """
 
     base: str | Path
@@ -49,17 +50,17 @@ class Request:
 
     @property
     def label(self) -> str:
-        """Runtime and precision, as shown to people."""
+        """Runtime and precision, for messages."""
         return f"{self.runtime} {self.quantization.precision}"
 
     def adapters(self) -> list[Path]:
-        """Every adapter that is read."""
+        """All adapter directories that the export reads."""
         if self.bundle is None:
             return [] if self.adapter is None else [self.adapter]
         return [*self.bundle.compositions.values(), *self.bundle.shared.values()]
 
     def inputs(self) -> dict[str, Path | str]:
-        """What the artifact is made from, by the labels in its manifest."""
+        """All inputs of the artifact, by their labels in its manifest."""
         found: dict[str, Path | str] = {"base": self.base}
         if self.adapter is not None:
             found["adapter"] = self.adapter
@@ -69,7 +70,7 @@ class Request:
         return found
 
     def settings(self) -> dict[str, Any]:
-        """What decides the artifact beside its inputs, for its manifest."""
+        """Everything besides the inputs that determines the artifact, for its manifest."""
         found: dict[str, Any] = {"runtime": self.runtime}
         found |= {"bundle": True} if self.bundle is not None else {}
         found |= {"context": self.context, **asdict(self.quantization)}

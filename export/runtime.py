@@ -1,7 +1,7 @@
-"""What a runtime has to know of itself, and the runtimes that there are.
+"""The protocol of a runtime, and the runtimes found in this package.
 
-A runtime is a folder ``export/NAME`` with a file ``runtime.py`` that defines ``RUNTIME``. Nothing
-outside that folder, and ``validation/runners/NAME.py`` which runs what it made, knows its name.
+A runtime is a folder ``export/NAME`` with a file ``runtime.py`` that defines ``RUNTIME``. Only that
+folder and ``validation/runners/NAME.py``, which runs its programs, refer to it by name.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ if TYPE_CHECKING:
     from caliport.export.request import Request
 
 Rounding = Literal["token", "block"]
-"""What shares one scale when a quantized product rounds its input to 8 bits."""
+"""The values that share one scale when a quantized product rounds its input to 8 bits."""
 
 
 class Runtime(Protocol):
     """How a decoder becomes a program of one runtime.
 
     Attributes:
-        name: Names it in flags, recipes, manifests and directories.
-        title: Names it to people, in full.
-        label: Names it in tables and plots.
+        name: Its name in flags, recipes, manifests and directories.
+        title: Its full name in texts.
+        label: Its name in tables and plots.
         package: The distribution that runs its programs.
         needs: Distributions that the code in a model card imports.
-        modules: Modules to import for export and validation on this machine.
+        modules: Modules that export and validation on the host import.
         rounding: How its kernels round the inputs of quantized products.
-        program: The program's file.
+        program: File name of the program.
         shares_adapters: Whether a bundle stores single-task adapters once for all compositions.
         has_int8_cache: Whether keys and values can be kept in int8.
-        bundle_note: What a model card says of a bundle's compositions.
-        costs: Its part of the estimate before an export.
+        bundle_note: The model card's note about a bundle's compositions.
+        costs: Its part of the preflight estimate.
     """
 
     name: str
@@ -65,7 +65,7 @@ class Runtime(Protocol):
         """Check the name of a composition in a bundle.
 
         Raises:
-            InputError: It cannot be one.
+            InputError: It is not a valid name for this runtime.
         """
         ...
 
@@ -73,7 +73,7 @@ class Runtime(Protocol):
         """Check a request before anything is read.
 
         Raises:
-            InputError: It asks for something that this runtime has not.
+            InputError: It asks for something that this runtime does not support.
         """
         ...
 
@@ -81,7 +81,7 @@ class Runtime(Protocol):
         """Check a decoder on the ``meta`` device, before any weight is read.
 
         Raises:
-            InputError: It cannot be exported as asked.
+            InputError: It cannot be exported as requested.
         """
         ...
 
@@ -96,14 +96,14 @@ class Runtime(Protocol):
         """Write the program and the files that only this runtime reads.
 
         Args:
-            decoder: The weights as they ship, and what they are the weights of.
-            directory: Where to; must exist.
-            request: What was asked for; a fold or a bundle.
-            context: Tokens of the key-value cache.
-            tokenizer: Gives the ids of special tokens.
+            decoder: The decoder and its weights as they ship.
+            directory: Where to write; must exist.
+            request: The request, for a fold or a bundle.
+            context: Length of the key-value cache in tokens.
+            tokenizer: Source of the special tokens' ids.
 
         Returns:
-            Manifest entries: ``lowering``, and of a bundle ``bundle``.
+            Manifest entries: ``lowering``, and for a bundle also ``bundle``.
 
         Raises:
             InputError: The model cannot be exported this way.
@@ -119,7 +119,7 @@ class Runtime(Protocol):
         ...
 
     def runner_words(self, bundle: bool) -> str:
-        """What a model card calls that which runs the code above."""
+        """The model card's words for what runs the code above."""
         ...
 
 
@@ -127,10 +127,11 @@ class Costs(Protocol):
     """What one runtime adds to the estimate of ``caliport.export.preflight``.
 
     Attributes:
-        lowering: Bytes of Python and libraries with a graph, while it is lowered and written.
+        lowering: Bytes of Python, libraries and graph while it is lowered and written.
         start: Seconds for imports, tokenizer, tracing and lowering.
         layer: Seconds to repeat a layer of a method.
-        keeps_terms: Whether the terms of a bundle are in files until the program is written.
+        keeps_terms: Whether a bundle's low-rank terms are kept in files until the program is
+            written.
     """
 
     lowering: float
@@ -139,11 +140,11 @@ class Costs(Protocol):
     keeps_terms: bool
 
     def shipped(self, part: Part) -> int:
-        """Bytes in the program that a parameter adds to those of the others."""
+        """Bytes that a parameter adds to the program."""
         ...
 
     def graph(self, model: PreTrainedModel, context: int | None) -> int:
-        """Bytes of constants that the program has beside the parameters."""
+        """Bytes of the program's constants other than parameters."""
         ...
 
     def copied(self, parts: Sequence[Part], precision: str) -> float:
@@ -151,17 +152,17 @@ class Costs(Protocol):
         ...
 
     def methods(self, compositions: int) -> int:
-        """Methods of a bundle with so many compositions."""
+        """Number of methods of a bundle with this many compositions."""
         ...
 
     def term_bytes(self, precision: str) -> tuple[int, int]:
-        """Bytes for a value of a composition's own terms, and of a shared adapter."""
+        """Bytes per value of a composition's own terms, and of a shared adapter."""
         ...
 
 
 @lru_cache(maxsize=1)
 def names() -> tuple[str, ...]:
-    """The runtimes that there are, by the folders beside this file; none is imported."""
+    """Names of all runtimes, from the folders beside this file; none is imported."""
     return tuple(sorted(path.parent.name for path in Path(__file__).parent.glob("*/runtime.py")))
 
 
@@ -169,7 +170,7 @@ def get(name: str) -> Runtime:
     """A runtime by its name.
 
     Raises:
-        InputError: There is none.
+        InputError: There is no runtime of that name.
     """
     if name not in names():
         raise InputError(f"runtime: found {name!r}, expected one of {', '.join(names())}")
@@ -178,10 +179,10 @@ def get(name: str) -> Runtime:
 
 
 def labels() -> Mapping[str, str]:
-    """What tables and plots call each runtime."""
+    """Each runtime's name in tables and plots."""
     return {name: get(name).label for name in names()}
 
 
 def recognized(directory: Path) -> list[str]:
-    """The runtimes whose programs are in a directory."""
+    """Names of the runtimes whose programs are in a directory."""
     return [name for name in names() if get(name).recognizes(directory)]

@@ -1,1 +1,1 @@
-"""A decoder on its way to a program: checks, skeleton, weights in files."""
+"""Prepare a decoder for lowering: checks, skeleton, weights in files."""

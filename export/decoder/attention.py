@@ -1,4 +1,4 @@
-"""What a decoder asks of its attention and its caches while it is traced, checked."""
+"""Checks on a decoder's attention, masks and caches while it is traced."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from caliport.core.errors import InputError
 
 
 def check_attention(options: Mapping[str, Any], runtime: str) -> None:
-    """Check what a model asks of its attention function beyond plain softmax attention.
+    """Check that a model uses plain softmax attention.
 
     Args:
-        options: Its keyword arguments, without mask, ``scaling`` and ``softcap``.
+        options: Keyword arguments of its attention function, without mask, ``scaling`` and
+            ``softcap``.
         runtime: Named in the message.
 
     Raises:
         InputError: Attention sinks, attention to later tokens, or some other tensor that the
-            kernels would leave out.
+            kernels would ignore.
     """
     odd = [
         name
@@ -36,11 +37,11 @@ def check_attention(options: Mapping[str, Any], runtime: str) -> None:
 
 
 class TracedLayer(Protocol):
-    """One layer's cache, as both decoders have it while they are traced.
+    """One layer's cache during tracing, with what the decoders of both runtimes record.
 
     Attributes:
-        given: The keys and values that it gave to its layer; None before it was asked.
-        attended: Whether attention got them.
+        given: The keys and values that the cache returned to its layer; None before its first use.
+        attended: Whether they reached the attention function.
     """
 
     given: tuple[Tensor, Tensor] | None
@@ -51,13 +52,13 @@ LayerT = TypeVar("LayerT", bound=TracedLayer)
 
 
 def attended(layers: Sequence[LayerT], key: Tensor, value: Tensor) -> tuple[int, LayerT]:
-    """The layer that gave these keys and values, which attention has got.
+    """Find the layer whose cache returned these keys and values, and mark it as attended.
 
     Returns:
-        Its index and itself, marked as attended.
+        Its index and the layer's cache.
 
     Raises:
-        InputError: None of them did; the model changed them in between.
+        InputError: No cache returned them: the model changed them before attention.
     """
     for index, layer in enumerate(layers):
         if layer.given is not None and layer.given[0] is key and layer.given[1] is value:
@@ -73,7 +74,7 @@ def check_attended(layers: Sequence[TracedLayer]) -> None:
     """Check that each of ``config.num_hidden_layers`` caches was attended to.
 
     Raises:
-        InputError: One was not.
+        InputError: A layer does not attend to its cache.
     """
     idle = [index for index, layer in enumerate(layers) if not layer.attended]
     if idle:
@@ -93,7 +94,7 @@ def check_cache(layer: int, new: tuple[Tensor, Tensor], heads: int, dim: int) ->
         dim: Size of a head of the cache.
 
     Raises:
-        InputError: Other heads or another size.
+        InputError: The number of heads or the head size differs.
     """
     for states in new:
         found = (int(states.shape[1]), int(states.shape[3]))
@@ -105,16 +106,16 @@ def check_cache(layer: int, new: tuple[Tensor, Tensor], heads: int, dim: int) ->
 
 
 def window_of(options: Mapping[str, Any]) -> int | None:
-    """The window of the attention mask that a model asks for.
+    """The window of the attention mask that a model requests.
 
     Args:
-        options: What ``transformers.masking_utils`` gives to the function that makes a mask.
+        options: What ``transformers.masking_utils`` passes to the function that makes a mask.
 
     Returns:
-        Keys that a token sees, itself included; None for all up to itself.
+        Number of keys that a token sees, including its own; None for all earlier ones.
 
     Raises:
-        InputError: A mask of another form.
+        InputError: The mask is neither causal nor causal with a window.
     """
     if not options.get("allow_is_causal_skip", False):
         raise InputError(

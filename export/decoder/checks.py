@@ -1,4 +1,4 @@
-"""What can be exported, checked before any work; and how a model is changed while it is traced."""
+"""Check whether a model can be exported, before any work."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
 _KINDS = ("full_attention", "sliding_attention", "chunked_attention")
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-# What makes the keys and values of layers differ from num_key_value_heads of head_dim each.
+# Config fields that make a layer's cache differ from num_key_value_heads of head_dim each.
 _OTHER_CACHES = ("kv_lora_rank", "num_kv_shared_layers", "is_heterogeneous")
 
 
 def check_exportable(model: PreTrainedModel, context: int) -> None:
-    """Check what can be known before any work.
+    """Check everything about a model that can be checked before any work.
 
     Args:
         model: A causal language model as ``transformers`` builds it.
@@ -27,12 +27,12 @@ def check_exportable(model: PreTrainedModel, context: int) -> None:
 
     Raises:
         InputError: One line that names the field of ``config.json`` or the model class, what was
-            found and what would be right, for: encoder-decoders and models of more than text;
-            mixtures of experts; layers that are not attention over all earlier tokens or a window
-            of them; attention that transformers does not let us replace, that looks ahead, that
-            has sinks, or whose cache is not the same in every layer; a ``forward`` without
-            positions, or positions that do not begin at 0; rotary embeddings that change within
-            ``context``; ``context`` out of the model's range.
+            found and what was expected, for: encoder-decoders and multimodal models; mixtures of
+            experts; layers other than attention over all earlier tokens or a window of them;
+            attention that transformers cannot replace, that sees later tokens, that has sinks, or
+            whose cache differs between layers; a ``forward`` without positions, or positions that
+            do not begin at 0; rotary embeddings that change within ``context``; ``context`` out of
+            the model's range.
     """
     config = model.config.get_text_config()
     _check_decoder(model)
@@ -107,10 +107,10 @@ def _check_layers(model: PreTrainedModel, config: PreTrainedConfig, context: int
 
 
 def _check_interface(model: PreTrainedModel) -> None:
-    """Models whose attention and positions can be ours.
+    """Check that a model accepts other attention functions and explicit positions.
 
-    Without positions of ours, a model would count from 0 in every step. Those that number them by
-    the padding token, as RoBERTa does, would look up others than they were trained with.
+    Without explicit positions, a model would count from 0 in every step. Models that count from
+    the padding token, as RoBERTa does, would look up other positions than in training.
     """
     takes = inspect.signature(model.forward).parameters
     for name in ("position_ids", "logits_to_keep"):

@@ -16,17 +16,17 @@ from caliport.calibrate.low_rank import LowRankUpdate
 def fold(model: PreTrainedModel, update: LowRankUpdate, source: str | Path) -> PreTrainedModel:
     """Add ΔW to the weight of every updated module, in place.
 
-    The sum is taken in float32 and rounded once to the weight's own type. A weight that other
-    modules share (a head tied to the embedding) is untied first, since only the updated module
-    changes; the model's config then says so.
+    The sum is computed in float32 and rounded once to the weight's type. A weight shared with
+    other modules (a head tied to the embedding) is untied first, since only the updated module
+    may change; the model's config is updated accordingly.
 
     Args:
         model: The base, unquantized.
-        update: What to add.
+        update: The update ΔW to add.
         source: Names the adapter in errors.
 
     Raises:
-        InputError: The update has modules or shapes that the base has not.
+        InputError: The update has modules or shapes that the base does not have.
     """
     update.check_fits(model, source)
     owners = Counter(
@@ -46,7 +46,7 @@ def fold(model: PreTrainedModel, update: LowRankUpdate, source: str | Path) -> P
 
 
 def _untie(model: PreTrainedModel, name: str, module: nn.Module) -> None:
-    """Give the module a weight of its own, which nothing ties again, also not after saving."""
+    """Give the module its own weight, so that it stays untied even after saving and loading."""
     assert isinstance(module.weight, nn.Parameter)
     module.weight = nn.Parameter(module.weight.clone(), module.weight.requires_grad)
     for config in (model.config, model.config.get_text_config()):

@@ -20,10 +20,10 @@ class Part:
     """A parameter as it ships.
 
     Attributes:
-        shape: Its sizes; [out, in] of a linear layer, [rows, length] of an embedding.
+        shape: Its shape; [out, in] for a linear layer, [rows, length] for an embedding.
         form: How it is quantized; None for float32.
-        is_lookup: An embedding.
-        is_tied: An embedding with the very numbers of the head.
+        is_lookup: Whether it is an embedding.
+        is_tied: Whether it is an embedding with exactly the head's stored numbers.
     """
 
     shape: tuple[int, ...]
@@ -33,11 +33,11 @@ class Part:
 
     @property
     def values(self) -> int:
-        """How many there are."""
+        """Number of values."""
         return math.prod(self.shape)
 
     def stored(self) -> int:
-        """Bytes of its files while the program is made (``decoder/stored.py``)."""
+        """Bytes of its files while the program is made (``caliport.export.decoder.stored``)."""
         return 0 if self.is_tied else self.data() + self.scales(2)
 
     def data(self) -> int:
@@ -46,14 +46,14 @@ class Part:
         return self.values * bits // 8
 
     def scales(self, size: int) -> int:
-        """Bytes of its scales, where those of a group take ``size`` and those of a row 4."""
+        """Bytes of its scales: ``size`` for each scale of a group, 4 for each scale of a row."""
         if self.form is None:
             return 0
         return 4 * self.shape[0] if self.form.endswith("int8") else size * self.values // GROUP_SIZE
 
 
 def parts_of(model: PreTrainedModel, forms: Mapping[str, Form]) -> list[Part]:
-    """All parameters of a decoder, a tied embedding beside its head."""
+    """All parameters of a decoder; a tied embedding is listed in addition to its head."""
     from torch import nn
 
     heads = {id(m.weight): n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
@@ -69,7 +69,7 @@ def parts_of(model: PreTrainedModel, forms: Mapping[str, Form]) -> list[Part]:
 
 
 def cache_shape(config: PreTrainedConfig) -> tuple[int, int]:
-    """Key-value heads and the size of a head, which configurations leave out where they follow."""
+    """Number of key-value heads and size of a head; configs may leave them implicit."""
     text = config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads

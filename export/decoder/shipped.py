@@ -1,4 +1,4 @@
-"""A decoder as it is exported: its shape, and its weights in files."""
+"""A decoder ready to be lowered: its structure, and its folded and quantized weights in files."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class ShippedDecoder:
     """A decoder whose weights are in files.
 
     Attributes:
-        whole: All its modules, parameters on the ``meta`` device.
+        whole: All its modules, with parameters on the ``meta`` device.
         forms: How each linear layer and embedding ships.
-        stored: Will be the parameters, folded and quantized.
+        stored: Future of the parameters, folded and quantized.
         cache_bits: 8 for keys and values in int8, None for float32.
     """
 
@@ -43,11 +43,11 @@ class ShippedDecoder:
 
     @property
     def weights(self) -> Weights:
-        """The parameters, folded and quantized; waits until all of them are."""
+        """The folded and quantized parameters; waits until all are stored."""
         return self.stored.result()
 
     def names(self) -> set[str]:
-        """Names in ``weights``, known before they are there."""
+        """Names in ``weights``; available before the weights are."""
         found: set[str] = set()
         for name, _ in self.whole.named_parameters(remove_duplicate=False):
             quantized = name.removesuffix(".weight") in self.forms and name.endswith(".weight")
@@ -55,9 +55,9 @@ class ShippedDecoder:
         return found
 
     def sizes(self) -> dict[str, Any]:
-        """Bytes by part, what is stored once counted once, and bits for each weight.
+        """Bytes by part, with shared contents counted once, and bits per weight.
 
-        ``embedding`` holds a tied head too; ``scales`` are those of all parts.
+        ``embedding`` includes a tied head; ``scales`` are the scales of all parts.
         """
         parts = {"linear": 0, "head": 0, "embedding": 0, "scales": 0, "other": 0}
         head = self.whole.get_output_embeddings()
@@ -71,7 +71,7 @@ class ShippedDecoder:
             if isinstance(module, nn.Linear | nn.Embedding)
         }
         seen: set[Path] = set()
-        ours = self.names()  # a bundle's terms are beside them
+        ours = self.names()  # a bundle's terms are stored too, but not counted here
         for name, stored in self.weights.items():
             if name in ours and stored.path not in seen:
                 seen.add(stored.path)
@@ -90,12 +90,12 @@ def forms_of(decoder: ShippedDecoder, layer: int) -> tuple[Form, ...]:
 
 
 def group(decoder: ShippedDecoder) -> Layers:
-    """Which layers are alike, the forms of their weights too."""
+    """Group layers with the same modules, shapes and settings, and weights of the same forms."""
     return group_layers(decoder.whole, lambda layer: forms_of(decoder, layer))
 
 
 def every(decoder: ShippedDecoder) -> Layers:
-    """Each layer by itself."""
+    """Put each layer in a group of its own."""
     return group_layers(decoder.whole, lambda layer: layer)
 
 
@@ -108,17 +108,17 @@ def shipped_decoder(
     *,
     check: Callable[[PreTrainedModel], None] = lambda model: None,
 ) -> Iterator[ShippedDecoder]:
-    """Fold an adapter into a base and quantize, without ever holding the model in memory.
+    """Fold an adapter into a base and quantize, without ever holding the whole model in memory.
 
-    The body runs in parallel until it asks for ``ShippedDecoder.weights``: tracing needs none of
-    them. Other threads of the process wait at this place until it ends, since lowering patches the
-    whole process.
+    The body runs in parallel until it reads ``ShippedDecoder.weights``: tracing does not need
+    them. Other threads that call this wait until the body ends, since lowering patches the whole
+    process.
 
     Args:
         base: A Hugging Face directory or hub name of a decoder.
         adapter: A PEFT LoRA directory or None.
         how: How it is quantized; a precision stands for its defaults.
-        scratch: A directory in which the weights lie while the body runs.
+        scratch: A directory that stores the weights while the body runs.
         check: Called with the decoder on the ``meta`` device before any weight is read.
 
     Raises:
@@ -140,12 +140,12 @@ def shipped_decoder(
     with exclusive(), TemporaryDirectory(dir=scratch, prefix="weights-") as directory:
         fill = partial(store, base, whole, forms, update, Path(directory))
         if not can_stream(base, whole):
-            # Loading builds modules, which the body does too, in ways that change them all.
+            # Loading builds modules while the body patches how modules are built.
             stored: Future[Weights] = Future()
             stored.set_result(fill())
             yield ShippedDecoder(whole, forms, stored, how.cache_bits)
             return
-        # torch.export 2.13 replaces math.pow while it traces, which numba must not see as it loads.
+        # torch.export 2.13 replaces math.pow while it traces; numba must be loaded before that.
         import caliport.export.quantization.quantizers.hqq  # noqa: F401
 
         stop = Event()

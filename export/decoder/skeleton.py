@@ -1,8 +1,7 @@
 """A decoder cut down to one layer of each kind, without weights, for tracing and lowering.
 
-Identical layers lower to identical programs, and the weights play no part in that. So a runtime's
-lowering sees a decoder of a few layers whose matrices take no memory, and what comes out is
-repeated for the other layers.
+Identical layers lower to identical programs, whatever their weights. So a runtime lowers a decoder
+of a few layers whose matrices take no memory, and the result is repeated for the other layers.
 """
 
 from __future__ import annotations
@@ -27,14 +26,14 @@ _PLAIN = (bool, int, float, str, tuple, type(None), torch.dtype)
 
 @dataclass(frozen=True)
 class Layers:
-    """Which layers stand for which.
+    """Which layers the skeleton keeps, and which kept layer represents each layer.
 
     Attributes:
         path: Name of the list of layers in the model, such as ``model.layers``.
-        kept: The layers that the skeleton has, by their index in the whole model, in order. Layer
-            0 is always one of them and stands for itself alone.
-        stands_for: For each layer of the whole model, the index in ``kept`` of the one that is
-            like it.
+        kept: Indices in the whole model of the layers that the skeleton keeps, in order. Layer 0
+            is always kept and represents only itself.
+        stands_for: For each layer of the whole model, the index in ``kept`` of the layer that
+            represents it.
     """
 
     path: str
@@ -42,17 +41,17 @@ class Layers:
     stands_for: list[int]
 
     def full_name(self, name: str, layer: int) -> str:
-        """The name in the whole model of a parameter in a layer of the skeleton."""
+        """Name of a skeleton layer's parameter in the given layer of the whole model."""
         tail = name.removeprefix(f"{self.path}.").split(".")[1:]
         return ".".join([self.path, str(layer), *tail])
 
     def whole_name(self, name: str) -> str:
-        """The name in the whole model of a module or parameter of the skeleton."""
+        """Name in the whole model of a module or parameter of the skeleton."""
         layer = self.index(name)
         return name if layer is None else self.full_name(name, self.kept[layer])
 
     def index(self, name: str) -> int | None:
-        """The skeleton's layer that a parameter is in, or None for one outside all layers."""
+        """Index of the skeleton's layer that a parameter is in; None if it is in no layer."""
         if not self.path or not name.startswith(f"{self.path}."):
             return None
         return int(name.removeprefix(f"{self.path}.").split(".")[0])
@@ -62,16 +61,16 @@ def empty(config: PretrainedConfig, buffers: bool = True) -> PreTrainedModel:
     """The decoder of a config with its parameters on the ``meta`` device.
 
     Args:
-        config: Of the decoder.
-        buffers: Make its buffers real; else they are on ``meta`` too, and no memory is asked for.
+        config: The decoder's config.
+        buffers: Allocate its buffers; otherwise they are on ``meta`` too and take no memory.
 
     Raises:
-        InputError: transformers cannot build it.
+        InputError: transformers cannot build the model.
     """
     from accelerate import init_empty_weights
 
     try:
-        # It replaces a method of nn.Module (accelerate 1.15).
+        # accelerate 1.15 replaces a method of nn.Module here.
         with exclusive(), init_empty_weights(include_buffers=not buffers):
             model = AutoModelForCausalLM.from_config(
                 config, dtype=torch.float32, trust_remote_code=False
@@ -86,14 +85,15 @@ def empty(config: PretrainedConfig, buffers: bool = True) -> PreTrainedModel:
 def group_layers(
     model: PreTrainedModel, kind: Callable[[int], Hashable] = lambda _: None
 ) -> Layers:
-    """Find the layers that are alike: same modules, shapes and settings.
+    """Group layers with the same modules, shapes and settings.
 
     Args:
         model: The whole decoder, on any device.
-        kind: What else sets a layer apart, such as the forms its weights ship in.
+        kind: Another property that layers of a group must share, such as the forms of their
+            weights; called with the layer's index.
 
     Returns:
-        Every layer by itself where the model has no plain list of layers.
+        The groups; each layer by itself if the model has no plain list of layers.
     """
     count = int(model.config.get_text_config().num_hidden_layers)
     path = next(
@@ -127,7 +127,7 @@ def _per_layer(config: PretrainedConfig, count: int) -> dict[str, list[Any]]:
 
 
 def _signature(layer: nn.Module) -> Hashable:
-    """All that tells two layers apart but their position and their numbers."""
+    """Everything that distinguishes two layers except their position and weights."""
     parts = []
     for name, module in layer.named_modules():
         settings = {
@@ -143,7 +143,7 @@ def _signature(layer: nn.Module) -> Hashable:
 
 
 def skeleton(config: PretrainedConfig, layers: Layers) -> PreTrainedModel:
-    """The decoder of a config with ``layers.kept`` alone, parameters on ``meta``."""
+    """The decoder of a config with only the layers ``layers.kept``, parameters on ``meta``."""
     small = copy.deepcopy(config)
     text = small.get_text_config()
     for name, values in _per_layer(text, text.num_hidden_layers).items():
@@ -153,15 +153,15 @@ def skeleton(config: PretrainedConfig, layers: Layers) -> PreTrainedModel:
 
 
 def stand_in(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A tensor of zeros that takes the memory of one element."""
+    """A tensor of zeros that uses the memory of a single element."""
     return torch.zeros((1,) * len(shape), dtype=dtype).expand(shape)
 
 
 def furnish(model: PreTrainedModel, layers: Layers, forms: Mapping[str, Form]) -> PreTrainedModel:
-    """Give a skeleton stand-ins of the tensors that ship, in place.
+    """Give a skeleton stand-ins for the tensors that ship, in place.
 
     Quantized linear layers get torchao tensors. A quantized embedding also gets ``weight_data``
-    and ``weight_scale``, for its lookup to read.
+    and ``weight_scale``, which its lookup reads.
     """
     for name, module in model.named_modules():
         for key, parameter in list(module.named_parameters(recurse=False)):
@@ -197,7 +197,7 @@ _BOUNDARY = "caliport::boundary"
 
 
 def boundary_op() -> Any:
-    """An operator that marks where one layer ends and the next begins; it gives its input."""
+    """An operator that marks where one layer ends and the next begins; it returns its input."""
     if not hasattr(torch.ops.caliport, "boundary"):
         torch.library.define(_BOUNDARY, "(Tensor x, int layer) -> Tensor")
         torch.library.impl(_BOUNDARY, "CompositeExplicitAutograd")(lambda x, layer: x.clone())
@@ -209,9 +209,9 @@ def boundary_op() -> Any:
 def marked(
     model: PreTrainedModel, path: str, mark: Callable[[Tensor, int], Tensor]
 ) -> Iterator[None]:
-    """While the body runs, what passes between layers goes through ``mark(hidden, layer)``.
+    """While the body runs, hidden states between layers pass through ``mark(hidden, layer)``.
 
-    Before layer i with i, after the last of n layers with n.
+    It is called before layer i with i, and after the last of n layers with n.
     """
     found = model.get_submodule(path)
     assert isinstance(found, nn.ModuleList)
@@ -242,4 +242,4 @@ def marked(
 
 
 class CannotRepeat(Exception):
-    """The lowered layers are not apart from one another; the decoder has to be lowered whole."""
+    """The lowered layers cannot be separated; the decoder has to be lowered whole."""

@@ -1,7 +1,7 @@
-"""A decoder's weights as they ship: made one matrix at a time, kept in files, never all in memory.
+"""A decoder's weights as they ship, made one matrix at a time and kept in files.
 
-A checkpoint is mapped and closed again for every module, ΔW is added in float32 and the sum is
-quantized in slices of rows, so that the peak is that of the largest matrix.
+The checkpoint is memory-mapped and closed again for every parameter, ΔW is added in float32 and the
+sum is quantized in slices of rows, so peak memory depends on the largest matrix only.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ class Stored:
 
     Attributes:
         path: The file.
-        shape: Of the tensor that the file holds. 4-bit values lie two in a byte, the first in the
-            low half, offset by 8: their last dimension is half as long.
-        dtype: Of the tensor that the file holds.
+        shape: Shape of the tensor in the file. 4-bit values are packed two in a byte, the first in
+            the low half, offset by 8, so their last dimension is half as long.
+        dtype: Type of the tensor in the file.
         sha256: Of the bytes.
     """
 
@@ -52,7 +52,7 @@ class Stored:
     sha256: bytes
 
     def tensor(self) -> Tensor:
-        """The tensor, mapped from its file."""
+        """The tensor, memory-mapped from its file."""
         count = 1
         for size in self.shape:
             count *= size
@@ -61,18 +61,18 @@ class Stored:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the file."""
+        """Size of the file in bytes."""
         return self.path.stat().st_size
 
 
 class Weights:
-    """Where the weights of one decoder lie.
+    """The stored weights of one decoder.
 
-    Keys are parameter names; a quantized one has ``name.data`` and ``name.scale`` instead. Equal
-    contents lie in one file.
+    Keys are parameter names; a quantized parameter has ``name.data`` and ``name.scale`` instead.
+    Equal contents share one file.
 
     Attributes:
-        nbytes: Of all files.
+        nbytes: Total size of all files in bytes.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -89,18 +89,18 @@ class Weights:
         return name in self._stored
 
     def items(self) -> list[tuple[str, Stored]]:
-        """Names with what is stored under them."""
+        """Pairs of name and stored tensor."""
         return list(self._stored.items())
 
     def put(self, name: str, parts: Iterator[Tensor] | list[Tensor], rows: int) -> None:
-        """Store a tensor that comes in slices along its first dimension, ``rows`` in all."""
+        """Store a tensor given as slices along its first dimension, of ``rows`` in total."""
         path = self.directory / f"{len(self._stored)}.bin"
         digest = hashlib.sha256()
         shape: tuple[int, ...] = ()
         dtype = torch.float32
         with path.open("wb") as stream:
             for part in parts:
-                # numpy has no bfloat16: the bytes go through an integer type.
+                # numpy has no bfloat16, so the bytes are written as integers.
                 data = part.contiguous().view(-1).view(torch.uint8).numpy().data
                 stream.write(data)
                 digest.update(data)
@@ -130,12 +130,12 @@ def store(
 
     Args:
         source: A Hugging Face directory or hub name.
-        shell: The decoder on the ``meta`` device: names and shapes.
+        shell: The decoder on the ``meta`` device, for names and shapes.
         forms: How each linear layer and embedding ships, by module name
             (``caliport.export.quantization.tensors.plan``); the other parameters ship in float32.
         update: ΔW to add, or None.
-        directory: Where the files go.
-        stop: Once it is set, no more are stored.
+        directory: Directory for the files.
+        stop: Event that stops storing early.
 
     Raises:
         InputError: A checkpoint that lacks a parameter, or has one of another shape or with weights
@@ -178,9 +178,9 @@ def can_stream(source: str | Path, shell: PreTrainedModel) -> bool:
 
 
 def put_matrix(weights: Weights, name: str, value: Tensor, form: Form | None) -> int:
-    """Store a matrix in a form, None for float32; the bytes that this adds.
+    """Store a matrix in a form (None for float32) and return the bytes this adds.
 
-    Equal contents are stored once, so that a matrix stored before adds none.
+    Equal contents are stored once, so storing the same matrix again adds none.
     """
     before = weights.nbytes
     _store_one(weights, name, value, None, form)
@@ -209,7 +209,7 @@ def _store_one(
         slices = (rows(i, i + step) for i in range(0, count, step))
         weights.put(name, slices if value.dim() else [rows(0, 1)], count)
         return
-    # In one piece: small ones that stay would keep what the threads free from being used again.
+    # One allocation: many small tensors that live on would fragment the memory that threads free.
     groups = value.shape[1] // GROUP_SIZE if form.endswith("int4") else 1
     scales = torch.empty(
         count, groups, dtype=torch.bfloat16 if form.endswith("int4") else torch.float32
@@ -228,10 +228,10 @@ def _store_one(
 
 @contextmanager
 def reading(source: str | Path) -> Iterator[Read]:
-    """A function that reads a parameter by name, from a local checkpoint without loading it all.
+    """Yield a function that reads a parameter by name, without loading all of a local checkpoint.
 
     A checkpoint whose tensors do not have the parameters' names (an older layout that transformers
-    converts while loading), or one on a hub, is loaded as a whole.
+    converts while loading), or one given by hub name, is loaded whole.
     """
     directory = Path(source)
     files = _files(directory) if directory.is_dir() else None
@@ -247,7 +247,7 @@ def reading(source: str | Path) -> Iterator[Read]:
             return fallback[0](name)
         from safetensors import safe_open
 
-        # Opened anew each time: what a mapping has touched is given back when it closes.
+        # Opened anew each time: closing the mapping releases the pages that were read.
         with safe_open(directory / files[name], framework="pt") as opened:
             return opened.get_tensor(name)
 
@@ -283,7 +283,7 @@ def _files(directory: Path) -> dict[str, str] | None:
 
 
 def describe(forms: Mapping[str, Form]) -> dict[str, Any]:
-    """How many layers ship in each form, for a manifest."""
+    """Number of layers that ship in each form, for a manifest."""
     counts: dict[str, int] = {}
     for form in forms.values():
         counts[form] = counts.get(form, 0) + 1

@@ -1,4 +1,4 @@
-"""A composition beside a frozen base: its low-rank terms, and what of them is shared."""
+"""Low-rank terms of a composition beside a frozen base, split into shared and own terms."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Composed:
     """A composition as the terms that a bundle computes: ΔW = w²·(Σ Bᵢ)(Σ Aᵢ) + B·A.
 
     The first term is the linear merge of shared adapters (Learnable Calibration, arXiv 2507.16083,
-    Eq. 5, w = 1/N), which so need no copy for each composition; the second is its own.
+    Eq. 5, w = 1/N), so these are not copied for each composition; the second is its own term.
 
     Attributes:
-        adapters: Names of the shared adapters; none for a composition that is all its own.
+        adapters: Names of the shared adapters; empty for a composition that shares none.
         weight: w.
         own: The composition's own update, or None.
     """
@@ -38,13 +38,13 @@ class Composed:
 def split(update: LowRankUpdate, adapters: Mapping[str, LowRankUpdate]) -> Composed:
     """Find the linear merge of some adapters inside a composed update.
 
-    LC and LC++ put their correction behind the merge: the first rows of A are w·Σ Aᵢ and the first
-    columns of B are w·Σ Bᵢ. They are compared in every module to a relative 1e-5, so an update
-    that is no such merge is kept whole.
+    LC and LC++ append their correction to the merge: the first rows of A are w·Σ Aᵢ and the first
+    columns of B are w·Σ Bᵢ. They are compared in every module with a relative tolerance of 1e-5;
+    an update that is not such a merge is kept whole.
 
     Args:
         update: The composed update.
-        adapters: Those that may lie underneath.
+        adapters: Candidates for the merged adapters.
     """
     whole = Composed((), 1.0, update)
     fits = {n: a for n, a in adapters.items() if _could_hold(update, a)}
@@ -60,7 +60,7 @@ def split(update: LowRankUpdate, adapters: Mapping[str, LowRankUpdate]) -> Compo
     if not used:
         return whole
     weight = weights[used[0]]
-    if math.isclose(weight, 1 / len(used), rel_tol=_SAME):  # exactly, so that programs are alike
+    if math.isclose(weight, 1 / len(used), rel_tol=_SAME):  # make programs identical
         weight = 1 / len(used)
     a, b, own_a, own_b = {}, {}, {}, {}
     for name in update.modules:
@@ -92,11 +92,11 @@ def read_updates(base: str | Path, adapters: Mapping[str, Path]) -> dict[str, Lo
 
     Args:
         base: A Hugging Face directory or hub name.
-        adapters: PEFT LoRA directories by any names.
+        adapters: PEFT LoRA directories by name.
 
     Raises:
-        InputError: A base or adapter that cannot be read, an adapter of another base, or one of
-            layers that have no terms beside them (``Conv1D``, GPT-2's).
+        InputError: A base or adapter that cannot be read, an adapter of another base, or one that
+            updates layers other than ``nn.Linear`` (GPT-2's ``Conv1D``).
     """
     from caliport.core.checkpoints import load_config
     from caliport.export.decoder.skeleton import empty
@@ -108,17 +108,17 @@ def read_updates(base: str | Path, adapters: Mapping[str, Path]) -> dict[str, Lo
         for module in update.modules:
             if not isinstance(layer := whole.get_submodule(module), nn.Linear):
                 raise InputError(
-                    f"{adapters[name]}: updates {module}, a {type(layer).__name__}; a bundle has "
-                    "terms beside linear layers alone, so fold this adapter instead"
+                    f"{adapters[name]}: updates {module}, a {type(layer).__name__}; a bundle "
+                    "supports updates of linear layers only, so fold this adapter instead"
                 )
     return updates
 
 
 def halves(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """A [R, in] and B [out, R] in float16, their product rounded but within its range.
+    """A [R, in] and B [out, R] in float16, scaled so that both stay within its range.
 
-    A row of A and the column of B that it meets are brought to one size, by a power of two that
-    one is multiplied with and the other divided by.
+    Each row of A and its column of B are brought to similar magnitude: one is multiplied by a
+    power of two and the other divided by it, so their product changes by rounding only.
     """
     least = torch.finfo(torch.float32).tiny
     rows, columns = (m.abs().amax(d).clamp_min(least).log2() for m, d in ((a, 1), (b, 0)))

@@ -1,10 +1,9 @@
-"""One .pte for many compositions: a method each over weights that are stored once.
+"""One .pte for many compositions: one method each, over weights that are stored once.
 
-Every method is the base's program with low-rank terms beside its linear layers. XNNPACK keeps a
-delegate's constants under the hash of their content, so methods share the base's weights, the
-single-task adapters and a correction that is the same in all layers, and ExecuTorch plans the
-key-value cache at one place for all methods. A structure is lowered once; its compositions differ
-in keys alone.
+Every method is the base's program with low-rank terms beside its linear layers. XNNPACK keys a
+delegate's constants by the hash of their content, so methods share the base's weights, the
+single-task adapters and any correction that is the same in all layers. All methods use the same
+memory for the key-value cache. A structure is lowered once; its compositions differ only in keys.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ if TYPE_CHECKING:
     from caliport.export.request import Bundle
 
 BASE_METHOD = "forward"
-# Names of the linear layers that hold a module's terms: shared A and B by number, own A and B.
+# Name parts of a module's terms: shared terms are numbered, its own term is not.
 _SHARED, _OWN = "shared", "own"
 
 
@@ -61,7 +60,7 @@ class Terms:
         adapters: The shared adapters by name.
         compositions: What each composition adds to the base, by the name of its method.
         form: How the shared adapters ship: ``int8`` or None for float32. A composition's own terms
-            are float16, or float32 with None.
+            are float16, or float32 if ``form`` is None.
     """
 
     adapters: Mapping[str, LowRankUpdate]
@@ -89,18 +88,18 @@ def lower_bundle(
     eos_ids: list[int],
     bos_id: int | None,
 ) -> dict[str, Any]:
-    """Write ``directory/model.pte``: ``forward`` is the base, each composition a method beside it.
+    """Write ``directory/model.pte``: ``forward`` runs the base, and each composition is a method.
 
-    Every method has the form of ``caliport.export.executorch.lower.lower``'s, and all write one
-    key-value cache.
+    Every method has the signature of the one from ``caliport.export.executorch.lower.lower``. All
+    methods share one key-value cache.
 
     Args:
-        decoder: The base, nothing folded.
-        terms: What the methods compute beside it.
-        directory: Where to; must exist.
+        decoder: The base with nothing folded in.
+        terms: The low-rank terms of the methods.
+        directory: Where to write; must exist.
         context: Cache length in tokens.
-        eos_ids: Token ids that end a generation.
-        bos_id: The token id that begins a text, if there is one.
+        eos_ids: Token ids that end generation.
+        bos_id: Id of the begin-of-text token, if there is one.
 
     Returns:
         Manifest entries: methods, constant methods, bytes by part.
@@ -148,7 +147,7 @@ def _methods(
     wanted: Mapping[str, Composed | None],
     context: int,
 ) -> tuple[Lowered, dict[str, tuple[ExportedProgram, set[str]]]]:
-    """Lower one structure, and repeat it for each of its methods."""
+    """Lower one structure and repeat it for each of its methods."""
     stored = decoder.names()
     model = furnish(skeleton(decoder.whole.config, layers), layers, decoder.forms)
     structure.attach(model, layers)
@@ -170,7 +169,7 @@ def _store(
     compositions: Mapping[str, Composed],
     form: Form | None,
 ) -> dict[str, Any]:
-    """Store all matrices of the terms; the bytes of each part, what is shared counted once."""
+    """Store all matrices of the terms; return the bytes of each part, counting shared ones once."""
     weights = decoder.weights
     sizes: dict[str, Any] = {"base": weights.nbytes, "adapters": {}, "compositions": {}}
     for name, update in adapters.items():
@@ -202,7 +201,7 @@ def _put_halves(decoder: ShippedDecoder, owner: str, update: LowRankUpdate) -> i
 
 
 def _where(name: str, composed: Composed | None) -> Any:
-    """Where the weights of a method's terms are stored, by their name in its program."""
+    """A function from a weight's name in a method to the name that it is stored under."""
 
     def stored(full: str) -> str:
         module, mark, rest = full.rpartition(".low_rank.")
@@ -220,7 +219,7 @@ def _where(name: str, composed: Composed | None) -> Any:
 def _alike(
     wanted: Mapping[str, Composed | None], adapters: Mapping[str, LowRankUpdate]
 ) -> list[list[str]]:
-    """Method names by structure: the same modules with terms of the same ranks."""
+    """Group method names by structure: the same modules with terms of the same ranks."""
     found: dict[Hashable, list[str]] = defaultdict(list)
     for name, composed in wanted.items():
         found[_Structure(composed, adapters, None).key()].append(name)
@@ -228,7 +227,7 @@ def _alike(
 
 
 class _Structure:
-    """The low-rank terms of one structure: what of ``Composed`` decides the program."""
+    """The structure of a composition's terms: the parts of ``Composed`` that shape the program."""
 
     def __init__(
         self,
@@ -255,7 +254,7 @@ class _Structure:
         return (self.count, self.factor, tuple((n, self.of(n)) for n in sorted(names)))
 
     def kind(self, decoder: ShippedDecoder, layer: int) -> Hashable:
-        """What sets a layer apart beside its modules: the forms and ranks in it."""
+        """The forms and ranks in a layer; layers that share a program must agree in them."""
         path = f"{every(decoder).path}.{layer}."
         linears = (n for n, m in decoder.whole.named_modules() if isinstance(m, nn.Linear))
         ranks = tuple(self.of(name) for name in linears if name.startswith(path))
@@ -306,7 +305,7 @@ def _pair(module: nn.Linear, rank: int, form: Form | None, in_half: bool = False
 
 
 class _InHalf(nn.Module):
-    """A linear layer whose weight ships in float16; its name says so (``weight_keys``)."""
+    """A linear layer whose weight ships in float16, marked by its name (``weight_keys``)."""
 
     def __init__(self, weight: nn.Parameter) -> None:
         super().__init__()
@@ -317,7 +316,7 @@ class _InHalf(nn.Module):
 
 
 def describe(terms: Terms, bundle: Bundle, sizes: Mapping[str, Any]) -> dict[str, Any]:
-    """Manifest entries of a bundle's shared adapters and compositions."""
+    """Manifest entries for a bundle's shared adapters and compositions."""
     from caliport.export.package.card import describe_adapter
 
     return {

@@ -1,12 +1,12 @@
-"""The decoder as it is traced for ExecuTorch: attention is ``llama.custom_sdpa``.
+"""The decoder that is traced for ExecuTorch, with ``llama.custom_sdpa`` as attention.
 
-The modelling code stays Hugging Face's own. Two things are put in its place while it is traced:
-attention, and the cache, which is written by ``llama.update_cache``. A cache of int8 is read by
+The modelling code is Hugging Face's own. Two parts are replaced while it is traced: attention, and
+the cache, which is written by ``llama.update_cache``. An int8 cache is read by
 ``llama.custom_quantized_sdpa`` (see ``caliport.export.quantization.cache``).
 
-The kernel masks causally by itself. Layers with a window narrower than the context give it a mask;
-it then reads the whole cache, not only what is filled. It knows no soft-capping: models that cap
-their attention scores get attention composed of matrix products that XNNPACK takes.
+The kernel applies the causal mask itself. Layers with a window narrower than the context pass it a
+mask; it then reads the whole cache, not only the filled part. It does not support soft-capping:
+models that cap their attention scores use attention composed of matrix products that XNNPACK runs.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from caliport.export.quantization.cache import rounded
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# The buffers that are the keys of a layer, or its values, by the bits of the cache.
+# Buffers of a layer's keys, or of its values: name suffix and type, by the bits of the cache.
 _PARTS = {
     None: {"": torch.float32},
     8: {"": torch.int8, "_scale": torch.float32, "_zero": torch.int8},
 }
-# What a mask adds to the score of a key that is not seen: finite, so that rows of it give no NaN.
+# Added to the score of a masked key. Finite, so that a fully masked row gives no NaN.
 _UNSEEN = -1e9
 
 
@@ -48,12 +48,12 @@ class _CacheLayer(CacheLayerMixin):
     """One layer's keys and values, written in place.
 
     Args:
-        keys: [1, context, heads, dim], or [heads, context, 1, dim] where attention is composed of
-            products by head. ``llama.update_cache`` writes either. Behind int8 ones their scales
-            and zero points, [1, context, heads, 1].
-        values: The same.
-        start: Where the new ones begin.
-        index: Of the layer.
+        keys: [1, context, heads, dim], or [heads, context, 1, dim] if attention is composed of
+            products by head. ``llama.update_cache`` writes either. int8 keys are followed by their
+            scales and zero points, [1, context, heads, 1].
+        values: As ``keys``.
+        start: Position of the first new token.
+        index: Index of the layer.
     """
 
     keys: Tensor
@@ -76,7 +76,7 @@ class _CacheLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Take [1, heads, n, dim] each; return the whole cache."""
+        """Store new keys and values, [1, heads, n, dim] each; return the whole cache."""
         first, _, heads, dim = self.keys.shape
         check_cache(self.index, (key_states, value_states), first * heads, dim)
         for new, cache in zip((key_states, value_states), self.cached, strict=True):
@@ -97,7 +97,7 @@ class _CacheLayer(CacheLayerMixin):
 
 
 class Decoder(nn.Module):
-    """The traced method ``forward``; see ``export.executorch.lower.lower`` for its meaning.
+    """The module that is traced; ``caliport.export.executorch.lower.lower`` describes ``forward``.
 
     Args:
         model: A decoder that ``caliport.export.decoder.checks.check_exportable`` passes.
@@ -126,14 +126,14 @@ class Decoder(nn.Module):
         return tuple(self.get_buffer(f"{name}{part}_{index}") for part in self.parts)
 
     def forward(self, tokens: Tensor, input_pos: Tensor) -> Tensor:
-        """Logits float32 [1, 1, vocab] of the last of ``tokens`` [1, n], which begin at a position.
+        """Logits of the last token, float32 [1, 1, vocab].
 
         Args:
             tokens: int64 [1, n].
-            input_pos: int64 [1], the position of the first.
+            input_pos: int64 [1], the position of the first token.
 
         Raises:
-            InputError: While it is traced: attention or caches that cannot be exported.
+            InputError: During tracing, for attention or caches that cannot be exported.
         """
         start = input_pos[0].item()
         torch._check(start >= 0)
@@ -164,12 +164,12 @@ class _Attention:
     """Attention of new tokens to the cache in one pass.
 
     Args:
-        context: Length of the cache.
+        context: Length of the cache in tokens.
         start: Position of the first new token.
         positions: Positions of the new tokens, int64 [1, n].
         layers: The caches, by index of the layer.
-        groups: Query heads of a key-value head, where scores are soft-capped and the caches laid
-            out for it; else None.
+        groups: Query heads per key-value head if scores are soft-capped, with caches in the layout
+            for that; otherwise None.
     """
 
     def __init__(
@@ -185,10 +185,10 @@ class _Attention:
         self.masks: list[Tensor] = []
 
     def mask(self, **options: Any) -> Tensor | None:
-        """The mask of one kind of layer, float32 [n, context]; None where the kernel masks.
+        """The mask for one kind of layer, float32 [n, context]; None if the kernel masks.
 
-        For composed attention, each row once for every query head of a key-value head. Not in
-        arithmetic that XNNPACK would take, and join with that of some layer.
+        For composed attention, the rows are repeated for every query head of a key-value head.
+        Avoid arithmetic ops: XNNPACK would fuse them into some layer's delegate.
         """
         window = window_of(options) or self.context
         if window >= self.context and self.groups is None:
@@ -212,7 +212,7 @@ class _Attention:
         softcap: float | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        """Attend with queries [1, heads, n, dim] to a whole cache; returns [1, n, heads, dim]."""
+        """Attend with queries [1, heads, n, dim] to the whole cache; returns [1, n, heads, dim]."""
         if attention_mask is not None and all(attention_mask is not made for made in self.masks):
             kwargs["attention_mask"] = attention_mask
         check_attention(kwargs, "executorch")
@@ -248,12 +248,12 @@ def _composed(
 
     Args:
         query: [1, heads, n, dim].
-        key: [kv heads, context, 1, dim]. The left factor of its product, because XNNPACK copies
-            the right one.
+        key: [kv heads, context, 1, dim]. Used as the left factor of its product, because XNNPACK
+            copies the right one.
         value: As ``key``.
         mask: [groups * n, context], where groups = heads / kv heads.
         scaling: Factor of the scores; default 1 / √dim.
-        softcap: The bound of the scores; None for none.
+        softcap: Bound c of the scores; None for no bound.
 
     Returns:
         [1, n, heads, dim].

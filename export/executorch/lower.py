@@ -1,4 +1,4 @@
-"""Lower a decoder to an ExecuTorch program for XNNPACK, as the stock LLM runners expect it.
+"""Lower a decoder to an ExecuTorch program for XNNPACK that the stock LLM runners can run.
 
 The traced module is ``caliport.export.executorch.decoder.Decoder``.
 """
@@ -25,26 +25,27 @@ if TYPE_CHECKING:
 def lower(
     decoder: ShippedDecoder, directory: Path, context: int, eos_ids: list[int], bos_id: int | None
 ) -> dict[str, Any]:
-    """Write ``directory/model.pte``: one method that serves prefill, chunks and single steps.
+    """Write ``directory/model.pte``: one method for prefill, chunked prefill and decode steps.
 
     ``forward(tokens int64 [1, n], input_pos int64 [1]) -> float32 [1, 1, vocab]``: the logits of
-    the last of n tokens that stand at positions input_pos … input_pos + n - 1, for any n from 1
-    while input_pos + n <= context. Keys and values stay in the program; starting at position 0
-    again forgets them.
+    the last of n tokens at positions input_pos … input_pos + n - 1, for any n >= 1 with
+    input_pos + n <= context. Keys and values stay in the program; starting again at position 0
+    discards them.
 
     Args:
-        decoder: Its weights as they ship, and what they are the weights of.
-        directory: Where to; must exist.
+        decoder: The decoder and its weights as they ship.
+        directory: Where to write; must exist.
         context: Cache length in tokens.
-        eos_ids: Token ids that end a generation.
-        bos_id: The token id that begins a text, if there is one. The stock runner puts it before
-            a prompt only when it is told to.
+        eos_ids: Token ids that end generation.
+        bos_id: Id of the begin-of-text token, if there is one. The stock runner puts it before a
+            prompt only when told to.
 
     Returns:
         Manifest entries: methods, constant methods, delegate counts.
 
     Raises:
-        RuntimeError: A matrix product is left to ExecuTorch's slow reference kernels.
+        RuntimeError: XNNPACK did not take a matrix product, which would run in ExecuTorch's slow
+            reference kernels.
     """
     constants = constant_methods(decoder.whole, context, eos_ids, bos_id)
     with quiet(), fast_lowering():
@@ -68,7 +69,7 @@ def lower(
 def whole_program(
     decoder: ShippedDecoder, layers: Layers, context: int, constants: dict[str, Any]
 ) -> EdgeProgramManager:
-    """The lowered program of the whole decoder, by way of a skeleton of ``layers.kept``.
+    """Lower a skeleton of ``layers.kept`` and repeat it to the program of the whole decoder.
 
     Raises:
         CannotRepeat: See ``caliport.export.executorch.repeat.repeat``.
@@ -89,7 +90,7 @@ def whole_program(
 def constant_methods(
     model: PreTrainedModel, context: int, eos_ids: list[int], bos_id: int | None
 ) -> dict[str, Any]:
-    """What the stock runners ask a program about itself."""
+    """The constant methods that the stock runners read a program's properties from."""
     config = model.config.get_text_config()
     methods = {
         "get_max_seq_len": context,

@@ -1,9 +1,9 @@
-"""Repeat the lowered layers of a skeleton until the program is that of the whole decoder.
+"""Repeat the lowered layers of a skeleton to get the program of the whole decoder.
 
-The graph of a lowered skeleton falls into what comes before the first layer, the layers between
-their marks (``caliport.export.decoder.skeleton.marked``) and what comes after the last. A layer's
-nodes are copied for every layer that it stands for; parameters and caches become those of that
-layer, and delegates get the keys of its weights. The marks go.
+The graph of a lowered skeleton consists of the part before the first layer, the layers between
+their marks (``caliport.export.decoder.skeleton.marked``) and the part after the last. A layer's
+nodes are copied for every layer that it represents, with that layer's parameters, caches and keys
+of weights in its delegates. The marks are removed.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ def repeat(
     weights: Weights,
     stored: Callable[[str], str] = lambda name: name,
 ) -> tuple[ExportedProgram, set[str]]:
-    """The program of the whole decoder.
+    """Make the program of the whole decoder.
 
     Args:
-        lowered: The skeleton.
-        layers: Which layer of the skeleton stands for which.
-        weights: Of the whole decoder.
-        stored: Where in ``weights`` a parameter of the whole decoder is.
+        lowered: The lowered skeleton.
+        layers: Which layer of the skeleton represents which layers.
+        weights: The weights of the whole decoder.
+        stored: Maps the name of the whole decoder's parameter to its name in ``weights``.
 
     Returns:
         The program, and the names of the weights that its delegates use.
 
     Raises:
-        CannotRepeat: A layer uses what another one but the first has computed.
+        CannotRepeat: A layer uses a value computed in another layer, other than the first.
     """
     return _Repeater(lowered, layers, weights, stored).run()
 
@@ -82,7 +82,7 @@ class _Repeater:
             self._copy([n for n in nodes if unit_of[n] == kept], env, layer, inputs)
             hidden = env[_only(marks[kept + 1].args[0])]
             by_layer.append(env)
-            if layer == 0:  # what the first layer computes for all, such as rotary embeddings
+            if layer == 0:  # values that it computes for all layers, such as rotary embeddings
                 shared.update({n: new for n, new in env.items() if unit_of.get(n) == 0})
         tail = dict(shared)
         last = len(self.layers.kept)
@@ -92,7 +92,7 @@ class _Repeater:
         return self._finish(signature), self.used
 
     def _inputs(self, count: int) -> dict[tuple[fx.Node, int], fx.Node]:
-        """New placeholders; those of a layer once for every layer that it stands for."""
+        """Make the placeholders; a layer's are repeated for every layer that it represents."""
         self.input_specs = []
         found: dict[tuple[fx.Node, int], fx.Node] = {}
         nodes = {n.name: n for n in self.program.graph.nodes if n.op == "placeholder"}
@@ -109,7 +109,7 @@ class _Repeater:
                 name = node.name if kept is None else (target or "").replace(".", "_")
                 new = self.graph.placeholder(name)
                 new.meta = dict(node.meta)
-                if spec.kind == InputKind.PARAMETER:  # a stand-in has strides of 0
+                if spec.kind == InputKind.PARAMETER:  # a stand-in's strides are 0
                     contiguous = torch.contiguous_format
                     new.meta["val"] = torch.empty_like(node.meta["val"], memory_format=contiguous)
                 found[node, layer] = new
@@ -249,7 +249,7 @@ class _Repeater:
             range_constraints=copy.copy(old.range_constraints),
             module_call_graph=copy.deepcopy(old.module_call_graph),
             example_inputs=old.example_inputs,
-            constants=dict(old.constants),  # passes take what they fold out of it
+            constants=dict(old.constants),  # a copy: passes remove the constants that they fold
             verifiers=[old.verifier],
         )
 
@@ -270,7 +270,7 @@ def _units(graph: fx.Graph, count: int) -> dict[fx.Node, int]:
         before = [found[n] for n in node.all_input_nodes]
         own = [int(node.args[1])] if _is_mark(node) else []
         found[node] = max([-1, *before, *own])
-    # A delegate's module belongs where it is called.
+    # A delegate's module belongs to the unit that calls it.
     for node in graph.nodes:
         if node.op == "get_attr":
             found[node] = max([found[user] for user in node.users], default=-1)

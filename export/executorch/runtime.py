@@ -1,4 +1,4 @@
-"""ExecuTorch with XNNPACK, as a runtime of caliport."""
+"""The runtime ``executorch``: ExecuTorch with XNNPACK."""
 
 from __future__ import annotations
 
@@ -44,18 +44,18 @@ class ExecuTorch:
     costs: Costs = ExecuTorchCosts()
 
     def recognizes(self, directory: Path) -> bool:
-        """Any ``.pte``."""
+        """Whether the directory has a ``.pte``."""
         return any(directory.glob("*.pte"))
 
     def check_name(self, name: str) -> None:
-        """A composition is a method of the program."""
+        """Check a composition's name: it becomes a method of the program."""
         if _METHOD.fullmatch(name) is None or name == "forward":
             raise InputError(
                 f"bundle: found the name {name!r}, expected letters, digits and _ (not forward)"
             )
 
     def check(self, request: Request) -> None:
-        """A finished program cannot be added to, so a bundle needs a composition."""
+        """Check that a bundle has a composition, since a finished program cannot be extended."""
         if request.bundle is None:
             return
         if not request.bundle.compositions:
@@ -64,7 +64,7 @@ class ExecuTorch:
             self.check_name(name)
 
     def check_model(self, request: Request, model: PreTrainedModel) -> None:
-        """An int8 cache, and scores that are capped, do not go together."""
+        """Refuse an int8 cache for soft-capped attention scores."""
         capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
         if request.quantization.cache_bits is not None and capped is not None:
             raise InputError(
@@ -95,15 +95,15 @@ class ExecuTorch:
         return {"bundle": facts, "lowering": lowered}
 
     def adapter_form(self, precision: str) -> Form | None:
-        """8 bits beside a quantized base."""
+        """8 bits beside a quantized base, float32 otherwise."""
         return None if precision == "fp32" else "int8"
 
     def code(self, composition: str | None, chat: bool, context: int) -> str:
-        """``TextLLMRunner``, or the method of a composition."""
+        """Code for ``TextLLMRunner``, or for a composition's method."""
         return snippet.code(composition, chat)
 
     def runner_words(self, bundle: bool) -> str:
-        """The stock runner's Python binding runs ``forward`` alone."""
+        """The stock runner's Python binding only runs ``forward``, so bundles use the runtime."""
         return "runtime" if bundle else "own runner"
 
 

@@ -1,4 +1,4 @@
-"""Python for a model card that runs a program, from its directory."""
+"""Python code for a model card that runs a program from its directory."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ tokenizer.apply_chat_template(
 
 
 def code(composition: str | None, chat: bool) -> str:
-    """What runs a program, or a composition of a bundle.
+    """Python code that runs a program, or a composition of a bundle.
 
     Args:
-        composition: A method of the program; None runs ``forward`` by the stock runner.
+        composition: A method of the program; None runs ``forward`` with the stock runner.
         chat: Whether the tokenizer has a chat template.
     """
     return (_STOCK if composition is None else _METHOD).format(

@@ -37,8 +37,8 @@ class Lowered:
 
     Attributes:
         program: Its graph, with XNNPACK's delegates and the marks between layers.
-        names: For each key of a weight, its name in the skeleton.
-        constants: What else the delegates hold, by key.
+        names: Names of the weights in the skeleton, by key.
+        constants: Other constants of the delegates, by key.
     """
 
     program: ExportedProgram
@@ -57,15 +57,15 @@ def lower_skeleton(
     """Trace a furnished skeleton and lower it to XNNPACK.
 
     Args:
-        model: See ``caliport.export.decoder.skeleton.furnish``.
-        layers: What its layers stand for.
+        model: The skeleton, after ``caliport.export.decoder.skeleton.furnish``.
+        layers: Which layers its layers represent.
         context: Cache length in tokens.
         is_weight: Whether a parameter of the skeleton gets its content after lowering.
-        while_tracing: Active around the trace.
+        while_tracing: A context manager that is active during the trace.
         cache_bits: 8 for keys and values in int8, None for float32.
 
     Raises:
-        InputError: A release of a package is installed that this was not tested with.
+        InputError: An installed release was not tested with the patches.
     """
     check_releases()
     names: dict[str, str] = {}
@@ -85,14 +85,14 @@ def with_weights(
     used: Iterable[str],
     constants: Mapping[str, bytes],
 ) -> EdgeProgramManager:
-    """The methods of a program together with the contents of their delegates.
+    """Combine the methods of a program with the contents of their delegates.
 
     Args:
         programs: Methods by name.
         methods: Constant methods.
-        weights: Where the weights are.
-        used: Names of those that the methods use.
-        constants: What else their delegates hold, by key.
+        weights: The stored weights.
+        used: Names of the weights that the methods use.
+        constants: Other constants of their delegates, by key.
     """
     from executorch.exir import EdgeCompileConfig, EdgeProgramManager
 
@@ -108,7 +108,7 @@ def _trace(
     import executorch.extension.llm.custom_ops.custom_ops  # registers torch.ops.llama
 
     if cache_bits is not None:
-        import executorch.kernels.quantized  # noqa: F401  registers what rounds
+        import executorch.kernels.quantized  # noqa: F401  registers the rounding operators
 
     tokens = torch.zeros(1, min(4, context), dtype=torch.long)
     sizes = torch.export.Dim("n", min=1, max=context)
@@ -141,9 +141,9 @@ def _delegate(program: ExportedProgram) -> EdgeProgramManager:
 
 
 def count_delegated(edge: EdgeProgramManager) -> dict[str, int]:
-    """Delegates and matrix products in them; every product must be in one.
+    """Count delegates and the matrix products in them; every product must be in a delegate.
 
-    Attention's own products do not appear: they are inside ``llama.custom_sdpa``.
+    Attention's products do not appear: they are inside ``llama.custom_sdpa``.
     """
     from executorch.devtools.backend_debug import get_delegation_info
 
@@ -166,8 +166,8 @@ def finish(edge: EdgeProgramManager, share_cache: bool = False) -> Any:
     """Emit the program.
 
     Args:
-        edge: Lowered, with its weights.
-        share_cache: Plan the caches of all methods at one place.
+        edge: The lowered methods with their weights.
+        share_cache: Let all methods share the memory of their caches.
     """
     from executorch.exir import ExecutorchBackendConfig
     from executorch.exir.passes import MemoryPlanningPass

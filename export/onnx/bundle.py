@@ -1,9 +1,9 @@
 """One ONNX graph for many compositions: a frozen quantized base and a small file for each.
 
 Beside every linear layer y = W x the graph computes (x Aᵀ) Bᵀ, where A and B are inputs with a
-default of rank 0, so that the graph alone is the base. A composition is an ``.onnx_adapter`` file
-that holds A and B of the layers it updates; ONNX Runtime puts them in the inputs' place for a run
-(``RunOptions.add_active_adapter``), and onnxruntime_genai for a generation
+default of rank 0, so the graph without an adapter is the base. A composition is an
+``.onnx_adapter`` file with A and B of the layers it updates; ONNX Runtime passes them as inputs for
+a run (``RunOptions.add_active_adapter``), and onnxruntime_genai for a generation
 (``Adapters.load``, ``Generator.set_active_adapter``). Ranks may differ by layer and composition.
 
 Source: https://onnxruntime.ai/docs/genai/reference/adapter.html.
@@ -47,16 +47,16 @@ def add_composition(bundle: Path, name: str, adapter: Path) -> Path:
 
     Args:
         bundle: A bundle for ONNX.
-        name: Of the composition; one of that name is replaced.
+        name: Name of the composition; an existing one of that name is replaced.
         adapter: A PEFT LoRA directory for the bundle's base.
 
     Returns:
         The file, ``bundle/NAME.onnx_adapter``.
 
     Raises:
-        InputError: No bundle or one for ExecuTorch, a name that is no file name, or an adapter that
-            cannot be read or updates a layer that the bundle has not, or not in that shape. Nothing
-            is changed then.
+        InputError: Not a bundle or one for ExecuTorch, a name that cannot be a file name, or an
+            adapter that cannot be read or updates a layer that the bundle does not have in that
+            shape. The bundle is then unchanged.
     """
     from caliport.calibrate.peft_files import read_peft
 
@@ -118,12 +118,12 @@ def lower_bundle(
     tokenizer: Any,
     modules: Mapping[str, tuple[int, int]],
 ) -> dict[str, Any]:
-    """Write the base with its low-rank inputs; files as those of ``export.onnx.lower.lower``.
+    """Write the base with low-rank inputs, in the files of ``caliport.export.onnx.lower.lower``.
 
     Args:
-        decoder: The base's weights as they ship.
-        directory: Where to; must exist.
-        context: Most tokens, prompt and answer together.
+        decoder: The base and its weights as they ship.
+        directory: Where to write; must exist.
+        context: Maximum number of tokens, prompt and answer together.
         tokenizer: See ``caliport.export.onnx.lower.lower``.
         modules: (out, in) of the linear layers that can be updated, by name.
 
@@ -135,7 +135,7 @@ def lower_bundle(
     program = onnx.graph_of(decoder, context, lambda graph: add_terms(graph, modules))
     onnx.save(program, decoder, directory)
     config = onnx.genai_config(decoder.whole, context, tokenizer)
-    # ONNX Runtime 1.31 warns of every input with a default while it loads.
+    # ONNX Runtime 1.31 warns about every input with a default while it loads the graph.
     config["model"]["decoder"]["session_options"]["log_severity_level"] = _ERRORS_ONLY
     (directory / GENAI_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     return onnx.describe(program, decoder)
@@ -148,7 +148,7 @@ def add_terms(graph: onnx_ir.Graph, modules: Mapping[str, tuple[int, int]]) -> N
     default.
 
     Raises:
-        InputError: A module has no product of its own in the graph.
+        InputError: A module does not have its own product in the graph.
     """
     import onnx_ir as ir
 
@@ -195,7 +195,7 @@ def _factor(graph: onnx_ir.Graph, name: str, shape: tuple[int | None, int | None
 
 
 def write_adapter(update: LowRankUpdate, path: Path) -> None:
-    """Write a composition as ONNX Runtime's adapter file, float32.
+    """Write a composition as an ONNX Runtime adapter file, in float32.
 
     Raises:
         InputError: ONNX Runtime cannot write it.
@@ -215,10 +215,10 @@ def write_adapter(update: LowRankUpdate, path: Path) -> None:
 
 
 def check_name(name: str) -> None:
-    """Check that a composition's name can be that of a file.
+    """Check that a composition's name can be used as a file name.
 
     Raises:
-        InputError: It cannot.
+        InputError: It cannot be used as one.
     """
     if not _NAME.fullmatch(name):
         raise InputError(
@@ -246,7 +246,7 @@ def _check_shapes(
 def _updatable(
     decoder: ShippedDecoder, ends: Iterable[str] | None, updates: Iterable[LowRankUpdate]
 ) -> dict[str, tuple[int, int]]:
-    """(out, in) of the linear layers that get low-rank terms, in the model's order."""
+    """(out, in) by name of the linear layers that get low-rank terms, in the model's order."""
     from torch import nn
 
     from caliport.export.decoder.shipped import every

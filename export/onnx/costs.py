@@ -1,4 +1,4 @@
-"""What an export to ONNX costs; measured on two cores of an AMD EPYC."""
+"""Memory and time of an export to ONNX, measured on two cores of an AMD EPYC."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class OnnxCosts:
     keeps_terms = False
 
     def shipped(self, part: Part) -> int:
-        """Bytes as the operators take a parameter; a tied table in the same layout counts once."""
+        """Bytes in the layout of the operators; a tied table in the same layout counts once."""
         if part.form is not None:
             return _in_nodes(part, part.form)
         return 0 if part.is_tied else part.data()
@@ -39,15 +39,15 @@ class OnnxCosts:
         return sum(int(4 * length * dim * kind.get("partial_rotary_factor", 1.0)) for kind in kinds)
 
     def copied(self, parts: Sequence[Part], precision: str) -> float:
-        """The largest matrix; they are written one by one."""
+        """Bytes of the largest matrix, since matrices are written one by one."""
         return float(max(self.shipped(part) for part in parts))
 
     def methods(self, compositions: int) -> int:
-        """One graph serves all compositions."""
+        """One: a single graph serves all compositions."""
         return 1
 
     def term_bytes(self, precision: str) -> tuple[int, int]:
-        """float32 always."""
+        """Always float32."""
         return (4, 4)
 
 

@@ -1,9 +1,9 @@
-"""The decoder as it is traced for ONNX: attention is ONNX Runtime's ``GroupQueryAttention``.
+"""The decoder that is traced for ONNX, with ONNX Runtime's ``GroupQueryAttention`` as attention.
 
-The modelling code stays Hugging Face's own. While it is traced, its attention is replaced by the
-operator that masks causally by itself and keeps the cache. Against the attention that transformers'
-exporter 5.23 fuses afterwards this needs a third less time to trace, no mask of the size of the
-context, and lets onnxruntime_genai keep past and present in one buffer.
+The modelling code is Hugging Face's own. While it is traced, its attention is replaced by this
+operator, which applies the causal mask and updates the cache. Compared with the attention that the
+exporter of transformers 5.23 fuses afterwards, tracing takes a third less time, no mask of the size
+of the context is needed, and onnxruntime_genai can keep past and present in one buffer.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ if TYPE_CHECKING:
 
 
 class Decoder(nn.Module):
-    """The traced method; names and shapes are those of the graph's inputs and outputs.
+    """The module that is traced; ``forward`` has the names and shapes of the graph's inputs.
 
     Args:
         model: A decoder that ``caliport.export.decoder.checks.check_exportable`` passes.
-        rotary: Its rotary embeddings, which the attention then applies where it can.
+        rotary: Its rotary embeddings, which the attention operator applies if it can.
     """
 
     def __init__(self, model: PreTrainedModel, rotary: Rotary) -> None:
@@ -53,17 +53,17 @@ class Decoder(nn.Module):
         position_ids: Tensor,
         past: Sequence[Tensor],
     ) -> dict[str, Tensor]:
-        """Logits of the last of n tokens after some cached ones, and the longer cache.
+        """Logits of the last of n new tokens, and the cache with the new tokens added.
 
         Args:
             input_ids: int64 [1, n].
             attention_mask: int64 [1, total], all ones; total = cached + n. Only its size and sum
-                are used: without padding they say how many tokens there are.
+                are used, which without padding are the number of tokens.
             position_ids: int64 [1, n].
             past: Key and value of each layer, [1, kv heads, cached, head size].
 
         Raises:
-            InputError: While it is traced: attention or caches that cannot be exported.
+            InputError: During tracing, for attention or caches that cannot be exported.
         """
         total = attention_mask.sum(dim=1, dtype=torch.int32)
         layers = [_CacheLayer(*past[i : i + 2]) for i in range(0, len(past), 2)]
@@ -91,7 +91,7 @@ class Decoder(nn.Module):
 
 
 class _CacheLayer(CacheLayerMixin):
-    """One layer's past, which the attention itself replaces by the present."""
+    """One layer's past keys and values; the attention operator returns the present ones."""
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         super().__init__()
@@ -106,7 +106,7 @@ class _CacheLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """The new keys and values alone; the attention joins them to the past."""
+        """Return only the new keys and values; the attention operator appends them to the past."""
         self.given = (key_states, value_states)
         return self.given
 
@@ -114,7 +114,7 @@ class _CacheLayer(CacheLayerMixin):
         return query_length, 0
 
     def get_seq_length(self) -> int:
-        """Not asked for where positions are given, and they are."""
+        """Not called, since positions are always given."""
         return 0
 
     def get_max_length(self) -> int:
@@ -123,13 +123,13 @@ class _CacheLayer(CacheLayerMixin):
 
 @dataclass(frozen=True)
 class _Window:
-    """In the place of a mask: the operator masks by itself and needs to know this alone."""
+    """Passed instead of a mask: the operator masks by itself and only needs the window."""
 
     size: int
 
 
 def _mask(**options: Any) -> _Window | None:
-    """What a layer's attention gets as its mask; None for plain causal attention."""
+    """The value passed to a layer's attention as its mask; None for plain causal attention."""
     window = window_of(options)
     return None if window is None else _Window(window)
 
@@ -137,16 +137,16 @@ def _mask(**options: Any) -> _Window | None:
 def _attention_over(
     layers: list[_CacheLayer], total: Tensor, size: int, rotary: Rotary
 ) -> Callable[..., tuple[Tensor, None]]:
-    """Attention over new tokens and the cache.
+    """Make the attention function over new tokens and the cache.
 
     Source: ``com.microsoft.GroupQueryAttention`` in
     https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md.
 
     Args:
         layers: Past keys and values.
-        total: Tokens after this pass, int32 [1].
-        size: The same number as a size.
-        rotary: What turned the queries and keys.
+        total: Number of tokens after this pass, int32 [1].
+        size: The same number, as a tensor size.
+        rotary: The rotary embeddings that were applied to queries and keys.
     """
 
     def attention(

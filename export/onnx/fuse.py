@@ -1,4 +1,4 @@
-"""Fewer and larger operators: what ONNX Runtime's kernels do at once becomes one node."""
+"""Fuse nodes of a traced graph into the operators that ONNX Runtime has kernels for."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from caliport.export.onnx.operators import OURS
 
 _CONTRIB = "com.microsoft"
 _NORM = "SimplifiedLayerNormalization"
-# Operators that treat every token alike, as far as a decoder uses them.
+# Operators that process each token independently, in the way a decoder uses them.
 _PER_TOKEN = frozenset(
     [
         "MatMulNBits",
@@ -41,11 +41,11 @@ _PER_TOKEN = frozenset(
 
 
 def fuse_inside_layers(graph: ir.Graph, *, join: bool) -> None:
-    """What can be joined within a layer; before the layers are repeated.
+    """Fuse nodes within a layer; call before the layers are repeated.
 
     Args:
         graph: Changed in place.
-        join: Make one product of those that attention reads.
+        join: Join the products for query, key and value into one.
     """
     for node in list(graph):
         if node.op_type == "Reshape":
@@ -58,7 +58,7 @@ def fuse_inside_layers(graph: ir.Graph, *, join: bool) -> None:
 
 
 def fuse_between_layers(graph: ir.Graph) -> None:
-    """What crosses from one layer to the next; after the layers are repeated."""
+    """Fuse nodes across layers; call after the layers are repeated."""
     for node in list(graph):
         if (node.domain, node.op_type) == (OURS, _NORM):
             _join_sum(graph, node)
@@ -88,7 +88,7 @@ def _same_shape(a: ir.Value, b: ir.Value) -> bool:
 
 
 def _drop_reshapes(graph: ir.Graph, node: ir.Node) -> None:
-    """A chain of reshapes that ends in the shape that it began with does nothing."""
+    """Remove a chain of reshapes that ends in the shape it began with."""
     source = node.inputs[0]
     while source is not None:
         if _same_shape(source, node.outputs[0]):
@@ -101,7 +101,7 @@ def _drop_reshapes(graph: ir.Graph, node: ir.Node) -> None:
 
 
 def _pack(graph: ir.Graph, node: ir.Node) -> None:
-    """One quantized product for the query, key and value that attention reads."""
+    """Join the quantized products for attention's query, key and value into one."""
     products = [value.producer() for value in node.inputs[:3] if value is not None]
     joined = [p for p in products if p is not None and p.op_type == "MatMulNBits"]
     if len(joined) != 3 or any(len(p.outputs[0].uses()) > 1 for p in joined):
@@ -114,13 +114,13 @@ def _pack(graph: ir.Graph, node: ir.Node) -> None:
 
 
 def _kind(product: ir.Node) -> tuple[Any, ...]:
-    """What products must have in common to become one."""
+    """What products must have in common to be joined."""
     attributes = [product.attributes[key].value for key in ("K", "bits", "block_size")]
     return (product.inputs[0], len(product.inputs), *attributes)
 
 
 def _joined(graph: ir.Graph, products: list[ir.Node]) -> ir.Value:
-    """The output of one product whose weights are those of some, one after the other."""
+    """Add one product with the concatenated weights of several; return its output."""
     name = "+".join(str(product.name) for product in products)
     size = sum(product.attributes["N"].as_int() for product in products)
     first = products[0]
@@ -146,7 +146,7 @@ def _joined(graph: ir.Graph, products: list[ir.Node]) -> ir.Value:
 
 
 def _join_sum(graph: ir.Graph, node: ir.Node) -> None:
-    """A sum and its norm become one node of two outputs."""
+    """Fuse a sum and its norm into one node with two outputs."""
     total = node.inputs[0]
     assert total is not None
     add = total.producer()
@@ -181,7 +181,7 @@ def _join_sum(graph: ir.Graph, node: ir.Node) -> None:
 def _last_token_first(graph: ir.Graph) -> None:
     """Take the last token before the last layer's products, not only before the head.
 
-    Nothing after the last attention mixes tokens, and only the last token's logits are asked for.
+    Nothing after the last attention mixes tokens, and only the last token's logits are returned.
     """
     cut = next((n for n in graph if n.op_type == "Slice" and _is_last_token(n)), None)
     if cut is None:

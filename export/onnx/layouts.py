@@ -1,10 +1,10 @@
-"""Our integers and scales in the layouts of ONNX Runtime's quantized operators.
+"""Convert integers and scales to the layouts of ONNX Runtime's quantized operators.
 
 Source: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md,
 ``com.microsoft.MatMulNBits`` and ``com.microsoft.GatherBlockQuantized``. Both take a weight as
-unsigned integers in blocks with a scale each; without zero points, the integers are offset by
-2^(bits - 1), which makes the weight symmetric. Of two 4-bit values in a byte the first is the low
-one. Blocks of ``MatMulNBits`` that a row does not fill are padded with that offset.
+unsigned integers in blocks with one scale each; without zero points, the integers are offset by
+2^(bits - 1), which makes the weight symmetric. Of two 4-bit values in a byte, the first is in the
+low half. Blocks of ``MatMulNBits`` that a row does not fill are padded with that offset.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ class Layout:
 
     Attributes:
         rows: Outputs of a product, or rows of an embedding.
-        columns: Inputs of a product, or length of an embedding.
+        columns: Inputs of a product, or length of an embedding's row.
         bits: 4 or 8.
-        block: Values that share a scale.
-        data_shape: Of the integers, uint8.
-        scale_shape: Of the scales, float32.
+        block: Number of values that share a scale.
+        data_shape: Shape of the integers, uint8.
+        scale_shape: Shape of the scales, float32.
     """
 
     rows: int
@@ -55,11 +55,11 @@ def lookup_layout(rows: int, columns: int, form: Form, tied: Layout | None = Non
     """The layout of ``GatherBlockQuantized``, data [rows, bytes of a row].
 
     Args:
-        rows: Of the embedding.
-        columns: Of the embedding.
+        rows: Number of rows of the embedding.
+        columns: Length of a row.
         form: ``rows int4`` or ``rows int8``.
-        tied: The layout of a product over the same integers. Where its rows are not padded, both
-            have the same bytes and the same scales, and are stored once.
+        tied: The layout of a product over the same integers. If its rows are not padded, both have
+            the same bytes and the same scales, and are stored once.
     """
     if form == "rows int4":
         block, bits = GROUP_SIZE, 4

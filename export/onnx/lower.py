@@ -1,17 +1,17 @@
-"""Lower a decoder to an ONNX graph for ONNX Runtime on CPU, as onnxruntime_genai expects it.
+"""Lower a decoder to an ONNX graph for ONNX Runtime on CPU that onnxruntime_genai can run.
 
 A skeleton of the decoder is traced (``caliport.export.onnx.trace``) and its layers are repeated
-(``caliport.export.onnx.repeat``); weights come in last, from files
-(``caliport.export.onnx.weights``). One graph serves prefill, chunks and single steps: it takes any
-number of tokens after any number of cached ones.
+(``caliport.export.onnx.repeat``); the weights are added last, from files
+(``caliport.export.onnx.weights``). One graph serves prefill, chunked prefill and decode steps: it
+takes any number of tokens after any number of cached ones.
 
-Quantized products are ``MatMulNBits`` in 8 bits as well as in 4. The other 8-bit form,
+Quantized products are ``MatMulNBits`` both in 8 and in 4 bits. The alternative for 8 bits,
 ``DynamicQuantizeLinear`` with ``MatMulInteger``, was measured with ONNX Runtime 1.31 on x86 with
 AVX2, on 2048 x 2048 weights over the whole range of 8 bits and an input with an outlier. It is a
-third faster on one token and three times on 128, but was up to 90 % wrong, since AVX2 adds pairs
-of 8-bit products in 16 bits and saturates. It also shares one activation scale among all tokens,
-so that a prefill would not equal the same tokens one by one. ``MatMulNBits`` was 0.9 to 1.5 % off
-there, which is the rounding of its input alone.
+third faster on one token and three times faster on 128, but its error was up to 90 %, since AVX2
+adds pairs of 8-bit products in 16 bits and saturates. It also uses one activation scale for all
+tokens, so prefill and the same tokens one by one would give different results. The error of
+``MatMulNBits`` was 0.9 to 1.5 % there, which is only the rounding of its input.
 """
 
 from __future__ import annotations
@@ -39,12 +39,13 @@ if TYPE_CHECKING:
     from caliport.export.decoder.skeleton import Layers
 
 THREADS = 4
-"""Written into ``genai_config.json``: as many as a phone has quick cores.
+"""Number of threads in ``genai_config.json``: the number of fast cores of a phone.
 
-ONNX Runtime's own choice is one a physical core, which counts a phone's slow cores in and takes one
-of two hyper-threads. More threads than cores cost little where waiting threads sleep, so
-``session.intra_op.allow_spinning`` is 0: at 1.24 B in int4 on 2 hyper-threads of an AMD EPYC this
-decodes at 0.90 of the rate of 2 spinning threads, 4 spinning ones at 0.4, 1 at 0.55."""
+ONNX Runtime's default is one thread per physical core, which includes a phone's slow cores and
+uses one of two hyper-threads. More threads than cores cost little if waiting threads sleep, so
+``session.intra_op.allow_spinning`` is 0: with 1.24 B parameters in int4 on 2 hyper-threads of an
+AMD EPYC this decodes at 0.90 of the rate of 2 spinning threads; 4 spinning threads reach 0.4 and 1
+reaches 0.55."""
 
 
 def lower(
@@ -57,23 +58,22 @@ def lower(
 
     The graph takes ``input_ids`` and ``position_ids`` int64 [1, n], ``attention_mask`` int64
     [1, past + n] of ones, and per layer a key and a value float32 [1, kv heads, past, head size];
-    it gives ``logits`` float32 [1, 1, vocab] of the last token and the longer caches. n >= 1,
-    past >= 0, past + n <= context. Past and present may be one buffer of any larger size. Positions
-    must be those of the tokens, past … past + n - 1: attention that turns queries and keys by
-    itself counts them so.
+    it returns ``logits`` float32 [1, 1, vocab] of the last token and the caches with the new tokens
+    added. n >= 1, past >= 0, past + n <= context. Past and present may share one larger buffer.
+    Positions must be past … past + n - 1: attention with built-in rotary embeddings assumes them.
 
     Args:
-        decoder: Its weights as they ship, and what they are the weights of.
-        directory: Where to; must exist.
-        context: Most tokens, prompt and answer together.
-        tokenizer: Gives the special tokens' ids that the model's settings do not.
+        decoder: The decoder and its weights as they ship.
+        directory: Where to write; must exist.
+        context: Maximum number of tokens, prompt and answer together.
+        tokenizer: Source of special tokens' ids that are not in the model's settings.
 
     Returns:
-        Manifest entries: how many of each operator, quantized layers.
+        Manifest entries: number of each operator, quantized layers.
 
     Raises:
-        InputError: The model cannot be exported this way. Nothing is left behind where
-            ``directory`` is one of ``new_directory``.
+        InputError: The model cannot be exported this way. If ``directory`` comes from
+            ``new_directory``, no partial output remains.
     """
     program = graph_of(decoder, context)
     save(program, decoder, directory)
@@ -85,13 +85,14 @@ def lower(
 def graph_of(
     decoder: ShippedDecoder, context: int, change: Callable[[onnx_ir.Graph], None] | None = None
 ) -> onnx_ir.Model:
-    """The graph of a decoder, its weights still inputs after the others.
+    """The graph of a decoder, with its weights as the last inputs.
 
     Args:
-        decoder: What to trace.
-        context: Most tokens.
-        change: Called with the graph of all layers while each linear layer still is a product of
-            its own, with the layer's name; None joins those that attention reads.
+        decoder: The decoder to trace.
+        context: Maximum number of tokens.
+        change: Called with the graph of all layers while each linear layer is still a separate
+            product with the layer's name. If None, the products for query, key and value are
+            joined.
     """
     try:
         return _repeated(decoder, group(decoder), context, change)
@@ -115,7 +116,7 @@ def _repeated(
 
 
 def save(program: onnx_ir.Model, decoder: ShippedDecoder, directory: Path) -> None:
-    """Write a graph and, beside it, its weights."""
+    """Write a graph, and its weights in a file beside it."""
     import onnx_ir
 
     write_weights(program.graph, decoder.weights, directory / WEIGHTS)
@@ -123,7 +124,7 @@ def save(program: onnx_ir.Model, decoder: ShippedDecoder, directory: Path) -> No
 
 
 def describe(program: onnx_ir.Model, decoder: ShippedDecoder) -> dict[str, Any]:
-    """Manifest entries of a graph."""
+    """Manifest entries for a graph."""
     operators = Counter(node.op_type for node in program.graph)
     lookups = [form for form in decoder.forms.values() if form.startswith("rows")]
     return {
@@ -139,7 +140,7 @@ def genai_config(
     context: int,
     tokenizer: PreTrainedTokenizerBase,
 ) -> dict[str, Any]:
-    """What onnxruntime_genai asks about a graph; its type ``decoder`` is any decoder."""
+    """The ``genai_config.json`` of a graph; its model type ``decoder`` fits any decoder."""
     config = model.config.get_text_config()
     ends = eos_ids(model)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(ends), 0)

@@ -1,4 +1,4 @@
-"""Stand-ins for the tensors that ONNX Runtime's operators read, and nodes of such operators.
+"""Stand-ins for the tensors of ONNX Runtime's operators, and nodes of these operators.
 
 Source: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md.
 """
@@ -23,10 +23,10 @@ OURS = "caliport"
 
 
 def furnish(model: PreTrainedModel, layers: Layers, decoder: ShippedDecoder) -> PreTrainedModel:
-    """Give a skeleton stand-ins of the tensors that ship, in place.
+    """Give a skeleton stand-ins for the tensors that ship, in place.
 
-    Quantized linear layers and embeddings also get ``qdata`` and ``scale`` as their operators
-    read them.
+    Quantized linear layers and embeddings also get ``qdata`` and ``scale`` in the layout of their
+    operators.
     """
     layouts = _layouts(decoder)
     for name, module in model.named_modules():
@@ -65,12 +65,12 @@ def _layouts(decoder: ShippedDecoder) -> dict[str, Layout]:
 
 
 def symbolic(name: str, inputs: tuple[Tensor | None, ...], shape: Any, **attributes: Any) -> Tensor:
-    """A node of one float32 output in the traced graph."""
+    """Add a node with one float32 output to the traced graph."""
     return torch.onnx.ops.symbolic(
         name, inputs, attributes, dtype=torch.float32, shape=shape, version=1
     )
 
 
 def mark(hidden: Tensor, layer: int) -> Tensor:
-    """A node that marks where a layer begins (``caliport.export.decoder.skeleton.marked``)."""
+    """Add a node that marks where a layer begins (``caliport.export.decoder.skeleton.marked``)."""
     return symbolic(f"{OURS}::{MARK}", (hidden,), hidden.shape, layer=layer)

@@ -1,9 +1,8 @@
-"""Repeat the traced layers of a skeleton until the graph is that of the whole decoder.
+"""Repeat the traced layers of a skeleton to get the graph of the whole decoder.
 
-The graph of a skeleton falls into what comes before the first layer, the layers between their
-marks (``caliport.export.onnx.operators.mark``) and what comes after the last. A layer's nodes are
-copied for every layer that it stands for; weights and caches become those of that layer. The marks
-go.
+The graph of a skeleton consists of the part before the first layer, the layers between their marks
+(``caliport.export.onnx.operators.mark``) and the part after the last. A layer's nodes are copied
+for every layer that it represents, with that layer's weights and caches. The marks are removed.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from caliport.export.onnx.trace import LOGITS, MASK, POSITIONS, TOKENS
 if TYPE_CHECKING:
     from caliport.export.decoder.skeleton import Layers
 
-# The names that onnxruntime_genai and optimum look for by themselves.
+# The default names that onnxruntime_genai and optimum look for.
 PAST = ("past_key_values.%d.key", "past_key_values.%d.value")
 PRESENT = ("present.%d.key", "present.%d.value")
 
@@ -27,23 +26,23 @@ _Env = dict[ir.Value, ir.Value]
 
 
 def repeat(skeleton: ir.Model, layers: Layers) -> ir.Model:
-    """The graph of the whole decoder, weights still inputs after the others.
+    """Make the graph of the whole decoder, with weights as the last inputs.
 
-    Inputs are ``input_ids``, ``attention_mask``, ``position_ids`` and the caches ``PAST``; outputs
-    ``logits`` and the caches ``PRESENT``.
+    The other inputs are ``input_ids``, ``attention_mask``, ``position_ids`` and the caches
+    ``PAST``; outputs are ``logits`` and the caches ``PRESENT``.
 
     Args:
-        skeleton: As ``caliport.export.onnx.trace.trace`` gives it.
-        layers: Which of its layers stands for which.
+        skeleton: The result of ``caliport.export.onnx.trace.trace``.
+        layers: Which of its layers represents which layers.
 
     Raises:
-        CannotRepeat: A layer uses what another one but the first has computed.
+        CannotRepeat: A layer uses a value computed in another layer, other than the first.
     """
     return _Repeater(skeleton, layers).run()
 
 
 def layer_name(layers: Layers, name: str, layer: int) -> str:
-    """The name in the whole decoder of what belongs to one or several parts of a layer."""
+    """The name in the whole decoder of one or several (joined) parts of a skeleton's layer."""
     return "+".join(layers.full_name(part, layer) for part in name.split("+"))
 
 
@@ -85,7 +84,7 @@ class _Repeater:
         return ir.Model(graph, ir_version=self.skeleton.ir_version, producer_name=OURS)
 
     def _layers(self, shared: _Env) -> list[ir.Value]:
-        """Copy all; the new outputs."""
+        """Copy every layer; return the new outputs."""
         units = _units(self.old, self.layers)
         marks = {n.attributes["layer"].as_int(): n for n in self.old if _is_mark(n)}
         self.past: list[ir.Value] = []
@@ -100,7 +99,7 @@ class _Repeater:
             self._copy([n for n in self.old if units[n] == kept], env, layer)
             hidden = env[_input(marks[kept + 1])]
             present += [env[v] for v in self.old.outputs[1 + 2 * kept : 3 + 2 * kept]]
-            if layer == 0:  # what the first layer computes for all
+            if layer == 0:  # values that it computes for all layers
                 shared.update({v: new for v, new in env.items() if _unit(v, units) == 0})
         last = len(self.layers.kept)
         tail = {**shared, marks[last].outputs[0]: hidden}
@@ -108,7 +107,7 @@ class _Repeater:
         return [tail[self.old.outputs[0]], *present]
 
     def _as_it_is(self, shared: _Env) -> list[ir.Value]:
-        """All layers were traced: copy them in order; the new outputs."""
+        """Copy the layers in order, if all were traced; return the new outputs."""
         self.past = []
         for index, old in enumerate(self.caches):
             shared[old] = self._like(old, PAST[index % 2] % (index // 2))

@@ -1,7 +1,7 @@
-"""Rotary embeddings that ``GroupQueryAttention`` applies by itself, from tables of the model's own.
+"""Rotary embeddings that ``GroupQueryAttention`` applies, with tables computed by the model.
 
 Source: https://arxiv.org/abs/2104.09864. A family's ``apply_rotary_pos_emb`` and its rotary module
-are kept where they do anything but turn the two halves of the first dimensions of a head.
+stay in the graph if they do anything but rotate the two halves of a head's first dimensions.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from caliport.export.onnx.patches.watched_rotary import watched_rotary
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# The operator turns so many dimensions, or a multiple of that (onnxruntime 1.31).
+# The operator rotates a multiple of this number of dimensions (onnxruntime 1.31).
 _MULTIPLE = 16
 
 
 @dataclass(frozen=True)
 class Turned:
-    """Queries and keys before and after, and the tables, float32 [context, turned / 2]."""
+    """Queries and keys before and after rotation, and tables, float32 [context, turned / 2]."""
 
     query: Tensor
     key: Tensor
@@ -40,7 +40,7 @@ class Rotary(nn.Module):
 
     Args:
         model: The decoder, on any device; its buffers must be real.
-        context: Positions in the tables.
+        context: Number of positions in the tables.
     """
 
     def __init__(self, model: PreTrainedModel, context: int) -> None:
@@ -66,7 +66,7 @@ class Rotary(nn.Module):
 
     @contextmanager
     def watching(self, model: PreTrainedModel) -> Iterator[None]:
-        """While the body runs, remember what is turned by which table."""
+        """While the body runs, record which queries and keys are rotated by which table."""
         self._made.clear()
         self._turned.clear()
         with ExitStack() as stack:
@@ -98,12 +98,12 @@ class Rotary(nn.Module):
         return apply
 
     def before(self, query: Tensor, key: Tensor) -> Turned | None:
-        """What gave these queries and keys, if it was a rotary embedding that is known."""
+        """The rotation that gave these queries and keys; None if it was not recorded."""
         return next((t for t in self._turned if t.turned[0] is query and t.turned[1] is key), None)
 
 
 def _turns_halves(plain: Callable[..., Any], query: Tensor, cos: Tensor) -> bool:
-    """Whether a function turns the first halves of queries and keys, found by trial."""
+    """Whether a function rotates halves as the operator does, found by comparing outputs."""
     if cos.shape[-1] % _MULTIPLE:
         return False
     from torch._subclasses.fake_tensor import unset_fake_temporarily

@@ -1,4 +1,4 @@
-"""ONNX Runtime on CPU, as a runtime of caliport."""
+"""The runtime ``onnx``: ONNX Runtime on CPU."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ class Onnx:
     costs: Costs = OnnxCosts()
 
     def recognizes(self, directory: Path) -> bool:
-        """A ``genai_config.json``, which names the graph."""
+        """Whether the directory has a ``genai_config.json``, which names the graph."""
         return (directory / GENAI_CONFIG).is_file()
 
     def check_name(self, name: str) -> None:
-        """A composition is a file."""
+        """Check a composition's name: it becomes a file name."""
         from caliport.export.onnx.bundle import check_name
 
         check_name(name)
 
     def check(self, request: Request) -> None:
-        """An ``.onnx_adapter`` holds all of a composition; caches are float32."""
+        """Refuse shared adapters and int8 caches, which this runtime does not support."""
         if request.quantization.cache_bits is not None:
             raise InputError(
                 "cache_bits: found 8 with onnx, expected none: ONNX Runtime's GroupQueryAttention "
@@ -63,7 +63,7 @@ class Onnx:
             self.check_name(name)
 
     def check_model(self, request: Request, model: PreTrainedModel) -> None:
-        """Nothing beyond what every runtime needs."""
+        """No checks beyond those for every runtime."""
 
     def lower(
         self,
@@ -81,15 +81,15 @@ class Onnx:
         return bundle.lower_request(decoder, directory, request, context, tokenizer)
 
     def adapter_form(self, precision: str) -> Form | None:
-        """float32."""
+        """None: adapters are float32."""
         return None
 
     def code(self, composition: str | None, chat: bool, context: int) -> str:
-        """onnxruntime-genai, with the adapter of a composition."""
+        """Code for onnxruntime-genai, with a composition's adapter if one is named."""
         return snippet.code(composition, chat, context)
 
     def runner_words(self, bundle: bool) -> str:
-        """onnxruntime-genai runs bundles too."""
+        """onnxruntime-genai runs folds and bundles alike."""
         return "own runner"
 
 

@@ -1,4 +1,4 @@
-"""Python for a model card that runs a graph by onnxruntime-genai, from its directory."""
+"""Python code for a model card that runs a graph with onnxruntime-genai from its directory."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ tokenizer.apply_chat_template(
 
 
 def code(composition: str | None, chat: bool, context: int) -> str:
-    """What runs a graph, with a composition of a bundle if one is named.
+    """Python code that runs a graph, with a composition of a bundle if one is named.
 
     Args:
-        composition: Its name; None for the graph alone.
+        composition: Name of the composition; None for the graph without one.
         chat: Whether the tokenizer has a chat template.
-        context: Most tokens, prompt and answer together.
+        context: Maximum number of tokens, prompt and answer together.
     """
     return _CODE.format(
         prompt=_CHAT if chat else _PLAIN,

@@ -1,4 +1,4 @@
-"""Trace a skeleton of a decoder to a graph of ONNX Runtime's operators."""
+"""Trace a decoder's skeleton to a graph of ONNX Runtime operators."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ _KIND = "pkg.torch.export.graph_signature.InputSpec.kind"
 
 
 def trace(decoder: ShippedDecoder, layers: Layers, context: int) -> onnx_ir.Model:
-    """The graph of the layers ``layers.kept``, with marks between them.
+    """Trace the layers ``layers.kept`` to a graph with marks between them.
 
-    Weights are inputs after the others, by the names of ``Weights``; a quantized layer has
-    ``name.qdata`` and ``name.scale`` instead of ``name.weight``. Each product and lookup is a node
-    with the name of its layer.
+    Weights are the last inputs, named as in ``Weights``; a quantized layer has ``name.qdata`` and
+    ``name.scale`` instead of ``name.weight``. Each product and lookup is a node with the name of
+    its layer.
 
     Args:
-        decoder: What to trace.
-        layers: Which of its layers.
-        context: Most tokens.
+        decoder: The decoder to trace.
+        layers: Which of its layers to trace.
+        context: Maximum number of tokens.
 
     Raises:
-        InputError: torch.onnx cannot translate it, its caches are not used, or a release of a
-            package is installed that this was not tested with.
+        InputError: torch.onnx cannot translate the model, its caches are not used, or an installed
+            release was not tested with the patches.
     """
     check_releases()
     model = furnish(skeleton(decoder.whole.config, layers), layers, decoder)
@@ -70,7 +70,7 @@ def trace(decoder: ShippedDecoder, layers: Layers, context: int) -> onnx_ir.Mode
 
 def _exported(model: PreTrainedModel, layers: Layers, context: int) -> torch.export.ExportedProgram:
     heads, head_size = cache_shape(model.config)
-    # Sizes of 0 and 1 would be taken for constants.
+    # torch.export would treat sizes of 0 and 1 as constants.
     caches = [torch.zeros(1, heads, 3, head_size) for _ in range(2 * len(layers.kept))]
     inputs: dict[str, Any] = {
         TOKENS: torch.zeros(1, 2, dtype=torch.long),
@@ -111,7 +111,7 @@ def _check_signature(graph: onnx_ir.Graph, layers: int) -> None:
 
 
 def _strip(program: onnx_ir.Model) -> None:
-    """Drop what tracing notes beside the graph: stack traces, which name this machine's files."""
+    """Drop metadata that tracing adds, such as stack traces, which contain local file names."""
     graph = program.graph
     program.metadata_props.clear()
     graph.metadata_props.clear()
@@ -123,7 +123,7 @@ def _strip(program: onnx_ir.Model) -> None:
 
 
 def _free_weights(graph: onnx_ir.Graph) -> None:
-    """Make stand-ins inputs, so that nothing takes their zeros for contents."""
+    """Turn stand-ins into inputs, so that no pass uses their zeros as values."""
     for name, value in list(graph.initializers.items()):
         kind = value.metadata_props.get(_KIND)
         value.metadata_props.clear()

@@ -1,4 +1,4 @@
-"""Write the weights of a graph beside it, one after the other, from the files they lie in."""
+"""Write a graph's weights to a file beside it, one at a time, from the files that store them."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from caliport.export.onnx.layouts import unsigned
 if TYPE_CHECKING:
     from caliport.export.decoder.stored import Stored, Weights
 
-# Where a file may be mapped on any system (onnx's external data, "offset").
+# Alignment at which any system can map a file (ONNX external data, "offset").
 _ALIGNMENT = 4096
-# Constants that are larger also go beside the graph.
+# Constants larger than this are also written beside the graph.
 _LARGE = 4096
 _SLICE = 1 << 24
 
@@ -32,15 +32,16 @@ class _Place:
 
 
 def write_weights(graph: ir.Graph, weights: Weights, path: Path) -> None:
-    """Make every weight of a graph an initializer whose content lies in a file.
+    """Turn every weight of a graph into an initializer whose content is stored in a file.
 
-    Weights are the inputs whose names ``Weights`` knows: ``name`` itself, and for quantized layers
-    ``name.qdata`` and ``name.scale``, where ``name`` may be several joined by ``+``, one after the
-    other. Equal contents are written once. No more than a slice of a tensor is in memory.
+    Weights are the inputs with names in ``Weights``: ``name`` itself, and for quantized layers
+    ``name.qdata`` and ``name.scale``, where ``name`` may be several names joined by ``+``, whose
+    weights are concatenated. Equal contents are written once. At most a slice of a tensor is in
+    memory.
 
     Args:
         graph: Changed in place; its other inputs stay inputs.
-        weights: Of the whole decoder.
+        weights: The weights of the whole decoder.
         path: The file to write, beside the graph.
 
     Raises:
@@ -70,7 +71,7 @@ def write_weights(graph: ir.Graph, weights: Weights, path: Path) -> None:
 
 
 def _sources(value: ir.Value, weights: Weights) -> list[Stored] | None:
-    """The stored tensors that, one after the other, are an input's content."""
+    """The stored tensors whose concatenation is an input's content."""
     name = str(value.name)
     if name in weights:
         return [weights[name]]
@@ -113,7 +114,7 @@ def _dump(stream: BinaryIO, content: ir.TensorProtocol) -> None:
 
 
 def _write(stream: BinaryIO, parts: list[Stored], dtype: ir.DataType | None, width: int) -> None:
-    """Write stored tensors in the operators' form, ``width`` values a row."""
+    """Write stored tensors in the operators' layout, ``width`` values per row."""
     for part in parts:
         rows = part.tensor().view(part.shape[0] if part.shape else 1, -1)
         step = max(1, _SLICE // width)

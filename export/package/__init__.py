@@ -1,1 +1,1 @@
-"""What travels with a program: model card, tokenizer, generation settings; upload to a hub."""
+"""Files that accompany a program: model card, tokenizer, generation settings; hub upload."""

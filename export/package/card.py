@@ -1,4 +1,4 @@
-"""The model card of an artifact: ``README.md``, from facts that its manifest holds.
+"""The model card of an artifact: ``README.md``, written from its manifest entries.
 
 The card has no dates, times or paths, so that the same inputs give the same bytes.
 """
@@ -26,9 +26,9 @@ _TEMPLATE = "card.md.j2"
 def describe(
     base: str | Path, config: PreTrainedConfig, adapter: str | Path | None
 ) -> dict[str, Any]:
-    """Manifest entries ``base`` and ``adapter``: what was exported, in words a card can use.
+    """Manifest entries ``base`` and ``adapter``, which describe what was exported.
 
-    A base is named only by its hub name, since a directory's name is this machine's affair.
+    A base is named only if it was given by hub name: a local path means nothing elsewhere.
     """
     text = config.get_text_config()
     heads, head_size = cache_shape(config)
@@ -47,7 +47,7 @@ def describe(
 
 
 def describe_adapter(directory: Path) -> dict[str, Any]:
-    """Ranks and modules from ``adapter_config.json``; method and parts from its own manifest."""
+    """Ranks and target modules from ``adapter_config.json``; method and parts from its manifest."""
     config = json.loads((directory / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     modules = config.get("target_modules") or []
     ranks = {config.get("r"), *(config.get("rank_pattern") or {}).values()} - {None}
@@ -70,9 +70,9 @@ def write_card(directory: Path, facts: Mapping[str, Any]) -> None:
     """Write ``README.md``, a Hugging Face model card, beside an artifact's other files.
 
     Args:
-        directory: The artifact, complete but for its card and its manifest.
-        facts: The manifest's entries: runtime, precision, context, scheme, lowering, what
-            ``describe`` gives, and ``bundle`` where it is one.
+        directory: The artifact, complete except for its card and manifest.
+        facts: The manifest entries: runtime, precision, context, scheme, lowering, those of
+            ``describe``, and ``bundle`` if it is one.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -143,7 +143,7 @@ def _adapter_words(adapter: Mapping[str, Any] | None) -> str:
 
 
 def _scheme_words(scheme: Mapping[str, Any]) -> str:
-    """Such as ``4 bits per group of 32, hqq_scale_only, symmetric, scale bfloat16``."""
+    """Format a scheme: ``4 bits per group of 32, hqq_scale_only, symmetric, scale bfloat16``."""
     words = f"{scheme['bits']} bits"
     if "granularity" in scheme:
         words += f" per {scheme['granularity']}"

@@ -1,4 +1,4 @@
-"""The generation settings that travel with an artifact."""
+"""Write the generation settings of an artifact."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ def save_generation_config(
     eos_ids: list[int],
     bos_id: int | None,
 ) -> None:
-    """Write the base's ``generation_config.json`` with the ids that the artifact itself uses.
+    """Write the base's ``generation_config.json`` with the token ids that the artifact uses.
 
-    Sampling settings are the base's own, also where transformers would warn of them. The stock
-    runners do not read the file; it is for whoever loads the tokenizer with transformers.
+    Sampling settings stay as in the base, even those that transformers would warn about. The stock
+    runners do not read the file; it is for code that loads the tokenizer with transformers.
 
     Args:
-        base: A Hugging Face directory or hub name; one without a generation config gives the
-            settings that its ``config.json`` implies.
+        base: A Hugging Face directory or hub name; without a generation config, the settings that
+            its ``config.json`` implies are used.
         config: The base's configuration.
-        directory: Of the artifact.
-        eos_ids: Token ids that end a generation.
-        bos_id: The token id that begins a text, if there is one.
+        directory: The artifact's directory.
+        eos_ids: Token ids that end generation.
+        bos_id: Id of the begin-of-text token, if there is one.
     """
     from transformers import GenerationConfig
 
@@ -37,7 +37,7 @@ def save_generation_config(
         settings = GenerationConfig.from_pretrained(base)
     except OSError:
         settings = GenerationConfig.from_model_config(config)
-    settings._from_model_config = False  # what follows is said outright
+    settings._from_model_config = False  # the ids below are set explicitly
     settings.eos_token_id = eos_ids or None
     settings.bos_token_id = bos_id
     settings.to_json_file(directory / GENERATION_CONFIG)

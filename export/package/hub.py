@@ -9,10 +9,10 @@ from caliport.core.errors import InputError, one_line
 
 
 def check_repo_id(repo_id: str) -> None:
-    """Check the form of a repository's name, which needs no network.
+    """Check the form of a repository's name; needs no network.
 
     Raises:
-        InputError: Not ``NAME`` or ``OWNER/NAME`` as the Hub takes them.
+        InputError: Not a ``NAME`` or ``OWNER/NAME`` that the Hub accepts.
     """
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
@@ -24,21 +24,21 @@ def check_repo_id(repo_id: str) -> None:
 
 
 def push(directory: Path, repo_id: str, *, private: bool = False) -> str:
-    """Upload an artifact, into a repository that is made if there is none.
+    """Upload an artifact to a repository, which is created if it does not exist.
 
-    Files of the repository that the artifact does not have stay there. The endpoint and the token
-    are those of huggingface_hub: ``HF_ENDPOINT``, ``HF_TOKEN`` or a stored log-in.
+    Other files in the repository are kept. The endpoint and the token are those of
+    huggingface_hub: ``HF_ENDPOINT``, ``HF_TOKEN`` or a stored login.
 
     Args:
         directory: A finished artifact; its hashes are checked first.
         repo_id: ``OWNER/NAME``.
-        private: Whether a repository that is made now is private.
+        private: Whether a newly created repository is private.
 
     Returns:
-        The address of the last commit.
+        The URL of the commit.
 
     Raises:
-        InputError: Refused, or not reachable. The artifact stays as it is.
+        InputError: The Hub refuses the upload or cannot be reached. The artifact is unchanged.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.utils import disable_progress_bars
@@ -55,7 +55,7 @@ def push(directory: Path, repo_id: str, *, private: bool = False) -> str:
             commit_message=f"caliport export: {directory.name}",
             ignore_patterns=[".*", "*/.*"],
         )
-    except Exception as error:  # httpx's, huggingface_hub's, and ValueError for odd answers
+    except Exception as error:  # httpx, huggingface_hub, or ValueError for malformed responses
         raise InputError(
             f"--push-to-hub {repo_id}: {_line(error)}; the artifact stays in {directory}"
         ) from error

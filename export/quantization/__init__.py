@@ -1,1 +1,1 @@
-"""What is quantized, into which integers, and which layers lose most by it."""
+"""Quantization: schemes, integers and scales, and each layer's sensitivity."""

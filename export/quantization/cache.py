@@ -1,8 +1,9 @@
-"""Keys and values as an int8 cache holds them, and the eager model that rounds them alike.
+"""Rounding of keys and values in an int8 cache.
 
-A token's vector of one head has 8 bits, asymmetric, with a scale and a zero point of its own:
-x ≈ (q - zero) · scale. ``llama.custom_quantized_sdpa`` multiplies queries rounded the same way with
-the keys in integers, and weighs the values as q and scale; the cache is never dequantized whole.
+Each token's vector of one head is stored in 8 bits, asymmetric, with its own scale and zero point:
+x ≈ (q - zero) · scale. ``llama.custom_quantized_sdpa`` rounds queries the same way, multiplies them
+with the keys in integers, and weights the values as q and scale; the cache is never dequantized
+whole.
 """
 
 from __future__ import annotations

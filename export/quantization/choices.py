@@ -1,4 +1,4 @@
-"""What can be chosen of a quantization, and the sizes that all parts share."""
+"""The choices of a quantization, and the group sizes that all code shares."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Quantization:
     Attributes:
         precision: One of ``PRECISIONS``.
         int8_layers: Linear layers that ``int4`` keeps at 8 bits.
-        embedding_bits: 4 or 8; None: as many as a tied head has, else 8.
+        embedding_bits: 4 or 8; None for the bits of a tied head, or 8 if the head is not tied.
         cache_bits: 8 for keys and values in int8, None for float32.
     """
 
@@ -33,7 +33,7 @@ class Quantization:
             raise InputError(f"cache_bits: found {self.cache_bits}, expected 8 or none")
 
     def choices(self) -> dict[str, Any]:
-        """What is chosen beside the precision, for a manifest."""
+        """The choices besides precision, for a manifest."""
         return {
             "int8_layers": list(self.int8_layers),
             "embedding_bits": self.embedding_bits,
@@ -42,7 +42,7 @@ class Quantization:
 
     @classmethod
     def of(cls, manifest: Mapping[str, Any]) -> Quantization:
-        """What an artifact's manifest says of it."""
+        """Read the choices from an artifact's manifest."""
         choices = manifest.get("quantization", {})
         return cls(
             manifest["precision"],
@@ -56,10 +56,10 @@ _BLOCKS = (256, 128, 64, 32)
 
 
 def row_scale_block(columns: int) -> int:
-    """The block of a product whose weight has one scale per output channel.
+    """Block size of a product whose weight has one scale per output channel.
 
-    The scale is repeated over the blocks, so the block is the one that stores the fewest bytes,
-    padding and repeated scales counted, the largest among equals.
+    The scale is repeated for every block. The block is the one that takes the fewest bytes with
+    padding and repeated scales; among equals, the largest.
     """
     return min(_BLOCKS, key=lambda block: -(-columns // block) * (block + 4))
 

@@ -1,4 +1,4 @@
-"""The integers and scales of a weight, slice by slice, by the quantizer of its form."""
+"""Quantize a weight slice by slice with the quantizer of its form."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ _SLICE = 1 << 19
 def integers(
     rows: Callable[[int, int], Tensor], count: int, width: int, form: Form
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Quantize a weight slice by slice, so that no more than a few slices are ever in memory.
+    """Quantize a weight slice by slice, so that only a few slices are ever in memory.
 
     Args:
-        rows: The float weight from one row up to another, [stop - start, width].
-        count: Rows in all.
-        width: Their length.
-        form: ``int8``: one scale a row. ``int4``: one scale for 32 values, rounded to bfloat16.
+        rows: Returns the float weight's rows from ``start`` to ``stop``, [stop - start, width].
+        count: Number of rows.
+        width: Length of a row.
+        form: ``int8``: one scale per row. ``int4``: one scale per 32 values, rounded to bfloat16.
             Embeddings (``rows …``) have the same integers.
 
     Yields:
-        Data, int8 [n, width] or two 4-bit values a byte as ``unpacked`` takes them, uint8
+        Data, int8 [n, width] or two 4-bit values per byte (read by ``unpacked``), uint8
         [n, width / 2], and scale, float32 [n, 1] or bfloat16 [n, width / 32].
     """
     step = max(1, _SLICE // width)
@@ -40,7 +40,7 @@ def integers(
 
     threads = torch.get_num_threads()
     starts = range(0, count, step)
-    # Slices are small: the threads take one each, and none is cut up any further.
+    # Slices are small: each thread takes one, and no slice is split further.
     with ThreadPoolExecutor(threads, initializer=use_one_thread) as pool:
         waiting: deque[Future[tuple[Tensor, Tensor]]] = deque()
         for start in starts:

@@ -1,8 +1,8 @@
-"""How much each linear layer loses at 4 bits, and which ones to keep at 8.
+"""Measure how much each linear layer loses at 4 bits, and choose which to keep at 8.
 
-One layer at a time takes the values that int4 ships while all others stay float, and the model's
-next-token distributions are compared with its own. Layers are then kept at 8 bits by what they
-lose for the bytes that keeping them costs.
+One layer at a time gets the values that int4 ships while all others stay float, and the next-token
+distributions are compared with the float model's. Layers are then kept at 8 bits in order of loss
+per byte that keeping them costs.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ class Sensitivity:
     """What one layer loses at 4 bits.
 
     Attributes:
-        name: The layer.
-        values: Weights in it.
-        divergence: Mean Kullback-Leibler divergence in nats a token, from the float model to the
-            one with this layer at 4 bits.
+        name: Name of the layer.
+        values: Number of its weights.
+        divergence: Mean Kullback-Leibler divergence in nats per token, from the float model to the
+            model with this layer at 4 bits.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Sensitivity:
 
     @property
     def extra_bytes(self) -> int:
-        """Bytes that 8 bits take over 4, without the scales."""
+        """Extra bytes of 8 bits over 4, without scales."""
         return self.values // 2
 
 
@@ -50,7 +50,7 @@ def sensitivities(
     """Measure every linear layer that int4 would ship in 4 bits.
 
     Args:
-        model: A float32 decoder; left as it was.
+        model: A float32 decoder; restored afterwards.
         prompts: Token ids, such as prompts with their answers.
         on_layer: Called with each layer's name before it is measured.
 
@@ -95,14 +95,14 @@ def _log_probabilities(model: PreTrainedModel, prompt: Sequence[int]) -> Tensor:
 
 
 def keep_at_int8(layers: Sequence[Sensitivity], share: float) -> list[str]:
-    """The layers to keep at 8 bits: those that lose most for each byte, while the bytes allow.
+    """Choose the layers to keep at 8 bits: those that lose most per byte, within a budget.
 
     Args:
         layers: All layers.
-        share: Bytes to spend, as a share of what all layers take at 4 bits.
+        share: Extra bytes allowed, as a share of the bytes of all layers at 4 bits.
 
     Raises:
-        InputError: A share below 0.
+        InputError: ``share`` is below 0.
     """
     if share < 0:
         raise InputError(f"share: found {share}, expected 0 or more")

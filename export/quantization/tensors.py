@@ -1,7 +1,7 @@
 """Quantize a decoder's weights; the same integers ship to every runtime.
 
 Every quantized weight is symmetric: w ≈ q · scale, with no zero point. Linear layers also quantize
-their inputs while they run: 8 bits, asymmetric, one scale and zero point per token.
+their inputs at run time: 8 bits, asymmetric, one scale and zero point per token.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _EMBEDDING = {
     "symmetric": True,
     "scale": "float32",
 }
-# The algorithms are those of the quantizers.
+# Algorithms that are None here are filled in from the quantizers.
 _SCHEMES: dict[str, dict[str, Any]] = {
     "fp32": {"linear": {"bits": 32}, "activations": {"bits": 32}, "embedding": {"bits": 32}},
     "int8": {
@@ -63,9 +63,9 @@ _SCHEMES: dict[str, dict[str, Any]] = {
 
 
 def scheme(precision: str) -> dict[str, Any]:
-    """What ``precision`` means, for a manifest: bits, granularity, algorithm of each part.
+    """The scheme of ``precision``, for a manifest: bits, granularity, algorithm of each part.
 
-    ``scale`` is the type whose values the scales take (they are held as float32 here).
+    ``scale`` is the type that the scales are rounded to (in memory they are float32).
 
     Raises:
         InputError: Not one of ``PRECISIONS``.
@@ -86,15 +86,15 @@ def plan(
     - ``fp32``: nothing is quantized.
     - ``int8``: linear weights in 8 bits, one scale per output channel.
     - ``int4``: linear weights in 4 bits, one scale per group of 32 inputs. A layer whose inputs do
-      not divide into groups, or that ``int8`` names, has 8 bits as above.
+      not divide into groups, or that is listed in ``int8``, has 8 bits as above.
     - Embeddings have 8 bits, one scale per row, or 4 bits in groups of 32. An embedding that is
-      tied to the head is the head's own integers, so that both are stored once.
+      tied to the head uses the head's integers, so that both are stored once.
 
     Args:
-        model: The decoder, on any device, ``meta`` too.
+        model: The decoder, on any device including ``meta``.
         precision: One of ``PRECISIONS``.
         int8: Linear layers to keep at 8 bits.
-        embedding_bits: 4 or 8 with ``int4``. None: as many as a tied head has, else 8.
+        embedding_bits: 4 or 8 with ``int4``. None for the bits of a tied head, or 8 if not tied.
 
     Raises:
         InputError: Unknown precision or layer, other bits, a weight matrix outside linear layers
@@ -144,7 +144,7 @@ def quantize(
 
     The weights become torchao tensors, which eager PyTorch runs in float arithmetic on the
     quantized values and ``torch.export`` lowers. Read them with ``quantized_weight``. For ``fp32``
-    nothing is done; else a tied head is untied, since it quantizes its inputs.
+    nothing is done; otherwise a tied head is untied, since it quantizes its inputs.
 
     Args:
         model: A float32 decoder.
@@ -155,7 +155,7 @@ def quantize(
         ``model``.
 
     Raises:
-        InputError: See ``plan``. Nothing is changed then.
+        InputError: See ``plan``. The model is then unchanged.
     """
     forms = plan(model, precision) if forms is None else forms
     if precision == "fp32":
@@ -167,7 +167,7 @@ def quantize(
             assert isinstance(module.weight, Tensor)
             _replace(module, quantized(module.weight.detach(), form))
             if isinstance(module, nn.Embedding):
-                module.padding_idx = None  # only gradients know of it
+                module.padding_idx = None  # only used for gradients
     return model
 
 
@@ -178,7 +178,7 @@ def quantized_weight(module: nn.Linear | nn.Embedding) -> tuple[Tensor, Tensor]:
         module: A linear layer or an embedding that ``quantize`` has changed.
 
     Returns:
-        q int8 [out, in] (an embedding: [rows, dim]; 4-bit values lie in [-8, 7]) and scale
+        q int8 [out, in] (an embedding: [rows, dim]; 4-bit values are in [-8, 7]) and scale
         float32 [out, groups], where group g covers the in / groups inputs from g · in / groups.
 
     Raises:
@@ -201,10 +201,10 @@ def is_quantized(module: nn.Module) -> bool:
 
 
 def dequantize(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy with plain float32 weights that hold exactly q · scale, and no other quantization.
+    """A copy with plain float32 weights of exactly q · scale, and no other quantization.
 
-    Activations are not quantized, so its distance to the quantized model is the activations'
-    share of the error, and its distance to the float32 model the weights' share.
+    Activations are not quantized. So its distance to the quantized model is the error from
+    activations, and its distance to the float32 model is the error from weights.
     """
     plain = copy.deepcopy(model)
     for module in plain.modules():
@@ -220,7 +220,7 @@ def _values(data: Tensor, scale: Tensor) -> Tensor:
 def rounded(weight: Tensor, precision: str) -> Tensor:
     """The float32 values q · scale that ship for one linear weight [out, in].
 
-    Exactly what ``quantize`` and ``dequantize`` give for it; for training through them.
+    Exactly the values that ``quantize`` and ``dequantize`` give; for quantization-aware training.
     """
     if precision == "fp32":
         return weight
@@ -229,12 +229,12 @@ def rounded(weight: Tensor, precision: str) -> Tensor:
 
 
 def as_shipped(model: PreTrainedModel, precision: str, keep: Iterable[str] = ()) -> PreTrainedModel:
-    """A plain float32 copy of a model that holds the values that ship in ``precision``.
+    """A plain float32 copy of a model with the values that ship in ``precision``.
 
     Args:
-        model: A float32 decoder; stays as it is.
+        model: A float32 decoder; not changed.
         precision: One of ``PRECISIONS``.
-        keep: Linear layers whose own weights are kept, since they are rounded later together
+        keep: Linear layers that keep their float weights, since they are rounded later together
             with an update (``rounded``).
     """
     plain = dequantize(quantize(copy.deepcopy(model), precision))
@@ -257,7 +257,7 @@ def _check_matrices(model: nn.Module) -> None:
 
 
 def _untie(model: PreTrainedModel) -> None:
-    """Give a tied head a weight of its own: head and embedding are quantized differently."""
+    """Give a tied head its own weight: head and embedding are quantized differently."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if head is not None and head.weight is embedding.weight:
         head.weight = nn.Parameter(embedding.weight.detach().clone(), requires_grad=False)
@@ -269,7 +269,7 @@ def _replace(module: nn.Module, weight: Tensor) -> None:
 
 
 def quantized(weight: Tensor, form: Form) -> Tensor:
-    """A float weight [out, in] as the torchao tensor of the integers and scales of ``integers``."""
+    """Quantize a float weight [out, in] with ``integers``, as a torchao tensor."""
     rows, width = weight.shape
     parts = list(integers(lambda start, stop: weight[start:stop], rows, width, form))
     data = torch.cat([unpacked(data) if form.endswith("int4") else data for data, _ in parts])
@@ -278,12 +278,12 @@ def quantized(weight: Tensor, form: Form) -> Tensor:
 
 
 def torchao_tensor(data: Tensor, scale: Tensor, form: Form) -> Tensor:
-    """Integers and scales as the torchao tensor that eager PyTorch runs and exporters know.
+    """Integers and scales as a torchao tensor, which eager PyTorch runs and exporters support.
 
     Args:
         data: int8 [out, in].
         scale: float32 [out, groups].
-        form: Of the layer.
+        form: The layer's form.
     """
     return _tensor_type()(
         qdata=data,
@@ -297,9 +297,9 @@ def torchao_tensor(data: Tensor, scale: Tensor, form: Form) -> Tensor:
 
 
 def unpacked(data: Tensor) -> Tensor:
-    """4-bit values as int8 [n, width], from two in a byte.
+    """Unpack 4-bit values to int8 [n, width] from uint8 [n, width / 2], two in a byte.
 
-    Both runtimes read them so: the first in the low half, each offset by 8; uint8 [n, width / 2].
+    Both runtimes use this packing: the first value in the low half, each offset by 8.
     """
     return torch.stack([data & 15, data >> 4], dim=-1).flatten(1).to(torch.int8) - 8
 

@@ -1,1 +1,1 @@
-"""Eager models that compute what an artifact should: folded, or beside a base."""
+"""Eager reference models for artifacts: folded, or with low-rank terms beside a base."""

@@ -1,4 +1,4 @@
-"""Eager references that quantize activations in blocks, as ONNX Runtime's kernels do."""
+"""Eager reference models that quantize activations in blocks, as ONNX Runtime's kernels do."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ _LARGEST = 127
 
 
 def in_blocks(model: PreTrainedModel, precision: str) -> PreTrainedModel:
-    """The eager model whose logits the ONNX artifact should give.
+    """The eager model whose logits the ONNX artifact should reproduce.
 
     ONNX Runtime's ``MatMulNBits`` with ``accuracy_level`` 4 quantizes its input by block of the
-    inner dimension, torchao's tensors by token, so a quantized model as ``quantize`` leaves it is
-    not what the artifact computes. This one holds the same integers and quantizes its inputs as
-    the x86 kernels of ONNX Runtime 1.31 do (AVX2 and later). On Arm, builds with KleidiAI quantize
-    4-bit products' inputs by token, as torchao's tensors do; there this reference is only near.
+    inner dimension, torchao's tensors by token, so the result of ``quantize`` is not what the
+    artifact computes. This model has the same integers and quantizes its inputs as the x86 kernels
+    of ONNX Runtime 1.31 do (AVX2 and later). On Arm, builds with KleidiAI quantize the inputs of
+    4-bit products by token, as torchao's tensors do; there this reference is only approximate.
 
     Args:
-        model: As loaded (``fp32``) or as ``caliport.export.quantization.tensors.quantize`` left it.
+        model: As loaded (``fp32``) or changed by ``caliport.export.quantization.tensors.quantize``.
         precision: One of ``caliport.export.quantization.tensors.PRECISIONS``.
 
     Returns:
@@ -45,14 +45,14 @@ def in_blocks(model: PreTrainedModel, precision: str) -> PreTrainedModel:
 
 
 def quantize_inputs(module: nn.Module, block: int) -> None:
-    """Make a layer round its input as ``quantize_blocks`` does, from now on."""
+    """Make a layer round its input with ``quantize_blocks`` in every later call."""
     module.register_forward_pre_hook(lambda _, args: (quantize_blocks(args[0], block), *args[1:]))
 
 
 def quantize_blocks(values: Tensor, block: int) -> Tensor:
     """Round to signed 8 bits, one scale absmax / 127 per block of the last dimension.
 
-    Ties go to the even integer. A last block that is not full is scaled by the values it has.
+    Ties round to the even integer. A partial last block is scaled by the values it has.
 
     Args:
         values: float32 [..., n].

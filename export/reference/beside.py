@@ -1,4 +1,4 @@
-"""The eager model that a composition of a bundle should equal: terms beside a frozen base."""
+"""The eager reference model of a bundle's composition: low-rank terms beside a frozen base."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ def reference(
     shared: Mapping[str, Path] | None = None,
     rounding: Rounding | None = None,
 ) -> PreTrainedModel:
-    """The eager model whose logits a bundle's composition should give: terms beside the base.
+    """The eager model whose logits a bundle's composition should reproduce.
 
-    The base alone is quantized, its activations rounded as the runtime rounds them; the terms are
-    added to the outputs of its layers, not to their weights.
+    Only the base is quantized, its activations rounded as the runtime rounds them; the low-rank
+    terms are added to the outputs of its layers, not to their weights.
 
     Args:
         base: A Hugging Face directory or hub name.
         adapter: The composition's PEFT LoRA directory; None for the bundle's base.
         how: How the base is quantized.
-        runtime: Its name.
-        shared: The PEFT LoRA directories that the bundle shares.
-        rounding: Of the base's activations, in place of the runtime's own.
+        runtime: Name of the runtime.
+        shared: The bundle's shared adapters, PEFT LoRA directories by name.
+        rounding: How the base's activations are rounded; default as the runtime does.
 
     Raises:
-        InputError: A base or adapter that cannot be read, or do not fit.
+        InputError: A base or adapter that cannot be read, or an adapter that does not fit the base.
     """
     model = folded.reference(base, None, how, runtime, rounding)
     if adapter is None:
@@ -59,14 +59,15 @@ def beside(
     adapters: Mapping[str, LowRankUpdate],
     form: Form | None = None,
 ) -> PreTrainedModel:
-    """Let an eager model's layers compute W0·x and a composition's terms, in place.
+    """Make an eager model's layers compute W0·x plus a composition's terms, in place.
 
     Args:
-        model: In any precision; its weights stay as they are.
+        model: A model in any precision; its weights are not changed.
         composed: The terms.
         adapters: The shared adapters by name.
-        form: How those are rounded, their inputs likewise; the composition's own matrices are then
-            float16, as in a ``.pte`` (``caliport.export.executorch.bundle``). None for float32.
+        form: How the shared adapters and their inputs are rounded; the composition's own matrices
+            are then float16, as in a ``.pte`` (``caliport.export.executorch.bundle``). None for
+            float32.
 
     Returns:
         ``model``.
@@ -99,7 +100,7 @@ def _linear(matrix: Tensor, form: Form | None) -> nn.Linear:
 
 
 class _Beside(nn.Module):
-    """A layer of a base with low-rank terms beside it; all read its input as it is."""
+    """A layer of a base with low-rank terms beside it; all read the same input."""
 
     def __init__(
         self, layer: nn.Module, a: Sequence[nn.Linear], b: Sequence[nn.Linear], factor: float

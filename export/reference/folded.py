@@ -1,4 +1,4 @@
-"""The eager models that a folded artifact is lowered from and held to."""
+"""Eager models of a folded artifact: the one it is lowered from, and its reference."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ def eager(base: str | Path, adapter: Path | None, how: Quantization | str) -> Pr
         how: How it is quantized; a precision stands for its defaults.
 
     Raises:
-        InputError: Unknown precision, or a base or adapter that cannot be read or do not fit.
+        InputError: Unknown precision, a base or adapter that cannot be read, or an adapter that
+            does not fit the base.
     """
     from caliport.calibrate.peft_files import read_peft
     from caliport.core.checkpoints import load_base
@@ -45,20 +46,20 @@ def reference(
     runtime: str,
     rounding: Rounding | None = None,
 ) -> PreTrainedModel:
-    """The eager model whose logits an artifact should give, rounding of activations included.
+    """The eager model whose logits an artifact should reproduce, including activation rounding.
 
-    All runtimes hold the same integers but round the inputs of quantized products differently
+    All runtimes have the same integers but round the inputs of quantized products differently
     (``Runtime.rounding``). An int8 cache rounds keys, values and queries.
 
     Args:
         base: A Hugging Face directory or hub name.
         adapter: A PEFT LoRA directory or None.
         how: How it is quantized; a precision stands for its defaults.
-        runtime: Its name.
-        rounding: In place of the runtime's own.
+        runtime: Name of the runtime.
+        rounding: How activations are rounded; default as the runtime does.
 
     Raises:
-        InputError: As ``eager``.
+        InputError: For the same reasons as ``eager``.
     """
     how = Quantization(how) if isinstance(how, str) else how
     model = eager(base, adapter, how)
@@ -67,7 +68,7 @@ def reference(
 
         round_cache(model)
     if how.precision == "fp32" or (rounding or get(runtime).rounding) == "token":
-        return model  # as torchao's tensors round
+        return model  # torchao's tensors already round by token
     from caliport.export.reference.activations import in_blocks
 
     return in_blocks(model, how.precision)

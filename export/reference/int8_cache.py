@@ -1,4 +1,4 @@
-"""An eager model that rounds keys, values and queries as an int8 cache does."""
+"""Make an eager model round keys, values and queries as an int8 cache does."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _REFERENCE = "caliport_int8_cache"
 
 
 def round_cache(model: PreTrainedModel) -> PreTrainedModel:
-    """Let an eager model attend to keys and values, with queries, as an int8 cache rounds them.
+    """Make an eager model round keys, values and queries as an int8 cache does.
 
     Args:
         model: Changed in place.

@@ -1,10 +1,10 @@
-"""Let a Hugging Face decoder attend, and make its masks, through functions of ours.
+"""Replace the attention and mask functions of a Hugging Face decoder.
 
 Upstream: transformers 5.23, ``AttentionInterface`` and ``AttentionMaskInterface``. Functions are
 registered by name for the whole process and chosen by a field of the config. A name can only be
-removed from the mapping behind it, which is private.
+removed through a private mapping.
 
-Without the patch a program would lack its cache. With another release exporting is refused.
+Without the patch a program would have no cache. With another release, export fails with an error.
 """
 
 from __future__ import annotations
@@ -29,13 +29,14 @@ def own_attention(
     """While the body runs, a model attends through ``attention``.
 
     Args:
-        model: Left as it was.
-        attention: Has the form of the functions in ``transformers.AttentionInterface``.
-        mask: Has the form of those in ``transformers.AttentionMaskInterface``. Called once for each
-            pass and kind of layer; what it returns is the attention's ``attention_mask``.
+        model: Restored afterwards.
+        attention: A function with the signature of those in ``transformers.AttentionInterface``.
+        mask: A function with the signature of those in ``transformers.AttentionMaskInterface``.
+            Called once per pass and kind of layer; its result is passed to ``attention`` as
+            ``attention_mask``.
 
     Raises:
-        InputError: A release that this was not tested with is installed.
+        InputError: The installed release was not tested with this patch.
     """
     check_tested(RELEASES)
     from transformers import AttentionInterface, AttentionMaskInterface

@@ -1,10 +1,12 @@
-"""Hold rotary embeddings at the frequencies of short texts.
+"""Fix rotary embeddings at their frequencies for short texts.
 
 Upstream: transformers 5.23, ``modeling_rope_utils.dynamic_rope_update``. Rotary embeddings of the
-kinds ``longrope`` and ``dynamic`` look at the positions in every pass to choose their frequencies,
-which cannot be traced. ``caliport.export.decoder.checks`` keeps the context within a short text's.
+kinds ``longrope`` and ``dynamic`` choose their frequencies from the positions in every pass, which
+cannot be traced. ``caliport.export.decoder.checks`` limits the context to the length of a short
+text.
 
-Without the patch these models cannot be traced. With another release they are refused.
+Without the patch these models cannot be traced. With another release, their export fails with an
+error.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ SHORT_TEXTS = {
     "longrope": "original_max_position_embeddings",
     "dynamic": "max_position_embeddings",
 }
-"""The kinds that depend on the length of a text, with the field for the length of a short one."""
+"""Kinds whose frequencies depend on text length, with the field for a short text's length."""
 
 
 @contextmanager
@@ -32,7 +34,7 @@ def short_rotary(model: PreTrainedModel) -> Iterator[None]:
     """While the body runs, a model's rotary embeddings do not depend on the length of a text.
 
     Raises:
-        InputError: They did, and a release that this was not tested with is installed.
+        InputError: They depend on it, and the installed release was not tested with this patch.
     """
     with ExitStack() as stack:
         for module in model.modules():

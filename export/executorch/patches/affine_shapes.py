@@ -1,10 +1,10 @@
-"""Give the shapes of torchao's quantization operators without computing on fake tensors.
+"""Compute result shapes of torchao's quantization operators without running them on fake tensors.
 
 Upstream: torchao 0.18, ``torch.ops.torchao.choose_qparams_affine``, ``quantize_affine`` and
-``dequantize_affine``. Each is a composite of a dozen operators. Whenever one is interpreted under
-fake tensors all of those run, with symbolic sizes.
+``dequantize_affine``. Each is a composite of a dozen operators, and all of them run, with symbolic
+sizes, whenever one is interpreted under fake tensors.
 
-With another release the patch is left out: lowering takes longer and gives the same bytes.
+With another release the patch is skipped: lowering takes longer and gives the same bytes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
 
 @contextmanager
 def affine_shapes() -> Iterator[None]:
-    """While the body runs, the three operators give fake results by shape alone."""
+    """While the body runs, the three operators compute fake results from shapes only."""
     with ExitStack() as stack:
         if is_tested(RELEASES):
             for name, fake in _FAKES.items():
@@ -35,7 +35,7 @@ def affine_shapes() -> Iterator[None]:
 
 @contextmanager
 def _fake(name: str, fake: Callable[[dict[str, Any]], Any]) -> Iterator[None]:
-    """Answer ``torchao::name`` on fake tensors by ``fake``, where that returns something."""
+    """Compute ``torchao::name`` on fake tensors with ``fake``, unless that returns None."""
     operator = getattr(torch.ops.torchao, name).default
     arguments = operator._schema.arguments
     names = [argument.name for argument in arguments]

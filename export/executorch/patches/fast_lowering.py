@@ -1,4 +1,4 @@
-"""All patches that make lowering faster and leave its result as it is, byte by byte."""
+"""All patches that make lowering faster without changing a byte of its result."""
 
 from __future__ import annotations
 

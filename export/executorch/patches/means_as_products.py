@@ -1,11 +1,11 @@
-"""Write the mean over a last dimension as a product with a constant while a decoder is traced.
+"""Replace the mean over the last dimension by a product with a constant during tracing.
 
-Upstream: executorch 1.5.1, ``executorch.backends.xnnpack.partition``: XNNPACK takes no mean over a
-last dimension. A norm's mean would leave the delegate for a slow operator and cut the delegate in
-two, which costs a decode step of a model of a billion parameters some 7 %.
+Upstream: executorch 1.5.1, ``executorch.backends.xnnpack.partition``: XNNPACK does not take a mean
+over the last dimension. A norm's mean would run outside the delegate in a slow operator and split
+the delegate, which makes a decode step of a model of a billion parameters some 7 % slower.
 
-With another release the patch is left out: the program is slower, its results differ by the order
-of sums in float.
+With another release the patch is skipped: the program is slower, and its results differ by the
+order of float sums.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ RELEASES = ("executorch==1.5.*",)
 
 @contextmanager
 def means_as_products(decoder: nn.Module, sizes: set[int]) -> Iterator[None]:
-    """While the body runs, means over last dimensions of these sizes are products.
+    """While the body runs, means over a last dimension of these sizes are products.
 
     Args:
-        decoder: What is traced; takes the constants as buffers.
-        sizes: Of the last dimension.
+        decoder: The traced module; the constants are registered as its buffers.
+        sizes: Sizes of the last dimension.
     """
     if not is_tested(RELEASES):
         yield

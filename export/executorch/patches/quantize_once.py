@@ -1,10 +1,10 @@
-"""Let an XNNPACK delegate quantize an input once for all products that read it.
+"""Make an XNNPACK delegate quantize an input once for all products that read it.
 
 Upstream: executorch 1.5.1, ``executorch.backends.xnnpack.xnnpack_preprocess``. Every product with
-quantized weights has a quantization of its own, although q, k and v, gate and up, and the low-rank
+quantized weights quantizes its input itself, although q, k and v, gate and up, and the low-rank
 terms beside them read the same input.
 
-With another release the patch is left out: the program computes the same and is slower.
+With another release the patch is skipped: the program computes the same but is slower.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ RELEASES = ("executorch==1.5.*",)
 
 @contextmanager
 def quantized_once() -> Iterator[None]:
-    """While the body runs, delegates are serialized with one quantization an input.
+    """While the body runs, delegates are serialized with one quantization per input.
 
-    Products whose weights differ in type keep one each: on some processors XNNPACK lays the
-    quantized input out for the kernel that reads it.
+    Products with weights of different types keep separate quantizations: on some processors
+    XNNPACK lays out the quantized input for the kernel that reads it.
     """
     if not is_tested(RELEASES):
         yield
@@ -46,7 +46,7 @@ def quantized_once() -> Iterator[None]:
 
 
 def join(graph: XNNGraph) -> None:
-    """Leave one quantization of each input for each type of weights that use it, in place."""
+    """Keep one quantization per input and type of weights that use it, in place."""
     from executorch.backends.xnnpack.operators.node_visitor import get_tensor_value
     from executorch.backends.xnnpack.serialization import xnnpack_graph_schema as schema
 

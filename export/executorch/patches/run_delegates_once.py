@@ -5,7 +5,7 @@ Upstream: executorch 1.5.1 with torch 2.13, the fake implementation of
 under fake tensors, the graph that a delegate was made from is built and run again, in every layer
 of every method.
 
-With another release the patch is left out: lowering takes longer and gives the same bytes.
+With another release the patch is skipped: lowering takes longer and gives the same bytes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ RELEASES = ("executorch==1.5.*", "torch==2.13.*")
 
 @contextmanager
 def run_delegates_once() -> Iterator[None]:
-    """While the body runs, a delegate is not run again on fake inputs that look the same."""
+    """While the body runs, a delegate runs once for fake inputs of the same shapes and types."""
     if not is_tested(RELEASES):
         yield
         return
@@ -36,7 +36,7 @@ def run_delegates_once() -> Iterator[None]:
     functions = cast("dict[Any, Callable[..., Any]]", registered_hop_fake_fns)
     plain = functions[executorch_call_delegate]
     found: dict[Hashable, Any] = {}
-    held: dict[int, Any] = {}  # objects whose id is in a key: a new one must not get the same id
+    held: dict[int, Any] = {}  # keeps objects alive whose id is in a key: ids must not be reused
 
     def look(value: Any) -> Hashable:
         if not isinstance(value, FakeTensor):

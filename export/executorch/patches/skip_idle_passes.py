@@ -1,10 +1,10 @@
-"""Skip the passes over a graph that has not changed.
+"""Skip passes over a graph that has not changed.
 
 Upstream: executorch 1.5.1, ``executorch.exir.pass_base._ExportPassBase.call``. Nearly every pass
-ends by interpreting the whole graph under fake tensors to renew its metadata, even if the pass has
+ends by interpreting the whole graph under fake tensors to update its metadata, even if the pass
 changed nothing: sixteen times for each delegate.
 
-With another release the patch is left out: lowering takes longer and gives the same bytes.
+With another release the patch is skipped: lowering takes longer and gives the same bytes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _TRACED = "caliport_traced"
 
 @contextmanager
 def skip_idle_passes() -> Iterator[None]:
-    """While the body runs, a pass returns a graph that is as it was after the last trace.
+    """While the body runs, passes do not interpret a graph again if it has not changed since.
 
     A pass that overrides how nodes are interpreted always runs.
     """
@@ -37,7 +37,7 @@ def skip_idle_passes() -> Iterator[None]:
 
 
 def _lazy(trace: Callable[..., Any], base: type) -> Callable[..., Any]:
-    """``ExportPass.call`` that leaves alone a graph which has not changed since its last trace."""
+    """``ExportPass.call`` that skips a graph which has not changed since its last trace."""
     from torch.fx.passes.infra.pass_base import PassResult
 
     def call(self: Any, graph_module: torch.fx.GraphModule) -> PassResult:

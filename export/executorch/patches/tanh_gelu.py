@@ -1,10 +1,10 @@
-"""Write out GELU's tanh form while a decoder is traced.
+"""Write GELU's tanh form as basic operators while a decoder is traced.
 
-Upstream: executorch 1.5.1, ``executorch.backends.xnnpack.operators.op_gelu`` leaves out the
-operator's ``approximate``: XNNPACK computes the exact form in the place of the tanh form. The two
-are up to 5e-4 apart.
+Upstream: executorch 1.5.1, ``executorch.backends.xnnpack.operators.op_gelu`` ignores the operator's
+``approximate``: XNNPACK computes the exact form instead of the tanh form. The two differ by up to
+5e-4.
 
-With another release exporting is refused.
+With another release, export fails with an error.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ RELEASES = ("executorch==1.5.*", "torch==2.13.*")
 
 @contextmanager
 def tanh_gelu() -> Iterator[None]:
-    """While the body runs, x/2 (1 + tanh z) is x · sigmoid(2z), in this thread.
+    """While the body runs, x/2 (1 + tanh z) is computed as x · sigmoid(2z), in this thread.
 
     z = √(2/π) (x + 0.044715 x³). Source: https://arxiv.org/abs/1606.08415.
 
     Raises:
-        InputError: A release that this was not tested with is installed.
+        InputError: The installed release was not tested with this patch.
     """
     check_tested(RELEASES)
     with _WrittenOut():

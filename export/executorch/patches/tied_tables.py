@@ -1,12 +1,12 @@
-"""Emit an ExecuTorch program whose embedding tables come from files, tied ones stored once.
+"""Emit an ExecuTorch program with embedding tables from files, and tied tables stored once.
 
 Upstream: executorch 1.5.1, ``executorch.exir._serialize._program``. A lookup reads its table from
-the program's constants, a delegate its weights from named data, and ExecuTorch writes the two into
-segments of their own. A tied head has the same bytes as the embedding, so they are written twice.
-Segments are ranges of the file with an offset and a size, and the runtime maps each by itself; so
-the head's segment is set to the embedding's bytes.
+the program's constants and a delegate its weights from named data, and ExecuTorch writes the two to
+separate segments. A tied head has the same bytes as the embedding, so they are written twice.
+Segments are ranges of the file with an offset and a size, and the runtime maps each separately; so
+the head's segment is pointed at the embedding's bytes.
 
-With another release the patch is left out: the program computes the same and has the table twice.
+With another release the patch is skipped: the program computes the same and stores the table twice.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def shared_tables(decoder: ShippedDecoder) -> Iterator[None]:
     """While the body runs, programs are emitted with the decoder's tied tables stored once.
 
     Args:
-        decoder: Whose weights they have.
+        decoder: The decoder whose weights the programs use.
     """
     if not is_tested(RELEASES):
         yield
@@ -87,7 +87,7 @@ def _tables(decoder: ShippedDecoder) -> dict[bytes, tuple[str, Stored]]:
 def _from_files(
     constants: list[Any], tables: dict[bytes, tuple[str, Stored]]
 ) -> dict[str, tuple[int, int]]:
-    """Let constants that are tables come from their files; each one's key, index and size."""
+    """Read constants that are tables from their files; return the key, index and size of each."""
     from executorch.exir._serialize._cord import FileBackedData
 
     sizes = {stored.nbytes for _, stored in tables.values()}

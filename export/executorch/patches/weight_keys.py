@@ -1,10 +1,10 @@
-"""Weights that an ExecuTorch program gets after lowering: names while lowering, contents after.
+"""Key an ExecuTorch program's weights by name while lowering, and add their contents afterwards.
 
 Upstream: executorch 1.5.1, ``executorch.backends.xnnpack.operators.node_visitor.NodeVisitor``.
 XNNPACK's lowering copies a delegate's constants and keys them by the hash of their content. While
-a skeleton is lowered its weights have no content, so they are keyed by the hash of their name.
+a skeleton is lowered, its weights have no content, so they are keyed by the hash of their name.
 
-Without the patch a program would hold zeros. With another release it is refused.
+Without the patch a program would contain zeros. With another release, export fails with an error.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 RELEASES = ("executorch==1.5.*",)
 _SCALE = "scale_"
 _HALF = ".weight.half"
-# Of the parts of a torchao tensor, of an embedding's
+# Name endings of the parts of a torchao tensor, of an embedding
 # (``caliport.export.decoder.skeleton.furnish``), and of a matrix that ships in float16.
 _ENDINGS = {
     ".weight.original0": ".weight.data",
@@ -38,13 +38,13 @@ _ENDINGS = {
     ".weight_half": _HALF,
 }
 _ALIGNMENT = 16
-# Hexadecimal digits of a key: enough to tell contents apart. Each method lists all its keys.
+# Hexadecimal digits of a key. Short, since each method lists all its keys, but still unique.
 _DIGITS = 16
 KEY = re.compile(rb"(?:scale_)?[0-9a-f]{%d}" % _DIGITS)
 
 
 def stored_name(target: str) -> str:
-    """The name in ``Weights`` of what the signature of a traced decoder calls ``target``."""
+    """The name in ``Weights`` of the parameter ``target`` in a traced decoder's signature."""
     name = target.removeprefix("model.").replace(".parametrizations", "")
     for ending, kept in _ENDINGS.items():
         if name.endswith(ending):
@@ -53,22 +53,22 @@ def stored_name(target: str) -> str:
 
 
 def _key_of(name: str) -> str:
-    """What a weight is called while lowering; as long as the key that it gets."""
+    """The key of a weight while lowering; as long as its final key."""
     digest = hashlib.sha256(f"deferred {name}".encode()).hexdigest()[:_DIGITS]
     return _SCALE + digest if name.endswith(".scale") else digest
 
 
 def final_key(name: str, stored: Stored) -> str:
-    """The key of this content: the first digits of its hash.
+    """The final key of a weight: the first digits of its content's hash.
 
-    XNNPACK's own lowering takes the whole hash. The runtime packs equal keys once.
+    XNNPACK's own lowering uses the whole hash. The runtime packs weights with equal keys once.
     """
     digest = stored.sha256.hex()[:_DIGITS]
     return _SCALE + digest if name.endswith(".scale") else digest
 
 
 def constants_of(edge: EdgeProgramManager, names: Mapping[str, str]) -> dict[str, bytes]:
-    """What the delegates of a lowered program hold by key, without the weights of ``names``."""
+    """The constants of a lowered program's delegates by key, without the weights in ``names``."""
     store = edge._named_data_store
     return {
         key: store.buffers[entry.buffer_index]
@@ -83,13 +83,13 @@ def fill_delegates(
     used: Iterable[str],
     constants: Mapping[str, bytes],
 ) -> None:
-    """Give a program's delegates their contents.
+    """Add the contents of a program's delegates.
 
     Args:
-        edge: The program; what its delegates had before is dropped.
-        weights: Where the weights are.
-        used: Names of those that the delegates use.
-        constants: What else they hold, by key.
+        edge: The program; previous contents of its delegates are dropped.
+        weights: The stored weights.
+        used: Names of the weights that the delegates use.
+        constants: The delegates' other constants, by key.
     """
     from executorch.exir._serialize._cord import FileBackedData
     from executorch.exir._serialize._named_data_store import NamedDataStore
@@ -105,16 +105,17 @@ def fill_delegates(
 
 @contextmanager
 def deferred_weights(is_deferred: Callable[[str], bool], names: dict[str, str]) -> Iterator[None]:
-    """While the body runs, XNNPACK's lowering keys the weights that ``is_deferred`` by name.
+    """While the body runs, XNNPACK's lowering keys deferred weights by name.
 
-    Those that ``stored_name`` gives ``.weight.half`` are float16 to XNNPACK, float32 in the graph.
+    Weights whose ``stored_name`` ends in ``.weight.half`` are float16 for XNNPACK and float32 in
+    the graph.
 
     Args:
-        is_deferred: Asked with a weight's name.
-        names: Takes the name of every key that was given.
+        is_deferred: Whether the weight of a given name is deferred.
+        names: Receives the name for every key.
 
     Raises:
-        InputError: A release that this was not tested with is installed.
+        InputError: The installed release was not tested with this patch.
     """
     check_tested(RELEASES)
     from executorch.backends.xnnpack.operators import node_visitor as module

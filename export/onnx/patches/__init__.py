@@ -1,7 +1,7 @@
-"""What is changed in third-party packages while a decoder is traced for ONNX.
+"""Patches of third-party packages while a decoder is traced for ONNX.
 
 Each file is one patch: a context manager, the releases it was tested with, and in its docstring the
-upstream behaviour it works around. ``tests/export/test_onnx_patches.py`` has a test for each
+upstream behaviour it works around. ``tests/export/test_onnx_patches.py`` has a test for each patch
 that fails once the patch is no longer needed or no longer fits.
 """
 
@@ -9,10 +9,10 @@ from caliport.core.patching import check_tested
 
 
 def check_releases() -> None:
-    """Check the installed packages against the patches without which a graph would be wrong.
+    """Check the installed releases against the patches that a correct graph needs.
 
     Raises:
-        InputError: A release that one of them was not tested with.
+        InputError: An installed release was not tested with one of these patches.
     """
     from caliport.export.decoder.patches import own_attention
     from caliport.export.onnx.patches import layers_as_operators

@@ -1,11 +1,11 @@
-"""Let linear layers, embeddings and norms emit ONNX Runtime's own operators while they are traced.
+"""Make linear layers, embeddings and norms emit ONNX Runtime's own operators while being traced.
 
 Upstream: torch 2.13, ``torch.onnx.export``. It translates products, lookups and norms into standard
-operators, and ONNX Runtime 1.31 does not fuse those of quantized layers into the ones it has fast
-kernels for. Here layers emit the fast ones themselves, over stand-ins of the tensors that ship, so
-that nothing has to be found again in the traced graph. The modelling code stays Hugging Face's own.
+operators, and for quantized layers ONNX Runtime 1.31 does not fuse these into operators with fast
+kernels. Here layers emit the fast operators directly, over stand-ins for the tensors that ship, so
+no pattern has to be matched in the traced graph. The modelling code is Hugging Face's own.
 
-Without the patch a graph would hold zeros. With another release exporting is refused.
+Without the patch a graph would contain zeros. With another release, export fails with an error.
 
 Source: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md.
 """
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 RELEASES = ("torch==2.13.*",)
-# The level that lets MatMulNBits multiply in 8-bit integers; without it, it multiplies in float32.
+# accuracy_level 4: MatMulNBits multiplies in 8-bit integers; by default it multiplies in float32.
 _INT8_ACTIVATIONS = 4
 
 
@@ -36,7 +36,7 @@ def layers_as_operators(model: PreTrainedModel) -> Iterator[None]:
     """While the body runs, a furnished skeleton computes with ONNX Runtime's operators.
 
     Raises:
-        InputError: A release that this was not tested with is installed.
+        InputError: The installed release was not tested with this patch.
     """
     check_tested(RELEASES)
     lookup = _lookup(nn.Embedding.forward)
@@ -111,10 +111,10 @@ def _epsilon(module: nn.Module) -> float | None:
 
 
 def _norm_offset(module: nn.Module) -> float | None:
-    """0 for a root-mean-square norm, 1 for one that adds 1 to its weight, None for all else.
+    """0 for a root-mean-square norm, 1 for one that adds 1 to its weight, None for anything else.
 
-    Found by trial, x / sqrt(mean(x^2) + eps) · (weight + offset), since every family has a class
-    of its own. Source: https://arxiv.org/abs/1910.07467.
+    Found by comparing outputs with x / sqrt(mean(x^2) + eps) · (weight + offset), since every model
+    family has its own class. Source: https://arxiv.org/abs/1910.07467.
     """
     weight = getattr(module, "weight", None)
     epsilon = _epsilon(module)
@@ -124,7 +124,7 @@ def _norm_offset(module: nn.Module) -> float | None:
         return None
     draw = torch.Generator().manual_seed(0)
     trial = torch.rand(weight.shape, generator=draw)
-    # Small values, so that epsilon shows.
+    # Small values, so that epsilon makes a difference.
     x = torch.randn(2, 3, len(weight), generator=draw) * epsilon**0.5
     with torch.no_grad():
         found = torch.func.functional_call(module, {"weight": trial}, (x,))

@@ -1,10 +1,10 @@
-"""See which queries and keys a decoder's rotary embeddings turn, and by which tables.
+"""Observe which queries and keys a decoder's rotary embeddings rotate, and by which tables.
 
 Upstream: transformers 5.23, ``apply_rotary_pos_emb`` in each family's modelling file. It is a plain
-function of the file, so that turning cannot be observed by a hook of a module.
+function, so the rotation cannot be observed with a module hook.
 
-With another release the patch is left out: the graph turns queries and keys by itself instead of
-in ``GroupQueryAttention``, which is slower and gives the same logits.
+With another release the patch is skipped: the graph rotates queries and keys in separate nodes
+instead of in ``GroupQueryAttention``, which is slower and gives the same logits.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _APPLY = "apply_rotary_pos_emb"
 def watched_rotary(
     model: PreTrainedModel, watched: Callable[[Callable[..., Any]], Callable[..., Any]]
 ) -> Iterator[None]:
-    """While the body runs, a model's family turns with ``watched(apply_rotary_pos_emb)``."""
+    """While the body runs, the model's family uses ``watched(apply_rotary_pos_emb)``."""
     files = {type(m).__module__ for m in model.modules() if hasattr(m, "layer_idx")}
     with ExitStack() as stack:
         for file in sorted(files) if is_tested(RELEASES) else ():

@@ -1,1 +1,1 @@
-"""How the integers of a weight are found: one file a quantizer."""
+"""Quantizers, which find the integers of a weight: one file each."""

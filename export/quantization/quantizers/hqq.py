@@ -1,9 +1,9 @@
 """4-bit groups by half-quadratic quantization, compiled.
 
-Half-quadratic quantization (https://mobiusml.github.io/hqq_blog) of the scale alone: round with the
-scale, take the scale of least squares for these integers, again, at most 20 times. torchao's
-``hqq_scale_only`` steps all groups until the last has converged; here each group stops by itself,
-which gives the same scales in a fifth of the work.
+Half-quadratic quantization (https://mobiusml.github.io/hqq_blog) of the scale only: round with the
+scale, compute the least-squares scale for these integers, repeat at most 20 times. torchao's
+``hqq_scale_only`` iterates all groups until the last one has converged; here each group stops when
+it has converged, which gives the same scales in a fifth of the work.
 """
 
 from __future__ import annotations
@@ -22,17 +22,18 @@ _LEAST = np.finfo(np.float32).eps
 
 
 def in_groups(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """4-bit groups whose scales are bfloat16 values. Other threads run meanwhile.
+    """Quantize to 4 bits in groups of 32 with bfloat16 scales; releases the GIL.
 
-    ExecuTorch 1.5.1 stores XNNPACK's group scales as bfloat16 whatever type they come in. Rounding
-    them here, before the integers are taken, makes eager and artifact the same numbers.
+    ExecuTorch 1.5.1 stores XNNPACK's group scales as bfloat16, whatever their type. Rounding them
+    here, before the integers are computed, gives eager model and artifact the same numbers.
 
     Args:
-        weight: float32 [n, width], whole groups of 32; on any device, worked on by the processor.
+        weight: float32 [n, width], whole groups of 32; on any device, computed on the CPU.
 
     Returns:
-        The integers, uint8 [n, width / 2] as ``caliport.export.quantization.tensors.unpacked``
-        takes them, and the positive scales, bfloat16 [n, width / 32].
+        The integers, uint8 [n, width / 2], packed as
+        ``caliport.export.quantization.tensors.unpacked`` reads them, and the positive scales,
+        bfloat16 [n, width / 32].
     """
     groups = weight.detach().reshape(-1, GROUP_SIZE).contiguous().cpu().numpy()
     fitted = torch.empty(len(groups))
@@ -46,15 +47,15 @@ def in_groups(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 @numba.njit("float32(float32[::1])", cache=True, nogil=True, inline="always")
 def _sum(values: np.ndarray) -> np.float32:
-    """The sum of 32 values, which are overwritten."""
+    """Sum 32 values; overwrites them."""
     for lane in range(8):
         values[lane] = (values[lane] + values[lane + 8]) + (values[lane + 16] + values[lane + 24])
     low = (values[0] + values[4]) + (values[1] + values[5])
     return low + ((values[2] + values[6]) + (values[3] + values[7]))
 
 
-# Products are summed in one order and never fused with their sums, so that all processors give the
-# same scales; in eight sums that run side by side, so that they are fast.
+# Products are summed in a fixed order and never fused with their sums, so that all processors give
+# the same scales. Eight sums run side by side for speed.
 @numba.njit("void(float32[:, ::1], float32[::1])", cache=True, nogil=True, error_model="numpy")
 def _fit(groups: np.ndarray, scales: np.ndarray) -> None:
     products = np.empty(GROUP_SIZE, np.float32)

@@ -9,7 +9,7 @@ from caliport.export.quantization.quantizers.registry import Quantizer
 
 
 def by_row(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """One scale a row, the largest absolute value over 127.5.
+    """Quantize each row with one scale, its largest absolute value over 127.5.
 
     Args:
         weight: float32 [n, width].

@@ -16,15 +16,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Quantizer:
-    """How the integers of a weight are found; its bytes and kernels stay the same.
+    """How the integers of a weight are found; its size and kernels stay the same.
 
     Attributes:
-        bits: 8, one scale a row; or 4, one bfloat16 scale for 32 values.
-        algorithm: What a manifest calls it.
+        bits: 8 for one scale per row, or 4 for one bfloat16 scale per 32 values.
+        algorithm: Its name in a manifest.
         source: Paper or specification.
         quantize: From float32 [n, width] to data and positive scales: int8 [n, width] and float32
-            [n, 1], or two 4-bit values a byte, uint8 [n, width / 2], and bfloat16 [n, width / 32].
-            Rows do not depend on one another. Called from several threads.
+            [n, 1], or two 4-bit values per byte, uint8 [n, width / 2], and bfloat16
+            [n, width / 32]. Rows must not depend on one another. Called from several threads.
     """
 
     bits: int
@@ -37,7 +37,7 @@ QUANTIZERS: Entries[Quantizer] = Entries(
     "caliport.export.quantization.quantizers", "QUANTIZER", helpers=("registry",)
 )
 DEFAULTS = {8: "max-abs", 4: "hqq"}
-"""The quantizer of each number of bits."""
+"""The default quantizer for each number of bits."""
 
 
 def quantizer_of(form: Form) -> Quantizer:
