@@ -7,14 +7,10 @@ can be skipped.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import os
-import shutil
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -22,8 +18,6 @@ from typing import Any
 from caliport.core.errors import InputError
 
 MANIFEST = "manifest.json"
-_UNWRITABLE = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.ENOTDIR}
-_LOW_SPACE = 1 << 20
 _SETTLED = 100_000_000  # nanoseconds; longer than one tick of a file system's clock
 _HASHES: dict[tuple[int, ...], str] = {}
 _PACKAGES = (
@@ -78,12 +72,13 @@ def content_hash(path: Path) -> str:
     if not path.is_dir():
         raise InputError(f"{path}: no such file or directory")
     digest = hashlib.sha256()
-    for name, entry in _files(path).items():
+    for name, entry in files_in(path).items():
         digest.update(f"{name}\0{file_hash(entry)}\n".encode())
     return digest.hexdigest()
 
 
-def _files(directory: Path) -> dict[str, Path]:
+def files_in(directory: Path) -> dict[str, Path]:
+    """Files below a directory by relative name; the manifest and hidden ones are left out."""
     entries = (entry for entry in sorted(directory.rglob("*")) if entry.is_file())
     named = {entry.relative_to(directory).as_posix(): entry for entry in entries}
     return {
@@ -127,7 +122,7 @@ def check_files(directory: Path) -> None:
     recorded = read_manifest(directory).get("files")
     if not isinstance(recorded, dict) or not recorded:
         raise InputError(f"{directory / MANIFEST}: no `files`, expected each file's size and hash")
-    found = _files(directory)
+    found = files_in(directory)
     for name, facts in recorded.items():
         if not isinstance(facts, dict) or not {"bytes", "sha256"} <= facts.keys():
             raise InputError(f"{directory / MANIFEST}: files.{name}: expected `bytes` and `sha256`")
@@ -165,81 +160,3 @@ def up_to_date(directory: Path, stage_key: str) -> bool:
         return read_manifest(directory).get("key") == stage_key
     except InputError:
         return False
-
-
-@contextmanager
-def new_directory(
-    out: Path, stage: str, inputs: Mapping[str, str], settings: Mapping[str, Any]
-) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Yield a directory to fill and a dict for extra manifest entries; then rename it to ``out``.
-
-    Args:
-        out: The output directory. An existing one is replaced once the new one is complete.
-        stage: Name of the stage, for the manifest.
-        inputs: Content hash of every input, by name.
-        settings: JSON-serializable settings.
-
-    Raises:
-        InputError: ``out`` cannot be written (permissions, no space left); no partial output
-            remains.
-    """
-    partial = out.parent / f".{out.name}.partial-{os.getpid()}"
-    extra: dict[str, Any] = {}
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(out)
-        partial.mkdir()
-        yield partial, extra
-        manifest = {
-            "stage": stage,
-            "key": key(stage, inputs, settings),
-            "inputs": dict(inputs),
-            "settings": dict(settings),
-            "versions": versions(),
-            **extra,
-            "files": {
-                name: {"bytes": entry.stat().st_size, "sha256": file_hash(entry)}
-                for name, entry in _files(partial).items()
-            },
-        }
-        (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-        _replace(partial, out)
-    except InputError:
-        raise
-    except Exception as error:
-        problem = _write_problem(error, out)
-        if problem is None:
-            raise
-        raise InputError(f"{out}: cannot be written: {problem}; name a writable place") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _write_problem(error: Exception, out: Path) -> str | None:
-    """Why ``out`` cannot be written, or None; libraries wrap a full disk in their own errors."""
-    if isinstance(error, OSError) and error.errno in _UNWRITABLE:
-        return os.strerror(error.errno or 0)
-    place = next((p for p in (out, *out.parents) if p.exists()), Path("."))
-    if "No space left" in str(error) or shutil.disk_usage(place).free < _LOW_SPACE:
-        return os.strerror(errno.ENOSPC)
-    return None
-
-
-def _replace(new: Path, out: Path) -> None:
-    """Move ``new`` to ``out``. Between the two renames ``out`` is missing, but never partial."""
-    if out.exists():
-        old = out.parent / f".{out.name}.old-{os.getpid()}"
-        out.rename(old)
-        new.rename(out)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        new.rename(out)
-
-
-def _remove_abandoned(out: Path) -> None:
-    """Remove what killed processes left beside ``out``; running processes keep theirs."""
-    for kind in ("partial", "old"):
-        for left in out.parent.glob(f".{out.name}.{kind}-*"):
-            pid = left.name.rpartition("-")[2]
-            if not (pid.isdigit() and Path(f"/proc/{pid}").exists()) or pid == str(os.getpid()):
-                shutil.rmtree(left, ignore_errors=True)

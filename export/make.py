@@ -1,11 +1,12 @@
-"""From a request to the files of an artifact: fold, quantize, lower, and what travels along."""
+"""Make an artifact from a request: fold, quantize, lower, write tokenizer, settings and card."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from caliport.core.directories import content_hash, new_directory
+from caliport.core.directories import content_hash
+from caliport.core.outputs import check_output, new_directory
 from caliport.export import runtime as runtimes
 from caliport.export.request import Request
 from caliport.export.runtime import Runtime
@@ -15,12 +16,14 @@ if TYPE_CHECKING:
 
 
 def make(request: Request, out: Path) -> None:
-    """Make an artifact at ``out``; one that is there already is replaced.
+    """Make an artifact at ``out``; an existing one is replaced.
 
     Raises:
-        InputError: The request cannot be met, or ``out`` cannot be written; nothing is left behind.
+        InputError: The request cannot be met, or ``out`` cannot be written; no partial output
+            remains.
     """
     runtimes.get(request.runtime).check(request)
+    check_output(out, "export", request.inputs().values())
     inputs = {
         label: content_hash(Path(path)) if Path(path).exists() else f"name:{path}"
         for label, path in request.inputs().items()
@@ -32,13 +35,13 @@ def make(request: Request, out: Path) -> None:
 def fill(
     directory: Path, extra: dict[str, Any], request: Request, runtime: Runtime | None = None
 ) -> None:
-    """Write an artifact's files into a directory and its facts into ``extra``.
+    """Write an artifact's files into a directory and its manifest entries into ``extra``.
 
     Args:
-        directory: Where to; must exist.
-        extra: Takes the manifest's entries.
+        directory: Where to write; must exist.
+        extra: Receives the manifest entries.
         request: What to export.
-        runtime: What lowers it; default the request's.
+        runtime: The runtime that lowers it; default the request's.
 
     Raises:
         InputError: The base or an adapter cannot be read or exported as asked.

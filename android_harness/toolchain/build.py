@@ -18,9 +18,11 @@ from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 
+from caliport.android_harness.runners.onnx import NAME
 from caliport.android_harness.toolchain.packages import fetch_packages
-from caliport.core.directories import content_hash, key, new_directory, up_to_date
+from caliport.core.directories import content_hash, key, up_to_date
 from caliport.core.errors import InputError
+from caliport.core.outputs import new_directory
 
 TARGETS = ("host", "x86_64", "aarch64", "android")
 PROGRAM = "caliport-onnx"
@@ -98,7 +100,7 @@ def build_runner(
             command = [f"{{runner}}/{loader}", "--library-path", "{runner}", *command]
         extra |= {
             "target": target,
-            "runtime": "onnx",
+            "runtime": NAME,
             "runtime_version": parts.version,
             "command": command,
         }

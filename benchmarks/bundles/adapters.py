@@ -22,7 +22,8 @@ from caliport.calibrate.merges.common import rank_zero
 from caliport.calibrate.merges.linear import linear
 from caliport.calibrate.peft_files import read_peft, write_peft
 from caliport.core.checkpoints import load_config
-from caliport.core.directories import content_hash, new_directory
+from caliport.core.directories import content_hash
+from caliport.core.outputs import new_directory
 from caliport.data.pocket import LANGUAGES, TONES
 from caliport.export.decoder.skeleton import empty
 

@@ -23,7 +23,8 @@ from torch.export.graph_signature import InputKind
 from caliport.calibrate.low_rank import LowRankUpdate
 from caliport.calibrate.peft_files import read_peft
 from caliport.core.checkpoints import eos_ids
-from caliport.core.directories import content_hash, new_directory, read_manifest
+from caliport.core.directories import content_hash, read_manifest
+from caliport.core.outputs import new_directory
 from caliport.core.patching import quiet, swapped
 from caliport.export.decoder.shipped import ShippedDecoder, group
 from caliport.export.decoder.skeleton import Layers, furnish, skeleton

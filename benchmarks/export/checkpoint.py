@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from caliport.core.directories import new_directory
+from caliport.core.outputs import new_directory
 
 if TYPE_CHECKING:
     import torch

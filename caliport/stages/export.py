@@ -9,6 +9,7 @@ from threading import Thread
 from typing import Any
 
 from caliport.core.directories import MANIFEST
+from caliport.core.outputs import check_output
 from caliport.core.progress import working
 from caliport.export import runtime as runtimes
 from caliport.export.request import Request
@@ -28,6 +29,7 @@ def export_to(out: Path, title: str, request: Request, *, refuse: bool = True) -
         InputError: See ``caliport.export``; too little memory or disk.
     """
     runtimes.get(request.runtime).check(request)
+    check_output(out, "export", request.inputs().values())
     # Say what is needed before any work, but not of what may be skipped.
     may_be_skipped = (out / MANIFEST).is_file()
     if not may_be_skipped:

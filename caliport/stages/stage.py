@@ -11,7 +11,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from caliport.core.directories import content_hash, key, new_directory, up_to_date
+from caliport.core.directories import content_hash, key, up_to_date
+from caliport.core.outputs import check_output, new_directory
 from caliport.core.processes import is_main, wait_until
 from caliport.core.progress import console
 
@@ -43,6 +44,7 @@ def stage(
         together: ``build`` trains with all processes. Otherwise only the main one builds and the
             others wait; either way only the main one writes.
     """
+    check_output(out, name, inputs.values())
     hashes = hashes_of(inputs)
     plain = {label: _plain(value) for label, value in settings.items()}
     stage_key = key(name, hashes, plain)

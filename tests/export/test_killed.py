@@ -58,7 +58,7 @@ def report(**facts):
 # What is written takes about as long as a child takes to be forked, so moments spread over it all.
 SMALL = """
 def work(value):
-    from caliport.core.directories import new_directory
+    from caliport.core.outputs import new_directory
     with new_directory(out, "export", {}, {"context": value}) as (partial, extra):
         for index in range(6):
             (partial / str(index)).write_bytes(bytes([value % 256]) * 50_000)

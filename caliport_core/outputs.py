@@ -1,0 +1,200 @@
+"""Directories that appear whole or not at all, and never in place of what caliport did not make.
+
+A stage writes beside its output and renames when it is done.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+from caliport.core.directories import (
+    MANIFEST,
+    file_hash,
+    files_in,
+    key,
+    read_manifest,
+    versions,
+)
+from caliport.core.errors import InputError
+
+_FORCED: ContextVar[bool] = ContextVar("forced", default=False)
+_UNWRITABLE = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.ENOTDIR}
+_LOW_SPACE = 1 << 20
+_OURS = {"stage", "key", "files"}  # fields of every manifest of ours
+
+
+@contextmanager
+def forced(force: bool = True) -> Iterator[None]:
+    """While the body runs, an output may replace a directory that caliport did not make."""
+    token = _FORCED.set(force)
+    try:
+        yield
+    finally:
+        _FORCED.reset(token)
+
+
+def check_output(out: Path, stage: str, inputs: Iterable[Path | str] = ()) -> None:
+    """Check, before any work, that a directory can be written without losing anything.
+
+    A new or an empty directory is fine, and one that the same stage made, with no other files in
+    it. ``forced`` allows any other directory too, but never an input or a place that holds one.
+
+    Args:
+        out: The directory to appear or to be replaced.
+        stage: What would make it, as manifests name it.
+        inputs: What it is made from; names of a hub are left alone.
+
+    Raises:
+        InputError: ``out`` is a file, a link, a mount point, the current directory or a parent of
+            it, an input or inside or around one, or holds what this stage did not make.
+    """
+    if out.is_symlink():
+        raise InputError(f"{out}: is a link, expected a new directory")
+    place = out.resolve()
+    if os.path.ismount(place):
+        raise InputError(f"{out}: is a mount point, expected a directory below it")
+    here = Path.cwd()
+    if place == here or place in here.parents:
+        whose = "is" if place == here else "contains"
+        raise InputError(f"{out}: {whose} the current directory, expected a new directory")
+    for path in inputs:
+        given = Path(path)
+        if given.exists():
+            _check_apart(out, place, given)
+    blocked = next((p for p in out.parents if p.exists() and not p.is_dir()), None)
+    if blocked is not None:
+        raise InputError(f"{out}: {blocked} is a file, expected a directory")
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise InputError(f"{out}: is a file, expected a new directory")
+    if not _FORCED.get():
+        _check_ours(out, stage)
+
+
+def _check_apart(out: Path, place: Path, given: Path) -> None:
+    source = given.resolve()
+    if place == source:
+        raise InputError(f"{out}: is an input, expected a new directory")
+    if place in source.parents:
+        raise InputError(f"{out}: contains the input {given}, expected a new directory")
+    if source in place.parents:
+        raise InputError(f"{out}: is inside the input {given}, expected a directory elsewhere")
+
+
+def _check_ours(out: Path, stage: str) -> None:
+    found = sorted(path for path in out.rglob("*") if not path.is_dir() or path.is_symlink())
+    if not found and not any(out.iterdir()):
+        return
+    manifest = _manifest(out)
+    if not manifest.keys() >= _OURS or not isinstance(manifest["files"], dict):
+        raise InputError(
+            f"{out}: is not empty and was not made by caliport; name a new directory, or replace "
+            "all of it with --force"
+        )
+    for path in found:
+        name = path.relative_to(out).as_posix()
+        if name != MANIFEST and name not in manifest["files"]:
+            raise InputError(
+                f"{path}: was not made by caliport and would be lost; move it elsewhere, or "
+                "replace all of the directory with --force"
+            )
+    if manifest["stage"] != stage:
+        raise InputError(
+            f"{out}: was made by the stage {manifest['stage']!r}, this is {stage!r}; name a new "
+            "directory, or replace it with --force"
+        )
+
+
+def _manifest(out: Path) -> dict[str, Any]:
+    try:
+        return read_manifest(out)
+    except InputError:
+        return {}
+
+
+@contextmanager
+def new_directory(
+    out: Path, stage: str, inputs: Mapping[str, str], settings: Mapping[str, Any]
+) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Yield a directory to fill and a dict for extra manifest entries; then rename it to ``out``.
+
+    Args:
+        out: The output directory. An existing one is replaced once the new one is complete.
+        stage: Name of the stage, for the manifest.
+        inputs: Content hash of every input, by name.
+        settings: JSON-serializable settings.
+
+    Raises:
+        InputError: ``out`` may not be replaced (``check_output``), or cannot be written
+            (permissions, no space left); no partial output remains.
+    """
+    check_output(out, stage)
+    partial = out.parent / f".{out.name}.partial-{os.getpid()}"
+    extra: dict[str, Any] = {}
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(out)
+        partial.mkdir()
+        yield partial, extra
+        manifest = {
+            "stage": stage,
+            "key": key(stage, inputs, settings),
+            "inputs": dict(inputs),
+            "settings": dict(settings),
+            "versions": versions(),
+            **extra,
+            "files": {
+                name: {"bytes": entry.stat().st_size, "sha256": file_hash(entry)}
+                for name, entry in files_in(partial).items()
+            },
+        }
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        _replace(partial, out)
+    except InputError:
+        raise
+    except Exception as error:
+        problem = _write_problem(error, out)
+        if problem is None:
+            raise
+        raise InputError(f"{out}: cannot be written: {problem}; name a writable place") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_problem(error: Exception, out: Path) -> str | None:
+    """Why ``out`` cannot be written, or None; libraries wrap a full disk in their own errors."""
+    if isinstance(error, OSError) and error.errno in _UNWRITABLE:
+        return os.strerror(error.errno or 0)
+    place = next((p for p in (out, *out.parents) if p.exists()), Path("."))
+    if "No space left" in str(error) or shutil.disk_usage(place).free < _LOW_SPACE:
+        return os.strerror(errno.ENOSPC)
+    return None
+
+
+def _replace(new: Path, out: Path) -> None:
+    """Move ``new`` to ``out``. Between the two renames ``out`` is missing, but never partial."""
+    if out.exists():
+        old = out.parent / f".{out.name}.old-{os.getpid()}"
+        out.rename(old)
+        new.rename(out)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        new.rename(out)
+
+
+def _remove_abandoned(out: Path) -> None:
+    """Remove what killed processes left beside ``out``; running processes keep theirs."""
+    for kind in ("partial", "old"):
+        for left in out.parent.glob(f".{out.name}.{kind}-*"):
+            pid = left.name.rpartition("-")[2]
+            if not (pid.isdigit() and Path(f"/proc/{pid}").exists()) or pid == str(os.getpid()):
+                shutil.rmtree(left, ignore_errors=True)
