@@ -1,4 +1,4 @@
-"""Latency of artifacts on a device by a written protocol (docs/android.md).
+"""Latency of artifacts on a device, by a fixed protocol (docs/android.md).
 
 Every artifact has one turn a round, in an order drawn from a seed. Before a turn the device is left
 to cool, up to a limit. A turn is a fresh process: it loads the artifact, warms up, and times one
@@ -10,30 +10,34 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from caliport.android_harness import texts as llama_device
+from caliport.android_harness import texts
 from caliport.android_harness.device.facts import Facts, facts
-from caliport.android_harness.parity import PACKAGES, adapter_of, used
+from caliport.android_harness.parity import used
 from caliport.android_harness.run import run_job
 from caliport.android_harness.runners.job import Job, Timing
+from caliport.android_harness.setup import DeviceSetup
 from caliport.core.errors import InputError
-from caliport.validation.artifact import artifact_form, compositions_of
-from caliport.validation.latency.bandwidth import token_bytes
-from caliport.validation.latency.measure import Subject, manifest_of, orders, p90
-from caliport.validation.latency.statistics import artifact_noise, spread
+from caliport.export import runtime as runtimes
+from caliport.validation.latency.workload import (
+    Candidate,
+    Conditioned,
+    Timings,
+    Workload,
+    result_of,
+)
 from caliport.validation.records.latency import (
     DeviceConditions,
     DeviceState,
     LatencyReport,
     LatencyResult,
-    LengthTimes,
 )
 from caliport.validation.records.record import Machine
-from caliport.validation.records.reports import file_sizes, shown_path
+from caliport.validation.runners import engine
 
 if TYPE_CHECKING:
     from caliport.android_harness.device.adb import Device
@@ -43,95 +47,66 @@ if TYPE_CHECKING:
     from caliport.android_harness.runners.kinds import JobRunner
     from caliport.core.progress import Advance
 
-LENGTHS = (32, 128, 512)
-_POLL = 5.0  # seconds between two looks whether it has cooled
-
-
-@dataclass(frozen=True)
-class Course:
-    """What every artifact has to do, and how cool the device must be.
-
-    Attributes:
-        lengths: Tokens of the prompts; those that some artifact's context has no room for are left
-            out.
-        new_tokens: Tokens to write after each, at least 2.
-        rounds: In each of which every artifact has one turn.
-        threads: Of the runtime.
-        cores: To stay on; empty leaves that to the device.
-        warmup: Answers of each length before those that are timed.
-        seed: Of the order of the turns.
-        celsius: The battery's temperature that is cool enough.
-        thermal: Android's thermal status that is.
-        cool_seconds: The longest to wait for that, before each turn.
-        seconds: The longest that a turn may take.
-    """
-
-    lengths: tuple[int, ...] = LENGTHS
-    new_tokens: int = 32
-    rounds: int = 6
-    threads: int = 4
-    cores: tuple[int, ...] = ()
-    warmup: int = 1
-    seed: int = 0
-    celsius: float = 35.0
-    thermal: int = 0
-    cool_seconds: float = 300.0
-    seconds: float = 1800.0
+_POLL = 5.0  # seconds between two looks at its temperature
 
 
 def measure(
     held: Session,
-    subjects: Sequence[tuple[Subject, JobRunner | Path]],
-    course: Course,
+    candidates: Sequence[tuple[Candidate, JobRunner | Path]],
+    workload: Workload,
+    setup: DeviceSetup,
     progress: Advance | None = None,
 ) -> LatencyReport:
     """Measure artifacts on a device together.
 
     Args:
         held: The device.
-        subjects: Artifacts, each with what runs it; a path is that of ``llama_main``.
-        course: What they have to do.
-        progress: Called with the number of turns done, and with whose it was.
+        candidates: Artifacts, each with what runs it; a path is that of ``llama_main``.
+        workload: What they do.
+        setup: What their turns are like.
+        progress: Called with the number of turns done, and with the artifact.
 
     Raises:
         InputError: No artifact, numbers below what can be timed, no room for any prompt, or see
             ``caliport.android_harness.run.run_job``.
     """
-    if not subjects or course.rounds < 1 or course.new_tokens < 2 or not course.lengths:
+    rounds, new = workload.repetitions, workload.new_tokens
+    if not candidates or rounds < 1 or new < 2 or not setup.lengths:
         raise InputError(
-            f"latency: {len(subjects)} artifacts, {course.rounds} rounds, {course.new_tokens} new "
-            "tokens; expected at least 1, 1 and 2"
+            f"latency: {len(candidates)} artifacts, {rounds} rounds, {new} new tokens; expected at "
+            "least 1, 1 and 2"
         )
-    lengths = _fitting([subject for subject, _ in subjects], course)
+    setup = replace(setup, lengths=_fitting([c for c, _ in candidates], workload, setup))
     device = held.device
-    order = orders(len(subjects), course.rounds, course.seed)
-    found: list[list[Result]] = [[] for _ in subjects]
+    order = workload.orders(len(candidates))
+    found: list[list[Result]] = [[] for _ in candidates]
     states, runners = [], {}
     before = facts(device)
     airplane, screen = _settings(device)
     for number, index in enumerate((i for turns in order for i in turns), start=1):
-        subject, runner = subjects[index]
-        states.append(_cooled(device, course))
-        ran = _turn(held, subject, runner, course, lengths)
+        candidate, runner = candidates[index]
+        states.append(_cooled(device, setup))
+        ran = _turn(held, candidate, runner, workload, setup)
         found[index].append(ran.result)
         runners[ran.result.runner] = ran.runner_sha256
         if progress is not None:
-            progress(number, f"{device.serial}: {subject.directory.name}")
-    states.append(_state(facts(device), course, 0.0))
+            progress(number, f"{device.serial}: {candidate.artifact.directory.name}")
+    states.append(_state(facts(device), setup, 0.0))
     conditions = DeviceConditions(
         device=used(before, *runners),
         runners=runners,
         airplane=airplane,
         screen=screen,
-        celsius=course.celsius,
-        thermal=course.thermal,
-        cool_seconds=course.cool_seconds,
+        celsius=setup.celsius,
+        thermal=setup.thermal,
+        cool_seconds=setup.cool_seconds,
         order=tuple(map(tuple, order)),
         states=tuple(states),
     )
     versions = {"caliport": metadata.version("caliport")}
-    for (subject, _), its in zip(subjects, found, strict=True):
-        versions[PACKAGES[artifact_form(subject.directory)[0]]] = its[0].runtime_version
+    for (candidate, _), results in zip(candidates, found, strict=True):
+        package = runtimes.get(candidate.artifact.runtime).package
+        versions[package] = results[0].runtime_version
     system = f"Android {before.android}" if before.android else "Linux"
     return LatencyReport(
         machine=Machine(
@@ -141,96 +116,88 @@ def measure(
             os=f"{system} {before.abi}",
         ),
         versions=versions,
-        seed=course.seed,
-        cores=course.cores,
+        seed=workload.seed,
+        cores=setup.cores,
         bandwidth_gbs=None,
         cache_bytes=None,
         conditions=None,
         artifacts=[
-            _result(subject, course, lengths, its, conditions.noise)
-            for (subject, _), its in zip(subjects, found, strict=True)
+            _result(candidate, workload, setup, results, conditions.noise)
+            for (candidate, _), results in zip(candidates, found, strict=True)
         ],
         device=conditions,
     )
 
 
-def _fitting(subjects: Sequence[Subject], course: Course) -> tuple[int, ...]:
-    """The lengths that every artifact's context has room for, shortest first."""
-    known = [manifest_of(subject.directory).get("context") for subject in subjects]
-    least = min((int(context) for context in known if context is not None), default=1 << 30)
-    room = least - course.new_tokens
-    lengths = tuple(sorted({length for length in course.lengths if 1 <= length <= room}))
+def _fitting(
+    candidates: Sequence[Candidate], workload: Workload, setup: DeviceSetup
+) -> tuple[int, ...]:
+    """The lengths that fit every artifact's context, shortest first."""
+    known = [c.artifact.context for c in candidates if c.artifact.context is not None]
+    least = min(known, default=1 << 30)
+    room = least - workload.new_tokens
+    lengths = tuple(sorted({length for length in setup.lengths if 1 <= length <= room}))
     if not lengths:
+        listed = ", ".join(map(str, setup.lengths))
         raise InputError(
-            f"latency: prompts of {', '.join(map(str, course.lengths))} and {course.new_tokens} "
-            f"new tokens, expected one that fits a context of {least}"
+            f"latency: prompts of {listed} and {workload.new_tokens} new tokens, expected one that "
+            f"fits a context of {least}"
         )
     return lengths
 
 
 def _turn(
     held: Session,
-    subject: Subject,
+    candidate: Candidate,
     runner: JobRunner | Path,
-    course: Course,
-    lengths: tuple[int, ...],
+    workload: Workload,
+    setup: DeviceSetup,
 ) -> Ran:
     if isinstance(runner, Path):
-        if course.cores:
+        if setup.cores:
             raise InputError("latency: llama_main cannot be kept on cores; leave out --core")
-        return llama_device.timed(
-            held,
-            subject.directory,
-            runner,
-            lengths,
-            bundled=subject.bundled,
-            new_tokens=course.new_tokens,
-            threads=course.threads,
-            seconds=course.seconds,
-        )
-    job = _job(subject, course, lengths)
-    return run_job(held, job, subject.directory, runner, course.seconds)
+        return texts.timed(held, candidate, runner, workload, setup)
+    job = _job(candidate, workload, setup)
+    return run_job(held, job, candidate.artifact, runner, setup.seconds)
 
 
-def _job(subject: Subject, course: Course, lengths: tuple[int, ...]) -> Job:
-    runtime, _ = artifact_form(subject.directory)
-    return Job.model_validate(
-        {
-            "runtime": runtime,
-            "directory": "",
-            "adapter": adapter_of(subject.directory, subject.bundled),
-            "threads": course.threads,
-            "cores": course.cores,
-            "max_new_tokens": 1,
-            "timing": Timing(
-                prompt_lengths=lengths,
-                new_tokens=course.new_tokens,
-                warmup=course.warmup,
-                repetitions=1,
-            ),
-        }
+def _job(candidate: Candidate, workload: Workload, setup: DeviceSetup) -> Job:
+    artifact = candidate.artifact
+    return Job(
+        runtime=artifact.runtime,
+        directory="",
+        adapter=engine.get(artifact.runtime).selector(artifact, candidate.composition),
+        threads=workload.threads,
+        cores=setup.cores,
+        max_new_tokens=1,
+        timing=Timing(
+            prompt_lengths=setup.lengths,
+            new_tokens=workload.new_tokens,
+            warmup=setup.warmup,
+            repetitions=1,
+        ),
     )
 
 
-def _cooled(device: Device, course: Course) -> DeviceState:
+def _cooled(device: Device, setup: DeviceSetup) -> DeviceState:
     """Wait until a device is cool, within the limit; its state then."""
     start = time.monotonic()
     while True:
         waited = time.monotonic() - start
-        state = _state(facts(device), course, waited)
-        left = course.cool_seconds - waited
+        state = _state(facts(device), setup, waited)
+        left = setup.cool_seconds - waited
         if state.cool or left <= 0:
             return state
         time.sleep(min(_POLL, left))
 
 
-def _state(found: Facts, course: Course, waited: float) -> DeviceState:
+def _state(found: Facts, setup: DeviceSetup, waited: float) -> DeviceState:
     return DeviceState(
         battery=found.battery,
         celsius=found.celsius,
         thermal=found.thermal,
         waited_seconds=waited,
-        cool=(found.celsius or 0) <= course.celsius and (found.thermal or 0) <= course.thermal,
+        cool=(found.celsius or 0) <= setup.celsius and (found.thermal or 0) <= setup.thermal,
     )
 
 
@@ -242,55 +209,31 @@ def _settings(device: Device) -> tuple[bool | None, str | None]:
 
 
 def _result(
-    subject: Subject,
-    course: Course,
-    lengths: tuple[int, ...],
+    candidate: Candidate,
+    workload: Workload,
+    setup: DeviceSetup,
     found: Sequence[Result],
     noise: str | None,
 ) -> LatencyResult:
     """One artifact's times; those of a whole answer are of the prompt of middle length."""
-    runtime, precision = artifact_form(subject.directory)
-    sizes = file_sizes(subject.directory)
-    bundle = compositions_of(subject.directory) is not None
-    prompt = lengths[len(lengths) // 2]
+    prompt = setup.lengths[len(setup.lengths) // 2]
     firsts = {
-        length: [turn.first_token_seconds for turn in _turns(found, length)] for length in lengths
+        length: [turn.first_token_seconds for turn in _turns(found, length)]
+        for length in setup.lengths
     }
     steps = [turn.step_seconds for turn in _turns(found, prompt)]
-    first_token = spread(firsts[prompt])
-    decode_rate = spread([len(times) / sum(times) for times in steps])
-    return LatencyResult(
-        composition=subject.composition,
-        runtime=runtime,
-        precision=precision,
-        path=shown_path(subject.directory, subject.composition, bundle),
-        bytes=sum(sizes.values()),
-        files=sizes,
-        bundle=bundle,
-        threads=found[0].threads,
-        pinned=bool(course.cores),
-        prompt_tokens=prompt,
-        new_tokens=course.new_tokens,
-        repetitions=course.rounds,
-        load_seconds=spread([result.load_seconds for result in found]),
-        first_token_seconds=first_token,
-        decode_rate=decode_rate,
-        token_p90_seconds=p90([each for times in steps for each in times]),
-        idle_bytes=max(result.idle_bytes for result in found) or None,
-        load_peak_bytes=max(result.loaded_bytes for result in found) or None,
-        peak_bytes=max(result.peak_bytes for result in found) or None,
-        token_bytes=token_bytes(manifest_of(subject.directory), prompt + course.new_tokens / 2),
-        bandwidth_share=None,
-        noise=noise or artifact_noise(first_token, decode_rate),
-        lengths=tuple(
-            LengthTimes(
-                prompt_tokens=length,
-                first_token_seconds=spread(times),
-                p90_seconds=p90(times),
-            )
-            for length, times in firsts.items()
-        ),
+    timings = Timings(
+        loads=[result.load_seconds for result in found],
+        firsts=firsts[prompt],
+        rates=[len(times) / sum(times) for times in steps],
+        tokens=[each for times in steps for each in times],
+        idle=[result.idle_bytes or None for result in found],
+        load_peaks=[result.loaded_bytes or None for result in found],
+        peaks=[result.peak_bytes or None for result in found],
+        lengths=firsts,
     )
+    done = replace(workload, threads=found[0].threads)
+    return result_of(candidate, done, prompt, timings, Conditioned(bool(setup.cores), noise))
 
 
 def _turns(found: Sequence[Result], length: int) -> list[Turn]:

@@ -1,10 +1,10 @@
-"""Does an artifact say on a device what it says on this machine?
+"""Does an artifact compute on a device what it computes on this machine?
 
 The host's runtime answers the prompts of an evaluation, the device's runner does so as a ``Job``,
-and the two are held together: greedy tokens, the largest logits at every target, checksums of all
-of them, and the task metric. Where processor and runtime are the host's, bits are expected; else
-what rounding alone does to the eager reference (``caliport.validation.gates.rounding``) is the
-unit.
+and the two are compared: greedy tokens, the largest logits at every target, checksums of all of
+them, and the task metric. Where processor and runtime are the host's, bits must be equal;
+otherwise, what rounding alone does to the eager reference (``caliport.validation.gates.rounding``)
+is the unit.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from caliport.android_harness.runners.by_runtime import runs_here_only
 from caliport.android_harness.runners.job import Job, Prompt
-from caliport.core.directories import read_manifest
 from caliport.core.errors import InputError
-from caliport.validation.artifact import artifact_form, compositions_of
+from caliport.export import runtime as runtimes
+from caliport.export.artifact import Artifact
 from caliport.validation.evaluation import quality
 from caliport.validation.evaluation.evaluation import Answers, Evaluation, runner_answers, texts_of
 from caliport.validation.evaluation.measures import EXACT, compare, distances, spread, trace
@@ -29,7 +30,8 @@ from caliport.validation.gates.limits import DEFAULTS, Limits, limits_for
 from caliport.validation.records.device import DeviceResult, DeviceTask, DeviceUsed
 from caliport.validation.records.gate import Gate, Measures
 from caliport.validation.records.reports import shown_path
-from caliport.validation.runners.open import open_runner
+from caliport.validation.runners import engine
+from caliport.validation.runners.open import Execution
 from caliport.validation.runners.runner import Runner
 
 if TYPE_CHECKING:
@@ -40,124 +42,100 @@ if TYPE_CHECKING:
     from caliport.validation.gates.rounding import Expected
 
 TOP = 64
-"""Logits that a device tells at each position."""
-_RESOLVED = 1e-9  # probability of what a device does not tell, below which float64 loses it
+"""Logits that a device reports at each position."""
+_RESOLVED = 1e-9  # probability of what a device does not report, below which float64 loses it
 _UNMEASURED = 0.005  # of the logits' spread: rounding, where no reference of ours says how much
-PACKAGES = {"onnx": "onnxruntime", "executorch": "executorch"}
-"""What holds each runtime's version."""
-_PYTHON = "caliport-executorch-python"
 
 
 @dataclass(frozen=True)
-class Subject:
-    """An artifact on this machine, with what a device is held to.
+class HostReference:
+    """An artifact as it runs on this machine, which a device is compared with.
 
     Attributes:
-        directory: The artifact's.
-        bundled: Of a bundle, the composition to run; None for its base alone.
-        composition: Its name in reports.
+        execution: The artifact and how it runs here; its threads are the device's too.
         evaluation: What is asked.
         runner: The artifact's, here.
         answers: Its answers.
-        expected: What rounding alone does to the eager reference; None where there is none.
-        precision: That decides the limits.
+        composition: Its name in reports.
+        precision: Decides the limits.
         metric: Task metric, where the evaluation has references.
-        threads: Of the runtime, here and there.
-        by_token: The eager reference's answers where it rounds inputs by token, as ONNX Runtime
-            does for 4-bit products on Arm (KleidiAI) and nowhere else; None where it makes no
-            difference.
+        expected: What rounding alone does to the eager reference; None where there is none.
+        by_token: The eager reference's answers where it rounds as the runtime does on Arm
+            (``Engine.arm_rounding``); None where that makes no difference.
     """
 
-    directory: Path
-    bundled: str | None
-    composition: str
+    execution: Execution
     evaluation: Evaluation
     runner: Runner
     answers: Answers
-    expected: Expected | None
+    composition: str
     precision: str
     metric: str
-    threads: int
+    expected: Expected | None = None
     by_token: Callable[[], Answers] | None = None
 
+    @property
+    def artifact(self) -> Artifact:
+        """What runs."""
+        return self.execution.artifact
 
-def subject_of(
-    directory: Path,
+
+def host_reference(
+    execution: Execution,
     evaluation: Evaluation,
     *,
-    expected: Expected | None,
     composition: str,
     metric: str,
-    threads: int,
-    bundled: str | None = None,
+    expected: Expected | None = None,
     precision: str | None = None,
     by_token: Callable[[], Answers] | None = None,
-) -> Subject:
+) -> HostReference:
     """Open an artifact on this machine and let it answer; ``precision`` if no manifest says it.
 
     Raises:
-        InputError: See ``caliport.validation.runners.open.open_runner``, or a prompt that exceeds
-            its context.
+        InputError: See ``Execution.open``, or a prompt that exceeds its context.
         NotFinite: Some logit is NaN or infinite.
     """
-    runner = open_runner(directory, threads, bundled)
-    answers = runner_answers(runner, evaluation)
-    precision = precision or artifact_form(directory)[1]
-    return Subject(
-        directory,
-        bundled,
-        composition,
+    runner = execution.open()
+    return HostReference(
+        execution,
         evaluation,
         runner,
-        answers,
-        expected,
-        precision,
+        runner_answers(runner, evaluation),
+        composition,
+        precision or execution.artifact.precision,
         metric,
-        threads,
+        expected,
         by_token,
     )
 
 
-def adapter_of(directory: Path, bundled: str | None) -> str | None:
-    """``Job.adapter`` of a composition of a bundle.
+def job_of(host: HostReference, top: int = TOP) -> Job:
+    """What a device is asked.
 
     Raises:
         InputError: The bundle has no such composition.
     """
-    runtime, _ = artifact_form(directory)
-    if bundled is None or runtime == "executorch":
-        return bundled
-    known = read_manifest(directory).get("bundle", {}).get("compositions", {})
-    if bundled not in known:
-        raise InputError(f"{directory}: has no composition {bundled!r}, only {', '.join(known)}")
-    return str(known[bundled]["file"])
-
-
-def job_of(subject: Subject, top: int = TOP) -> Job:
-    """What a device is asked."""
-    evaluation = subject.evaluation
-    runtime, _ = artifact_form(subject.directory)
-    return Job.model_validate(
-        {
-            "runtime": runtime,
-            "directory": "",
-            "adapter": adapter_of(subject.directory, subject.bundled),
-            "threads": subject.threads,
-            "ends": sorted(evaluation.ends),
-            "max_new_tokens": evaluation.max_new_tokens,
-            "top": top,
-            "prompts": [
-                Prompt(tokens=tuple(prompt), targets=tuple(target))
-                for prompt, target in zip(evaluation.prompts, evaluation.targets, strict=True)
-            ],
-        }
+    evaluation, artifact = host.evaluation, host.artifact
+    return Job(
+        runtime=artifact.runtime,
+        directory="",
+        adapter=engine.get(artifact.runtime).selector(artifact, host.execution.composition),
+        threads=host.execution.threads,
+        ends=tuple(sorted(evaluation.ends)),
+        max_new_tokens=evaluation.max_new_tokens,
+        top=top,
+        prompts=tuple(
+            Prompt(tokens=tuple(prompt), targets=tuple(target))
+            for prompt, target in zip(evaluation.prompts, evaluation.targets, strict=True)
+        ),
     )
 
 
 def used(facts: Facts, *runners: str) -> DeviceUsed:
-    """A device as it is recorded, by what it says of itself and what runs on it."""
+    """A device as reports record it, from its own properties and what runs on it."""
     found = facts.model_dump(include=set(DeviceUsed.model_fields))
-    if any(runner.startswith(_PYTHON) for runner in runners):  # no phone has our environment
+    if any(map(runs_here_only, runners)):  # no phone has our environment
         found["kind"] = "linux"
     return DeviceUsed(**found)
 
@@ -178,12 +156,12 @@ def same_processor(device: Device) -> bool:
     return bool(here) and here == said(device.script(f"cat {path}").out)
 
 
-def check(subject: Subject, ran: Ran, same: bool) -> tuple[DeviceResult, Answers]:
-    """Hold what a device said to what this machine says.
+def check(host: HostReference, ran: Ran, same: bool) -> tuple[DeviceResult, Answers]:
+    """Compare a device's answers with this machine's.
 
     Args:
-        subject: The artifact here.
-        ran: What the device answered to ``job_of(subject)``.
+        host: The artifact here.
+        ran: What the device answered to ``job_of(host)``.
         same: Whether it has this machine's processor.
 
     Returns:
@@ -192,41 +170,44 @@ def check(subject: Subject, ran: Ran, same: bool) -> tuple[DeviceResult, Answers
     Raises:
         InputError: The result is of another vocabulary or leaves positions out.
     """
-    runtime, _ = artifact_form(subject.directory)
-    host, evaluation, said = subject.answers, subject.evaluation, ran.result.answers
-    _check_rows(ran, host)
+    artifact, ours, evaluation, said = (
+        host.artifact,
+        host.answers,
+        host.evaluation,
+        ran.result.answers,
+    )
+    _check_rows(ran, ours)
     found = Answers(
         f"{ran.result.runner} on {ran.device.serial}",
-        [estimated(rows, a.rows) for rows, a in zip(host.logits, said, strict=True)],
+        [estimated(rows, a.rows) for rows, a in zip(ours.logits, said, strict=True)],
         [list(a.tokens or ()) for a in said],
     )
-    version = metadata.version(PACKAGES[runtime])
+    version = metadata.version(runtimes.get(artifact.runtime).package)
     exact = same and ran.result.runtime_version == version
-    limits = limits_for(subject.precision)
-    noise, rounding = rounding_of(subject, ran.device.abi, exact, limits)
+    limits = limits_for(host.precision)
+    noise, rounding = rounding_of(host, ran.device.abi, exact, limits)
     apart = np.concatenate(
-        [_distances(rows, a.rows) for rows, a in zip(host.logits, said, strict=True)]
+        [_distances(rows, a.rows) for rows, a in zip(ours.logits, said, strict=True)]
     )
-    measures = compare(host.logits, found.logits, evaluation.targets)
-    tokens, identical, ties = _tokens_gate(subject, found, limits.farthest * float(noise.max()))
+    measures = compare(ours.logits, found.logits, evaluation.targets)
+    tokens, identical, ties = _tokens_gate(host, found, limits.farthest * float(noise.max()))
     verdicts = [
         tokens,
         *gates.lowering_gates({"logits": measures}, rounding, measures, limits),
         *gates.rounding_gates({"logits": apart}, {"logits": noise}, limits),
     ]
-    task, verdict = _task(subject, found, limits)
+    task, verdict = _task(host, found, limits)
     verdicts = [
         gate.model_copy(update={"stage": "device"})
         for gate in (*verdicts, *([verdict] if verdict else []))
     ]
     passed = all(gate.passed for gate in verdicts)
-    bundle = compositions_of(subject.directory) is not None
     return DeviceResult(
-        composition=subject.composition,
-        runtime=runtime,
-        precision=subject.precision,
-        bundle=bundle,
-        path=shown_path(subject.directory, subject.composition, bundle),
+        composition=host.composition,
+        runtime=artifact.runtime,
+        precision=host.precision,
+        bundle=artifact.is_bundle,
+        path=shown_path(artifact, host.composition),
         device=used(ran.device, ran.result.runner),
         runner=ran.result.runner,
         runner_sha256=ran.runner_sha256,
@@ -247,11 +228,11 @@ def check(subject: Subject, ran: Ran, same: bool) -> tuple[DeviceResult, Answers
 
 
 def estimated(host: np.ndarray, rows: Sequence[Row]) -> np.ndarray:
-    """A device's logits, from those that it told and the host's.
+    """A device's logits, from those that it reported and the host's.
 
-    The others are the host's, moved together so that the logarithm of the sum of exponentials is
-    the one that the device told, but none above the least that it told. Where none had to be cut,
-    the KL from the host is that of the told tokens and of the others as one: at most the true KL.
+    The others are the host's, shifted together so that the logarithm of the sum of exponentials is
+    the reported one, but none above the least reported logit. Where none had to be cut, the KL from
+    the host is that of the reported tokens and of the others as one: at most the true KL.
 
     Args:
         host: Logits [n, vocab].
@@ -289,7 +270,7 @@ def _check_rows(ran: Ran, host: Answers) -> None:
 def _distances(host: np.ndarray, rows: Sequence[Row]) -> np.ndarray:
     """Largest difference at each position, relative to the spread of the host's logits: [n].
 
-    Of the logits that the device told, of the mean of all of them and of their logsumexp.
+    Of the logits that the device reported, of the mean of all of them and of their logsumexp.
     """
     wide = host.astype(np.float64)
     most = wide.max(axis=-1)
@@ -306,14 +287,14 @@ def _distances(host: np.ndarray, rows: Sequence[Row]) -> np.ndarray:
 
 
 def rounding_of(
-    subject: Subject, abi: str, exact: bool, limits: Limits
+    host: HostReference, abi: str, exact: bool, limits: Limits
 ) -> tuple[np.ndarray, Measures]:
     """Distances that rounding alone makes on a device, and their measures over all positions."""
-    expected = subject.expected
+    expected = host.expected
     if expected is not None and not exact:
-        if abi.startswith("arm") and subject.by_token is not None:
-            ours, theirs = expected.said.answers.logits, subject.by_token().logits
-            return distances(ours, theirs), compare(ours, theirs, subject.evaluation.targets)
+        if abi.startswith("arm") and host.by_token is not None:
+            ours, theirs = expected.said.answers.logits, host.by_token().logits
+            return distances(ours, theirs), compare(ours, theirs, host.evaluation.targets)
         # Prefill's also has sequences too short to meet much rounding.
         noise = expected.noise.get("decode", expected.noise["prefill"])
         return noise, expected.rounding
@@ -324,13 +305,13 @@ def rounding_of(
     return np.asarray([EXACT if exact else _UNMEASURED]), none
 
 
-def _tokens_gate(subject: Subject, found: Answers, tie: float) -> tuple[Gate, int, int]:
+def _tokens_gate(host: HostReference, found: Answers, tie: float) -> tuple[Gate, int, int]:
     """Greedy tokens against the host's; how many answers are identical, and how many near ties."""
-    assert subject.answers.generated is not None
+    assert host.answers.generated is not None
     assert found.generated is not None
-    pairs = list(zip(subject.answers.generated, found.generated, strict=True))
+    pairs = list(zip(host.answers.generated, found.generated, strict=True))
     differ = [i for i, (ours, theirs) in enumerate(pairs) if ours != theirs]
-    leads = [_lead(subject, i, *pairs[i]) for i in differ]
+    leads = [_lead(host, i, *pairs[i]) for i in differ]
     ties = sum(lead <= tie for lead in leads)
     identical = len(pairs) - len(differ)
     reason = f"{identical} of {len(pairs)} answers are the host's, token by token"
@@ -351,7 +332,7 @@ def _tokens_gate(subject: Subject, found: Answers, tie: float) -> tuple[Gate, in
     return gate, identical, ties
 
 
-def _lead(subject: Subject, index: int, ours: list[int], theirs: list[int]) -> float:
+def _lead(host: HostReference, index: int, ours: list[int], theirs: list[int]) -> float:
     """How far the host's token was ahead of the device's where they part, over the spread.
 
     Infinite where one of the two answers ends there: it has not the same end or room.
@@ -359,33 +340,33 @@ def _lead(subject: Subject, index: int, ours: list[int], theirs: list[int]) -> f
     shared = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), None)
     if shared is None:
         return float("inf")
-    row = trace(subject.runner, subject.evaluation.prompts[index], ours[: shared + 1])[-1]
+    row = trace(host.runner, host.evaluation.prompts[index], ours[: shared + 1])[-1]
     return float(row[ours[shared]] - row[theirs[shared]]) / float(spread(row))
 
 
 def _task(
-    subject: Subject, found: Answers, limits: Limits
+    host: HostReference, found: Answers, limits: Limits
 ) -> tuple[DeviceTask | None, Gate | None]:
     """The task metric of host and device, paired; None each without references.
 
     Quantization is no part of the difference, so as much may be lost as of fp32.
     """
-    evaluation = subject.evaluation
+    evaluation = host.evaluation
     if evaluation.references is None:
         return None, None
     ours, theirs = (
-        quality.metric(subject.metric, texts_of(evaluation, side), evaluation.references)
-        for side in (subject.answers, found)
+        quality.metric(host.metric, texts_of(evaluation, side), evaluation.references)
+        for side in (host.answers, found)
     )
     tight = replace(limits, margin=DEFAULTS["fp32"].margin)
-    gate, interval = gates.task_gate(subject.metric, ours, theirs, tight)
-    host, device = float(np.mean(ours)), float(np.mean(theirs))
+    gate, interval = gates.task_gate(host.metric, ours, theirs, tight)
+    here, there = float(np.mean(ours)), float(np.mean(theirs))
     task = DeviceTask(
-        metric=subject.metric,
-        host=host,
-        device=device,
-        difference=device - host,
+        metric=host.metric,
+        host=here,
+        device=there,
+        difference=there - here,
         interval=interval,
     )
-    measure = f"{subject.metric} difference from the host, points"
+    measure = f"{host.metric} difference from the host, points"
     return task, gate.model_copy(update={"measure": measure})

@@ -16,6 +16,7 @@ from caliport.android_harness.device.session import Session, session
 from caliport.android_harness.runners.job import JOB, RESULT, Job, Result
 from caliport.core.directories import content_hash
 from caliport.core.errors import InputError
+from caliport.export.artifact import Artifact
 
 if TYPE_CHECKING:
     from caliport.android_harness.device.adb import Completed, Device
@@ -45,13 +46,13 @@ class Ran:
     seconds: float
 
 
-def run_job(held: Session, job: Job, artifact: Path, runner: JobRunner, seconds: float) -> Ran:
+def run_job(held: Session, job: Job, artifact: Artifact, runner: JobRunner, seconds: float) -> Ran:
     """Run a job on a device.
 
     Args:
         held: The device.
         job: What to do; its ``directory`` is set here.
-        artifact: The artifact's directory.
+        artifact: What to run.
         runner: What runs it.
         seconds: The longest that it may take once it is started.
 
@@ -65,7 +66,7 @@ def run_job(held: Session, job: Job, artifact: Path, runner: JobRunner, seconds:
     before = facts(held.device)
     reasons = obstacles(before, artifact)
     if reasons:
-        raise InputError(f"{artifact} on device {before.serial}: {reasons[0]}")
+        raise InputError(f"{artifact.directory} on device {before.serial}: {reasons[0]}")
     place = ""
     if runner.directory is None:
         digest = _hash_there(held, runner.command[0])
@@ -89,7 +90,10 @@ def run_job(held: Session, job: Job, artifact: Path, runner: JobRunner, seconds:
 
 
 def run_all(
-    jobs: Mapping[Device, Job], artifact: Path, runners: Mapping[Device, JobRunner], seconds: float
+    jobs: Mapping[Device, Job],
+    artifact: Artifact,
+    runners: Mapping[Device, JobRunner],
+    seconds: float,
 ) -> dict[Device, Ran | InputError]:
     """Run a job on each of several devices at once.
 

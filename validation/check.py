@@ -1,125 +1,118 @@
-"""XXX."""
+"""Compare one artifact of ours with eager models: the check behind recipes and flags."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from caliport.core.directories import read_manifest
-from caliport.export.quantization.choices import Quantization
-from caliport.validation.artifact import form_of
-from caliport.validation.references import References
+from caliport.export import runtime as runtimes
+from caliport.validation.references import FP32, EagerReferences
 
 if TYPE_CHECKING:
     import numpy as np
 
     from caliport.validation.evaluation.evaluation import Answers
+    from caliport.validation.gates.criteria import Caption
     from caliport.validation.records.budget import Budget, BudgetStage
     from caliport.validation.records.reports import ArtifactResult
-
-
-METRIC = "rougeL"
-"""Task metric where no recipe says one."""
+    from caliport.validation.runners.open import Execution
 
 
 def check_artifact(
-    directory: Path,
-    references: References,
+    execution: Execution,
+    references: EagerReferences,
+    caption: Caption,
     *,
-    composition: str,
-    method: str,
     metric: str,
-    threads: int,
-    limits: dict[str, float],
-    bundled: str | None = None,
-    runner: str = "plain",
-    notes: Sequence[str] = (),
+    limits: Mapping[str, float],
     first: Sequence[np.ndarray] | None = None,
 ) -> tuple[ArtifactResult, tuple[BudgetStage, ...]]:
-    """Hold one artifact, or part of a bundle, against its references, for recipes and for flags.
+    """Validate one artifact, or one part of a bundle, against its eager references.
 
     Args:
-        directory: The artifact.
+        execution: The artifact and how to run it.
         references: Of its composition.
-        composition: Its name in the report.
-        method: The method that made it, for the report.
-        metric: Task metric, where there are references.
-        threads: Of the runtime.
+        caption: How the report shows it.
+        metric: Task metric, where there are reference texts.
         limits: Of its precision, where they are not the default.
-        bundled: Of a bundle, the composition to check; None for its base alone.
-        runner: What runs it: a word of ``caliport.validation.runners.open.open_runner``.
-        notes: What is known not to be checked, for the report.
         first: Logits of the first stage of the error budget; None for the fp32 composition.
 
     Returns:
         The verdict, and the stages that it adds to the error budget: the eager model in its own
         precision and, where its logits are finite, the artifact; none for a base alone.
+
+    Raises:
+        InputError: See ``caliport.validation.gates.verdict.validate_artifact``.
     """
-    from caliport.validation.artifact import artifact_form, compositions_of
-    from caliport.validation.evaluation.budget import Step, measured
+    from caliport.validation.evaluation.budget import StageAnswers, measured
+    from caliport.validation.gates.criteria import Criteria
     from caliport.validation.gates.limits import limits_for
     from caliport.validation.gates.verdict import validate_artifact
+    from caliport.validation.runners import engine
 
-    runtime, precision = artifact_form(directory)
-    manifest = read_manifest(directory)
-    how, context = Quantization.of(manifest), int(manifest["context"])
-    beside = compositions_of(directory) is not None
+    artifact = execution.artifact
     alone = references.adapter is None
-    in_float = runtime == "onnx" and precision != "fp32" and not beside
-    quantized = references.expected(how, runtime, context, beside=beside)
-    fp32 = references.answers(Quantization("fp32"), runtime)
-    heard: list[Answers] = []
-    result = validate_artifact(
-        directory,
+    in_float = (
+        engine.get(artifact.runtime).runs_in_float
+        and artifact.precision != FP32.precision
+        and not artifact.is_bundle
+    )
+    quantized = references.expected(artifact)
+    fp32 = references.answers(FP32)
+    criteria = Criteria(
         references.evaluation,
-        quantized=quantized,
-        fp32=fp32,
-        base=None if alone else references.answers(Quantization("fp32"), runtime, alone=True),
-        graph=references.graph(how, context) if in_float else None,
+        fp32,
+        None if alone else references.answers(FP32, alone=True),
+        limits_for(artifact.precision, **limits),
+        metric,
+    )
+    answered: list[Answers] = []
+    result = validate_artifact(
+        execution,
+        criteria,
+        quantized,
+        caption,
+        graph=references.graph(artifact) if in_float else None,
         source=references.source,
-        composition=composition,
-        method=method,
-        limits=limits_for(precision, **limits),
-        threads=threads,
-        metric=metric,
-        bundled=bundled,
-        runner=runner,
-        notes=notes,
-        heard=heard.append,
+        answered=answered.append,
     )
     if alone:
         return result, ()
-    rounds = "ONNX Runtime" if runtime == "onnx" else "ExecuTorch"
-    label = "fp32" if precision == "fp32" else f"{precision}, as {rounds} rounds"
-    steps = [Step("quantized eager", label, quantized.said.answers)]
-    steps += [Step("artifact", f"{precision} in {answers.name}", answers) for answers in heard]
+    label = artifact.precision
+    if artifact.precision != FP32.precision:
+        label += f", as {runtimes.get(artifact.runtime).title} rounds"
+    stages = [StageAnswers("quantized eager", label, quantized.said.answers)]
+    stages += [
+        StageAnswers("artifact", f"{artifact.precision} in {answers.name}", answers)
+        for answers in answered
+    ]
     return result, measured(
         references.evaluation,
-        steps,
+        stages,
         metric,
         before=fp32,
         first=fp32.logits if first is None else first,
-        form=form_of(runtime, precision, beside),
+        form=artifact.form,
     )
 
 
 def budget_of(
-    composition: str, references: References, label: str, stages: Sequence[BudgetStage]
+    composition: str, references: EagerReferences, label: str, stages: Sequence[BudgetStage]
 ) -> Budget:
     """The error budget from calibration on, where the single-task adapters are not known.
 
     Args:
         composition: Its name in the report.
         references: Of the composition.
-        label: Says to people what ships.
+        label: What people call the composed adapter that ships.
         stages: What ``check_artifact`` adds.
     """
-    from caliport.validation.evaluation.budget import Step, measured
+    from caliport.validation.evaluation.budget import StageAnswers, measured
+    from caliport.validation.gates.criteria import METRIC
     from caliport.validation.records.budget import Budget
 
     evaluation = references.evaluation
-    ships = references.answers(Quantization("fp32"), "executorch")
-    shared = measured(evaluation, [Step("calibration", label, ships)], METRIC)
+    ships = StageAnswers("calibration", label, references.answers(FP32))
+    shared = measured(evaluation, [ships], METRIC)
     metric = None if evaluation.references is None else METRIC
     return Budget(composition=composition, metric=metric, stages=(*shared, *stages))

@@ -1,30 +1,55 @@
-"""What eager models say, which artifacts are held against."""
+"""Answers of eager models, which artifacts are compared with."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from caliport.core.directories import MANIFEST
+from caliport.core.errors import InputError
 from caliport.export.quantization.choices import Quantization
+from caliport.export.runtime import Rounding
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from caliport.calibrate import LowRankUpdate
+    from caliport.export.artifact import Artifact
     from caliport.validation.evaluation.evaluation import Answers, Evaluation
     from caliport.validation.gates.rounding import Expected
     from caliport.validation.gates.weights import Source
 
+FP32 = Quantization("fp32")
 
-class References:
-    """Eager answers that several artifacts are held against, made once and kept.
+
+@dataclass(frozen=True)
+class _Model:
+    """An eager model: what is folded in or beside, and how it is quantized and rounded."""
+
+    adapter: Path | None
+    how: Quantization
+    runtime: str | None
+    beside: bool
+    rounding: Rounding | None
+
+    @property
+    def key(self) -> object:
+        """Equal for models with equal logits: nothing depends on the runtime in fp32."""
+        if self.how.precision != FP32.precision:
+            return self
+        return (self.adapter, self.how, self.beside)
+
+
+class EagerReferences:
+    """Eager answers that several artifacts are compared with, made once and kept.
 
     Args:
         evaluation: What is asked.
         base: A Hugging Face directory or hub name.
         adapter: The composition's PEFT LoRA directory; None for the base.
-        shared: PEFT LoRA directories that a bundle for ExecuTorch shares.
+        shared: PEFT LoRA directories that a bundle stores once for all its compositions.
         by_layer: Keep residual streams of the answers too.
     """
 
@@ -41,39 +66,33 @@ class References:
         self._base = base
         self._shared = shared
         self._by_layer = by_layer
-        self._kept: dict[tuple[Path | None, Quantization, str, bool, str | None], Answers] = {}
-        self._expected: dict[tuple[Quantization, str, int, bool], Expected] = {}
+        self._answers: dict[object, Answers] = {}
+        self._expected: dict[object, Expected] = {}
 
     def answers(
         self,
         how: Quantization,
-        runtime: str,
+        runtime: str | None = None,
         *,
         alone: bool = False,
         beside: bool = False,
-        rounds: str | None = None,
+        rounding: Rounding | None = None,
     ) -> Answers:
-        """Of the composition, quantized, as a runtime rounds it; or of the base ``alone``.
+        """Answers of the composition, or of the base.
 
-        ``beside``: as in a bundle, with the composition beside the quantized base. ``rounds``:
-        inputs are rounded as this runtime does it.
+        Args:
+            how: How it is quantized.
+            runtime: Whose rounding of activations it has; None in fp32, which has none.
+            alone: The base without the composition.
+            beside: As in a bundle, with the composition beside the quantized base.
+            rounding: In place of the runtime's own.
         """
-        from caliport.validation.evaluation.evaluation import eager_answers
-
         adapter = None if alone else self.adapter
-        same = how.precision == "fp32"
-        wanted = (adapter, how, "executorch" if same else runtime, beside, None if same else rounds)
-        if wanted not in self._kept:
-            model = self._model(adapter, how, runtime, beside, rounds)
-            name = f"eager {how.precision}{' base' if alone else ''}"
-            streams = self._by_layer and not alone
-            self._kept[wanted] = eager_answers(
-                model, name, self.evaluation, write=not alone, streams=streams
-            )
-        return self._kept[wanted]
+        wanted = _Model(adapter, how, runtime, beside, rounding)
+        return self._kept_answers(wanted, alone)
 
     def of_update(self, update: LowRankUpdate, name: str) -> Answers:
-        """Of the fp32 base with an update folded in that stands in no directory."""
+        """Answers of the fp32 base with an update folded in that is in no directory."""
         from caliport.core.checkpoints import load_base
         from caliport.export.decoder.fold import fold
         from caliport.validation.evaluation.evaluation import eager_answers
@@ -81,23 +100,33 @@ class References:
         model = fold(load_base(self._base), update, name)
         return eager_answers(model, name, self.evaluation, streams=self._by_layer)
 
-    def expected(
-        self, how: Quantization, runtime: str, context: int, *, beside: bool = False
-    ) -> Expected:
-        """What an artifact of the composition should say, and what rounding does to that."""
+    def expected(self, artifact: Artifact) -> Expected:
+        """The answers that an artifact of the composition should give, and the noise of rounding.
+
+        Raises:
+            InputError: The manifest does not say the context.
+        """
         from caliport.validation.evaluation.probes import make_probes
         from caliport.validation.gates.rounding import expected_of
 
-        wanted = (how, "executorch" if how.precision == "fp32" else runtime, context, beside)
-        if wanted not in self._expected:
-            answers = self.answers(how, runtime, beside=beside)
-            model = self._model(self.adapter, how, runtime, beside)
+        context = _context_of(artifact)
+        wanted = _Model(
+            self.adapter, artifact.quantization, artifact.runtime, artifact.is_bundle, None
+        )
+        key = (wanted.key, context)
+        if key not in self._expected:
+            answers = self._kept_answers(wanted, alone=False)
+            model = self._model(wanted)
             probes = make_probes(model.config.get_text_config().vocab_size, context)
-            self._expected[wanted] = expected_of(model, answers, self.evaluation, probes)
-        return self._expected[wanted]
+            self._expected[key] = expected_of(model, answers, self.evaluation, probes)
+        return self._expected[key]
 
-    def graph(self, how: Quantization, context: int) -> Expected:
-        """What an artifact's graph should say where nothing is rounded while it runs."""
+    def graph(self, artifact: Artifact) -> Expected:
+        """The answers that an artifact should give when its program rounds no activations.
+
+        Raises:
+            InputError: The manifest does not say the context.
+        """
         from caliport.export.quantization.tensors import dequantize
         from caliport.export.reference.folded import eager
         from caliport.validation.evaluation.evaluation import eager_answers
@@ -105,26 +134,11 @@ class References:
         from caliport.validation.gates.lowering import few_of
         from caliport.validation.gates.rounding import expected_of
 
-        model = dequantize(eager(self._base, self.adapter, how))
+        model = dequantize(eager(self._base, self.adapter, artifact.quantization))
         few = few_of(self.evaluation)
-        answers = eager_answers(model, f"eager {how.precision}, float", few, write=False)
-        probes = make_probes(model.config.get_text_config().vocab_size, context)
-        return expected_of(model, answers, few, probes)
-
-    def _model(
-        self,
-        adapter: Path | None,
-        how: Quantization,
-        runtime: str,
-        beside: bool,
-        rounds: str | None = None,
-    ) -> PreTrainedModel:
-        from caliport.export.reference import beside as bundle
-        from caliport.export.reference import folded
-
-        if beside:
-            return bundle.reference(self._base, adapter, how, runtime, self._shared, rounds)
-        return folded.reference(self._base, adapter, how, rounds or runtime)
+        answers = eager_answers(model, f"eager {artifact.precision}, float", few, write=False)
+        vocabulary = model.config.get_text_config().vocab_size
+        return expected_of(model, answers, few, make_probes(vocabulary, _context_of(artifact)))
 
     @property
     def source(self) -> Source:
@@ -132,3 +146,33 @@ class References:
         from caliport.validation.gates.weights import Source
 
         return Source(self._base, self.adapter)
+
+    def _kept_answers(self, wanted: _Model, alone: bool) -> Answers:
+        from caliport.validation.evaluation.evaluation import eager_answers
+
+        if wanted.key not in self._answers:
+            name = f"eager {wanted.how.precision}{' base' if alone else ''}"
+            streams = self._by_layer and not alone
+            self._answers[wanted.key] = eager_answers(
+                self._model(wanted), name, self.evaluation, write=not alone, streams=streams
+            )
+        return self._answers[wanted.key]
+
+    def _model(self, wanted: _Model) -> PreTrainedModel:
+        from caliport.export.reference import beside, folded
+
+        adapter, how, rounding = wanted.adapter, wanted.how, wanted.rounding
+        if wanted.runtime is None:
+            return folded.eager(self._base, adapter, how)
+        if wanted.beside:
+            return beside.reference(
+                self._base, adapter, how, wanted.runtime, self._shared, rounding
+            )
+        return folded.reference(self._base, adapter, how, wanted.runtime, rounding)
+
+
+def _context_of(artifact: Artifact) -> int:
+    if artifact.context is None:
+        place = artifact.directory / MANIFEST
+        raise InputError(f"{place}: context is missing, expected a number of tokens")
+    return artifact.context

@@ -1,1 +1,1 @@
-"""XXX."""
+"""Devices over adb: commands, facts and sessions."""

@@ -11,6 +11,7 @@ from typing import Literal
 
 from caliport.android_harness.device.adb import NO_DEVICE, Device, listed
 from caliport.core.errors import InputError
+from caliport.export.artifact import Artifact
 from caliport.validation.records.record import Record
 
 ROOT = "/data/local/tmp"
@@ -221,11 +222,11 @@ def _requirement(word: str) -> Callable[[Facts], bool] | None:
     return lambda facts: int(facts.android.split(".")[0] or 0) >= least
 
 
-def obstacles(found: Facts, artifact: Path) -> list[str]:
-    """Why an artifact would not run on a device; empty if nothing speaks against it.
+def obstacles(found: Facts, artifact: Artifact) -> list[str]:
+    """Why an artifact would not run on a device; empty if no reason is known.
 
-    Its weights must fit the memory that is free now and its files the space: less is not enough,
-    and as much may not be.
+    Its weights must fit into the memory that is free now, and its files into the free space. That
+    may still not be enough.
     """
     reasons = []
     if found.abi not in ABIS:
@@ -237,24 +238,16 @@ def obstacles(found: Facts, artifact: Path) -> list[str]:
     return reasons
 
 
-def artifact_files(artifact: Path) -> dict[str, Path]:
-    """The files of an artifact that a device needs, by their name in it.
-
-    Raises:
-        InputError: It is no directory, or there is nothing to run in it.
-    """
-    if not artifact.is_dir():
-        raise InputError(f"{artifact}: no such directory; expected an artifact")
-    paths = (path for path in sorted(artifact.rglob("*")) if path.is_file())
-    files = {path.relative_to(artifact): path for path in paths}
-    found = {
+def artifact_files(artifact: Artifact) -> dict[str, Path]:
+    """The files of an artifact that a device needs, by their name in it."""
+    root = artifact.directory
+    paths = (path for path in sorted(root.rglob("*")) if path.is_file())
+    files = {path.relative_to(root): path for path in paths}
+    return {
         name.as_posix(): path
         for name, path in files.items()
         if not any(part.startswith(".") for part in name.parts)
     }
-    if not any(name.endswith((".pte", ".onnx")) for name in found):
-        raise InputError(f"{artifact}: no .pte or .onnx file; expected an artifact")
-    return found
 
 
 def check_abi(found: Facts, files: Iterable[Path]) -> None:

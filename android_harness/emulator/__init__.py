@@ -1,1 +1,1 @@
-"""XXX."""
+"""Android emulators: the SDK, virtual devices, and starting one."""

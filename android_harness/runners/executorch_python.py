@@ -16,16 +16,19 @@ from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
+from caliport.android_harness.runners.executorch import PYTHON
 from caliport.android_harness.runners.job import Job, Result, Timing, Turn
 from caliport.android_harness.runners.kinds import answers
-from caliport.core.directories import check_recorded
 from caliport.core.errors import InputError
+from caliport.export import runtime as runtimes
+from caliport.export.artifact import Artifact
 from caliport.validation.latency.worker import memory
+from caliport.validation.runners.executorch import NAME as RUNTIME
 
 if TYPE_CHECKING:
     from caliport.validation.runners.runner import Runner
 
-NAME = "caliport-executorch-python 1"
+NAME = f"{PYTHON} 1"
 _PLAIN_IDS = 256  # every vocabulary has these
 
 
@@ -43,8 +46,8 @@ def read_job(path: Path) -> Job:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"]) or "the file"
         raise InputError(f"{path}: {field}: {first['msg']}") from None
-    if job.runtime != "executorch":
-        raise InputError(f"{path}: runtime: found {job.runtime}, expected executorch")
+    if job.runtime != RUNTIME:
+        raise InputError(f"{path}: runtime: found {job.runtime}, expected {RUNTIME}")
     return job
 
 
@@ -59,18 +62,19 @@ def run_job(job: Job) -> Result:
         _stay_on(job.cores)
     from caliport.validation.runners.executorch import BASE_METHOD, ExecuTorchRunner, binding
 
+    artifact = Artifact.read(job.directory)
     binding()
-    check_recorded(Path(job.directory))  # reads every file, so that all are in the page cache
+    artifact.check()  # reads every file, so that all are in the page cache
     idle = _peak_bytes()
     start = time.perf_counter()
-    runner = ExecuTorchRunner(Path(job.directory), job.threads, job.adapter or BASE_METHOD)
+    runner = ExecuTorchRunner(artifact.directory, job.threads, job.adapter or BASE_METHOD)
     load = time.perf_counter() - start
     loaded = _peak_bytes()
     said = answers(runner, job)
     timed = () if job.timing is None else _turns(runner, job.timing)
     return Result(
         runner=NAME,
-        runtime_version=metadata.version("executorch"),
+        runtime_version=metadata.version(runtimes.get(RUNTIME).package),
         threads=runner.threads,
         cores=tuple(sorted(os.sched_getaffinity(0))),
         load_seconds=load,

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from typing import Final, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
+from caliport.export import runtime as runtimes
 from caliport.validation.records.record import Record
 
 JOB, RESULT = "job.json", "result.json"
@@ -55,10 +56,10 @@ class Job(Record):
 
     Attributes:
         version: Of this schema.
-        runtime: Which kind of runner must take it.
+        runtime: Of the artifact (``caliport.export.runtime.names``).
         directory: The artifact's.
-        adapter: Of a bundle, the ``.onnx_adapter`` file within ``directory`` (ONNX) or the method
-            (ExecuTorch) of a composition; None for what runs without one.
+        adapter: Of a bundle, what the runtime calls the composition (``Engine.selector``): a file
+            in ``directory``, or a method; None for what runs without one.
         threads: Of the runtime's pool.
         cores: Cores to stay on; empty leaves that to the system.
         ends: Token ids that end an answer.
@@ -69,7 +70,7 @@ class Job(Record):
     """
 
     version: Literal[1] = VERSION
-    runtime: Literal["executorch", "onnx"]
+    runtime: str
     directory: str
     adapter: str | None = None
     threads: int = Field(ge=1)
@@ -79,6 +80,13 @@ class Job(Record):
     top: int = Field(default=10, ge=1)
     prompts: tuple[Prompt, ...] = ()
     timing: Timing | None = None
+
+    @field_validator("runtime")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in runtimes.names():
+            raise ValueError(f"found {name!r}, expected {' or '.join(runtimes.names())}")
+        return name
 
 
 class Row(Record):
@@ -129,7 +137,7 @@ class Result(Record):
     Attributes:
         version: Of this schema.
         runner: Its name and version, such as ``caliport-onnx 1``.
-        runtime_version: Of ONNX Runtime or ExecuTorch, as it tells.
+        runtime_version: Of the runtime, as it reports it.
         threads: Of the runtime's pool, as used.
         cores: Cores it may run on, as the system tells after pinning.
         load_seconds: From the start of loading until ready.

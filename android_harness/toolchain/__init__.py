@@ -1,1 +1,1 @@
-"""XXX."""
+"""Build the ONNX runner and get the packages that this takes."""

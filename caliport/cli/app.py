@@ -266,7 +266,7 @@ def validate(
     ] = None,
     against: Annotated[
         Path | None,
-        typer.Option(help="Another artifact of the same, to hold it to in place of fp32."),
+        typer.Option(help="Another artifact to use as the reference in place of fp32."),
     ] = None,
     latency: Annotated[
         bool, typer.Option("--latency/--no-latency", help="Also measure times and memory.")
@@ -276,28 +276,39 @@ def validate(
         typer.Option(help="plain (default), genai for onnxruntime-genai, or MODULE:FUNCTION."),
     ] = None,
     against_runner: Annotated[
-        str | None, typer.Option(help="The same of the artifact of --against.")
+        str | None, typer.Option(help="The same for the artifact of --against.")
     ] = None,
     by_layer: Annotated[
-        bool, typer.Option("--by-layer", help="Also say in which layers the error budget goes.")
+        bool, typer.Option("--by-layer", help="Also show the error budget by layer.")
     ] = False,
     baseline: BaselineOption = None,
     device: DeviceOption = None,
     out: Annotated[Path | None, typer.Option("--out", help="Also write the reports here.")] = None,
 ) -> None:
-    """Hold artifacts against eager PyTorch; exit code 1 if a gate fails."""
+    """Compare artifacts with eager PyTorch; exit code 1 if a gate fails."""
     if recipe.is_dir():
-        from caliport.flags.validate import validate_one
+        from caliport.export.artifact import Artifact
+        from caliport.export.request import Bundle as BundleParts
+        from caliport.flags.named import named
+        from caliport.flags.validate import read_prompts, validate_one
+        from caliport.validation.api import Options, Validation
 
         if device:
             raise InputError("--device goes with a recipe; see caliport device validate")
-
         (base,) = _needed(base=base)
-        parts = bundle or [], share or []
-        more: dict[str, Any] = {"latency": latency, "baseline": baseline}
-        more |= {"precision": precision, "against": against, "by_layer": by_layer}
-        more |= {"runner": runner or "plain", "against_runner": against_runner or "plain"}
-        passed = validate_one(recipe, base, adapter, *parts, prompts, prompt, threads, out, **more)
+        options = Options(
+            threads=threads,
+            runner=runner or "plain",
+            precision=precision,
+            against=None if against is None else Artifact.read(against),
+            against_runner=against_runner or "plain",
+            by_layer=by_layer,
+        )
+        parts = BundleParts(named("--bundle", bundle or ()), named("--share", share or ()))
+        asked = Validation(
+            Artifact.read(recipe), base, adapter, parts, read_prompts(prompts, prompt), options
+        )
+        passed = validate_one(asked, out, latency=latency, baseline=baseline)
     else:
         from caliport.run.validate import validate_all
 
@@ -306,8 +317,8 @@ def validate(
         _no_flags(**{"against-runner": against_runner})
         if runner is not None:
             overrides = [*(overrides or ()), f"validation.runner={runner}"]
-        asked = ["validation.by_layer=true"] if by_layer else []
-        space = _space(recipe, [*with_baseline(overrides, baseline), *asked], runs)
+        layers = ["validation.by_layer=true"] if by_layer else []
+        space = _space(recipe, [*with_baseline(overrides, baseline), *layers], runs)
         passed = validate_all(space, latency=latency)
         if device:
             from caliport.on_devices.validate import validate_rows

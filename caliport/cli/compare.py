@@ -1,9 +1,9 @@
-"""Commands that hold a run against another one: ``baseline`` and ``compare``."""
+"""Commands that compare: runs (``baseline``, ``compare``) and artifacts (``bench``)."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,12 +14,14 @@ if TYPE_CHECKING:
     from caliport.validation.baseline.baseline import BaselineArtifact
     from caliport.validation.report.compare import Comparison, Pair
 
+_DEVICE_THREADS = 4  # the fast cores of most phones
+
 baselines = typer.Typer(
     help="What later runs are held to: caliport validate --baseline FILE.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
-Run = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run or its reports directory.")]
+RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run or its reports directory.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -31,7 +33,7 @@ def register(app: typer.Typer) -> None:
 
 @baselines.command()
 def store(
-    run: Run,
+    run: RunDir,
     place: Annotated[
         Path,
         typer.Argument(
@@ -206,19 +208,29 @@ def bench(
 
     Never a pass; but with --device and --baseline exit code 1 where memory or speed got worse.
     """
-    if device:
-        from caliport.on_devices.bench import bench_on
+    from caliport.validation.latency.workload import Workload
 
-        numbers: dict[str, Any] = {"new_tokens": new_tokens, "rounds": repetitions}
-        numbers |= {"celsius": celsius, "cool_seconds": cool, "cores": tuple(core or ())}
-        numbers |= {"lengths": tuple(length)} if length else {}
-        numbers |= {"threads": threads} if threads else {}
-        passed = bench_on(artifacts, device, runner or (), llama_main, numbers, out, baseline)
+    if device:
+        from caliport.android_harness.setup import LENGTHS, DeviceSetup
+        from caliport.on_devices.bench import bench_on
+        from caliport.on_devices.where import Where, chosen
+
+        workload = Workload(new_tokens, repetitions, threads or _DEVICE_THREADS)
+        setup = DeviceSetup(
+            lengths=tuple(length or LENGTHS),
+            cores=tuple(core or ()),
+            celsius=celsius,
+            cool_seconds=cool,
+        )
+        where = Where(tuple(chosen(device)), runner or (), llama_main)
+        passed = bench_on(artifacts, where, workload, setup, out, baseline)
         raise typer.Exit(0 if passed else 1)
     if any((runner, llama_main, length, core, baseline)):
         raise InputError(
             "--runner, --llama-main, --length, --core and --baseline go with --device SERIAL"
         )
     from caliport.run.bench import bench as measure
+    from caliport.validation.records.reports import this_machine
 
-    measure(artifacts, prompt_tokens, new_tokens, repetitions, threads, out)
+    workload = Workload(new_tokens, repetitions, threads or this_machine().cores)
+    measure(artifacts, prompt_tokens, workload, out)

@@ -1,16 +1,14 @@
-"""XXX."""
+"""``caliport device …``: artifacts on a device over adb."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from caliport.cli.options import LlamaMainOption, RunnerOption
 from caliport.core.directories import MANIFEST
-from caliport.core.errors import InputError
-from caliport.on_devices.validate import _stages, _subject
 from caliport.on_devices.where import SECONDS, Where, chosen
 
 on_device = typer.Typer(
@@ -70,60 +68,36 @@ def validate(
     ] = SECONDS,
     out: Annotated[Path | None, typer.Option("--out", help="Also write the reports here.")] = None,
 ) -> None:
-    """Hold artifacts on a device to themselves on this machine; exit code 1 if a gate fails."""
-    from caliport.core.progress import progress
-    from caliport.data.examples import read_jsonl
+    """Compare artifacts on a device with themselves here; exit code 1 if a gate fails."""
+    from caliport.export.artifact import Artifact
+    from caliport.export.request import Bundle
     from caliport.flags.named import named
-    from caliport.flags.validate import parts_of, references_of, said_precision
+    from caliport.flags.validate import read_prompts
+    from caliport.on_devices.validate import validate_on
     from caliport.show.github import publish
     from caliport.show.tables import show_budget, show_devices, show_gates
-    from caliport.validation.artifact import compositions_of
-    from caliport.validation.check import METRIC, budget_of
-    from caliport.validation.records.reports import (
-        PARITY,
-        ParityReport,
-        environment,
-        this_machine,
-        write_result,
-    )
-    from caliport.validation.report.junit import write_junit
-    from caliport.validation.report.page import write_report
+    from caliport.validation.api import Options, Validation, write_reports
 
-    devices = chosen([*(serial or ()), *([abi] if abi else ())])
-    where = Where(tuple(devices), runner or (), llama_main, timeout)
-    compositions, shared = named("--bundle", bundle or ()), named("--share", share or ())
-    said = {artifact: said_precision(artifact, precision, None) for artifact in artifacts}
-    examples = read_jsonl(prompts) if prompts is not None else None
-    results, budgets, troubles = [], [], list[InputError]()
-    for artifact in artifacts:
-        bundled = compositions_of(artifact) is not None
-        parts, _ = parts_of(
-            artifact, *((None, compositions, shared) if bundled else (adapter, {}, {}))
-        )
-        for label, (name, path) in parts.items():
-            with progress(f"{artifact} on {where.shown}: {label}", None):
-                references = references_of(base, path, shared, examples, prompt, False)
-                subject = _subject(
-                    artifact, references, label, METRIC, threads, name, said[artifact]
-                )
-                found, wrong = where.check(subject)
-            results += [result for result, _ in found]
-            troubles += wrong
-            if found and path is not None and said[artifact] is None:
-                stages = _stages(subject, references, found)
-                budgets.append(budget_of(label, references, path.name, stages))
-    facts: dict[str, Any] = {"machine": this_machine(), "versions": environment()}
-    report = ParityReport(**facts, artifacts=[], budgets=budgets, devices=results)
-    for result in results:
+    where = Where(
+        tuple(chosen([*(serial or ()), *([abi] if abi else ())])), runner or (), llama_main, timeout
+    )
+    parts = Bundle(named("--bundle", bundle or ()), named("--share", share or ()))
+    options, asked = Options(threads=threads, precision=precision), read_prompts(prompts, prompt)
+    validations = [
+        Validation(found, base, None, parts, asked, options)
+        if found.is_bundle
+        else Validation(found, base, adapter, Bundle({}), asked, options)
+        for found in map(Artifact.read, artifacts)
+    ]
+    report, troubles = validate_on(validations, where)
+    for result in report.devices:
         show_gates(result)
-    for budget in budgets:
+    for budget in report.budgets:
         show_budget(budget)
     show_devices(report)
     if out is not None:
-        write_result(report, out / PARITY)
-        write_junit(results, out / "junit.xml")
-        print(f"report: {write_report(out)}")
+        print(f"report: {write_reports(report, out)}")
     publish(report, [], artifacts[0] / MANIFEST, out)
     if troubles:
         raise troubles[0]
-    raise typer.Exit(0 if all(result.passed for result in results) else 1)
+    raise typer.Exit(0 if report.passed else 1)

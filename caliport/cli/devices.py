@@ -10,6 +10,7 @@ import typer
 
 if TYPE_CHECKING:
     from caliport.android_harness.device.facts import Facts
+    from caliport.export.artifact import Artifact
 
 
 def register(app: typer.Typer) -> None:
@@ -31,6 +32,7 @@ def devices(
     from caliport.android_harness.device import adb
     from caliport.android_harness.device.facts import all_facts
     from caliport.core.errors import InputError
+    from caliport.export.artifact import Artifact
 
     for address in connect or ():
         adb.connect(address)
@@ -41,7 +43,7 @@ def devices(
     for trouble in troubles:
         print(trouble)
     for artifact in artifacts or ():
-        _show_fit(found, artifact)
+        _show_fit(found, Artifact.read(artifact))
 
 
 def _show(found: Sequence[Facts]) -> None:
@@ -76,9 +78,9 @@ def _show(found: Sequence[Facts]) -> None:
     console.print(room)
 
 
-def _show_fit(found: Sequence[Facts], artifact: Path) -> None:
+def _show_fit(found: Sequence[Facts], artifact: Artifact) -> None:
     from caliport.android_harness.device.facts import obstacles
 
     for facts in found:
         reasons = obstacles(facts, artifact)
-        print(f"{artifact} on {facts.serial}: {'; '.join(reasons) or 'would run'}")
+        print(f"{artifact.directory} on {facts.serial}: {'; '.join(reasons) or 'would run'}")

@@ -1,4 +1,4 @@
-"""XXX."""
+"""Options that several commands share."""
 
 from __future__ import annotations
 

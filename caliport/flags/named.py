@@ -1,4 +1,4 @@
-"""XXX."""
+"""``NAME=DIR`` flags."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""XXX."""
+"""Artifacts on devices: what ``--device`` and ``caliport device`` do."""

@@ -2,45 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.text import Text
 
 from caliport.core.errors import InputError
 from caliport.core.progress import console, progress
-from caliport.on_devices.where import chosen, runner_for
-from caliport.run.bench import noise_of, parts_of
+from caliport.export.artifact import Artifact
+from caliport.on_devices.where import Where, runner_for
+from caliport.run.bench import candidates_of, noise_of
 
 if TYPE_CHECKING:
     from caliport.android_harness.device.adb import Device
-    from caliport.android_harness.latency import Course
-    from caliport.validation.latency.measure import Subject
+    from caliport.android_harness.setup import DeviceSetup
+    from caliport.validation.latency.workload import Candidate, Workload
     from caliport.validation.records.latency import LatencyReport
 
 
 def bench_on(
     artifacts: Sequence[Path],
-    wanted: Sequence[str],
-    runners: Sequence[Path],
-    llama_main: Path | None,
-    numbers: Mapping[str, Any],
+    where: Where,
+    workload: Workload,
+    setup: DeviceSetup,
     out: Path | None,
     baseline: Path | None,
 ) -> bool:
-    """Measure artifacts on devices, all devices at once, and show them.
+    """Measure artifacts on devices, all devices at once, and show the results.
 
     Args:
         artifacts: Their directories; of a bundle its base and every composition are measured.
-        wanted: The devices.
-        runners: What ``caliport runner build`` made; none for those in ``build``.
-        llama_main: ExecuTorch's own runner; None for ``build/llama_main``.
-        numbers: Fields of ``caliport.android_harness.latency.Course``.
+        where: The devices and what runs artifacts on them.
+        workload: What each artifact does.
+        setup: What turns on a device are like.
         out: Where to write ``latency.json`` and the report, of several devices in a directory of
             each; None for nowhere.
-        baseline: A stored baseline of the device to hold memory and speed to.
+        baseline: A stored baseline of the device to compare memory and speed with.
 
     Returns:
         Whether nothing is worse than the baseline.
@@ -49,19 +48,17 @@ def bench_on(
         InputError: A device, artifact or baseline that cannot be used; what other devices measured
             is shown and written first.
     """
-    from caliport.android_harness.latency import Course
     from caliport.show.tables import show_device_latency
     from caliport.validation.records.reports import LATENCY, write_result
     from caliport.validation.report.page import write_report
 
-    course = Course(**numbers)
-    subjects = [subject for path in artifacts for subject in parts_of(path, path.name)]
-    devices = chosen(wanted)
+    candidates = [c for path in artifacts for c in candidates_of(Artifact.read(path), path.name)]
+    devices = where.devices
     passed, troubles = True, []
 
     def one(device: Device) -> LatencyReport | InputError:
         try:
-            return _measured(device, subjects, runners, llama_main, course, len(devices) == 1)
+            return _measured(device, candidates, where, workload, setup)
         except InputError as error:
             return error
 
@@ -79,7 +76,7 @@ def bench_on(
             write_result(report, place / LATENCY)
             print(f"report: {write_report(place)}")
         if baseline is not None:
-            passed = _held(report, baseline) and passed
+            passed = _compared(report, baseline) and passed
     if troubles:
         raise troubles[0]
     return passed
@@ -87,32 +84,31 @@ def bench_on(
 
 def _measured(
     device: Device,
-    subjects: Sequence[Subject],
-    runners: Sequence[Path],
-    llama_main: Path | None,
-    course: Course,
-    shown: bool,
+    candidates: Sequence[Candidate],
+    where: Where,
+    workload: Workload,
+    setup: DeviceSetup,
 ) -> LatencyReport:
-    """Measure on one device, with a bar on the terminal if it is to be ``shown``."""
+    """Measure on one device; with a bar on the terminal if it is the only one."""
     from caliport.android_harness.device.facts import facts
     from caliport.android_harness.device.session import session
     from caliport.android_harness.latency import measure
-    from caliport.validation.artifact import artifact_form
 
     found = facts(device)
     pairs = [
-        (subject, runner_for(found, artifact_form(subject.directory)[0], runners, llama_main))
-        for subject in subjects
+        (c, runner_for(found, c.artifact.runtime, where.runners, where.llama_main))
+        for c in candidates
     ]
     with session(device) as held:
-        if not shown:
-            return measure(held, pairs, course)
-        with progress(f"latency on {device.serial}", len(pairs) * course.rounds) as advance:
-            return measure(held, pairs, course, advance)
+        if len(where.devices) > 1:
+            return measure(held, pairs, workload, setup)
+        turns = len(pairs) * workload.repetitions
+        with progress(f"latency on {device.serial}", turns) as advance:
+            return measure(held, pairs, workload, setup, advance)
 
 
-def _held(report: LatencyReport, place: Path) -> bool:
-    """Hold memory and speed to the device's baseline, and say what was found."""
+def _compared(report: LatencyReport, place: Path) -> bool:
+    """Compare memory and speed with the device's baseline, and print the verdicts."""
     from caliport.validation.baseline.baseline import read_baseline
     from caliport.validation.baseline.regression import hold_times
 

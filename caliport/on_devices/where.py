@@ -1,4 +1,4 @@
-"""Devices that are named on the command line, and what runs artifacts on them."""
+"""Devices named on the command line, and what runs artifacts on them."""
 
 from __future__ import annotations
 
@@ -14,17 +14,16 @@ from caliport.core.errors import InputError
 if TYPE_CHECKING:
     from caliport.android_harness.device.adb import Device
     from caliport.android_harness.device.facts import Facts
-    from caliport.android_harness.parity import Subject
+    from caliport.android_harness.parity import HostReference
     from caliport.android_harness.runners.kinds import JobRunner
     from caliport.validation.evaluation.evaluation import Answers
     from caliport.validation.records.device import DeviceResult
 
-    Held = tuple[DeviceResult, Answers | None]
+    DeviceAnswers = tuple[DeviceResult, Answers | None]
 
 SECONDS = 3600.0
 """The longest that an artifact may take where nothing else is said."""
 _ANY = "any"
-_LLAMA_MAIN = Path("build/llama_main")
 _BUILT = ("android", "aarch64", "x86_64", "host")
 
 
@@ -49,45 +48,45 @@ class Where:
         """The devices' names."""
         return ", ".join(device.serial for device in self.devices)
 
-    def check(self, subject: Subject) -> tuple[list[Held], list[InputError]]:
-        """Hold an artifact on every device to itself here.
+    def check(self, host: HostReference) -> tuple[list[DeviceAnswers], list[InputError]]:
+        """Compare an artifact on every device with itself here.
 
         Returns:
-            The verdict of each device with what it answered, and why others gave none.
+            The verdict of each device with its answers, and why others gave none.
         """
         from caliport.android_harness.device.facts import facts
         from caliport.android_harness.parity import check, job_of, same_processor
         from caliport.android_harness.run import run_all
 
-        job = job_of(subject)
+        job = job_of(host)
         runners: dict[Device, JobRunner] = {}
-        found: list[Held] = []
+        found: list[DeviceAnswers] = []
         troubles = []
         for device in self.devices:
             try:
                 runner = runner_for(facts(device), job.runtime, self.runners, self.llama_main)
                 if isinstance(runner, Path):
-                    found.append((self._texts(device, subject, runner), None))
+                    found.append((self._texts(device, host, runner), None))
                 else:
                     runners[device] = runner
             except InputError as error:
                 troubles.append(error)
-        answers = run_all(dict.fromkeys(runners, job), subject.directory, runners, self.seconds)
+        answers = run_all(dict.fromkeys(runners, job), host.artifact, runners, self.seconds)
         for device, ran in answers.items():
             try:
                 if isinstance(ran, InputError):
                     raise ran
-                found.append(check(subject, ran, same_processor(device)))
+                found.append(check(host, ran, same_processor(device)))
             except InputError as error:
                 troubles.append(error)
         return found, troubles
 
-    def _texts(self, device: Device, subject: Subject, program: Path) -> DeviceResult:
+    def _texts(self, device: Device, host: HostReference, program: Path) -> DeviceResult:
         from caliport.android_harness.device.session import session
         from caliport.android_harness.texts import check_texts
 
         with session(device) as held:
-            return check_texts(held, subject, program, self.seconds)
+            return check_texts(held, host, program, self.seconds)
 
 
 def chosen(wanted: Sequence[str]) -> list[Device]:
@@ -118,16 +117,17 @@ def runner_for(
 
     Args:
         facts: The device.
-        runtime: ``onnx`` or ``executorch``.
+        runtime: The artifacts'.
         runners: Directories to choose from; none for those in ``build``.
-        llama_main: ExecuTorch's own runner, which is taken where no other suits; None for
+        llama_main: ExecuTorch's own runner, which is used where no other fits; None for
             ``build/llama_main``, if that is there.
 
     Raises:
-        InputError: None of them suits the device, or one is no runner.
+        InputError: None of them fits the device, or one is no runner.
     """
     from caliport.android_harness.device.facts import check_abi
-    from caliport.android_harness.runners.kinds import executorch_runner, read_runner
+    from caliport.android_harness.runners import by_runtime
+    from caliport.android_harness.runners.kinds import read_runner
 
     there = runners or [p for p in map(Path("build").joinpath, _BUILT) if (p / MANIFEST).is_file()]
     for directory in there:
@@ -136,16 +136,4 @@ def runner_for(
             check_abi(facts, sorted(path for path in directory.iterdir() if path.is_file()))
             if runner.runtime == runtime:
                 return runner
-    if runtime == "executorch":
-        if llama_main is not None or _LLAMA_MAIN.is_file():
-            return llama_main or _LLAMA_MAIN
-        if facts.kind == "linux":
-            return executorch_runner()
-        raise InputError(
-            f"device {facts.serial}: no runner for .pte files; expected --llama-main FILE, "
-            f"ExecuTorch's own, built for {facts.abi}"
-        )
-    raise InputError(
-        f"device {facts.serial}: no ONNX runner for {facts.abi}; expected --runner DIR, made by "
-        "caliport runner build"
-    )
+    return by_runtime.get(runtime).default_runner(facts, llama_main)

@@ -1,4 +1,4 @@
-"""The last part of a run: artifacts held against eager models, the error budget, the reports."""
+"""The last part of a run: compare artifacts with eager models, error budget, reports."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from caliport.core.progress import progress
-from caliport.export.quantization.choices import Quantization
+from caliport.export.artifact import Artifact
 from caliport.recipe.methods import CORRECTED, parse
 from caliport.recipe.schema import prompt_of
 from caliport.run.export import ALONE, Row, rows_of
@@ -17,16 +17,16 @@ from caliport.run.workspace import Workspace, need
 from caliport.stages.compose import merged
 from caliport.stages.stage import stage
 from caliport.validation.check import check_artifact
-from caliport.validation.references import References
+from caliport.validation.references import FP32, EagerReferences
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from caliport.validation.evaluation.budget import Step
+    from caliport.validation.evaluation.budget import StageAnswers
     from caliport.validation.evaluation.evaluation import Evaluation
     from caliport.validation.records.budget import BudgetStage
 
-_PARITY, _STAGES, _FIRST = "parity.json", "stages.json", "first.npy"
+_STAGES, _FIRST = "stages.json", "first.npy"
 
 
 def validate_all(space: Workspace, *, latency: bool = True) -> bool:
@@ -35,11 +35,11 @@ def validate_all(space: Workspace, *, latency: bool = True) -> bool:
     ``latency=False`` times nothing.
     """
     from caliport.run.bench import time_all
-    from caliport.validation.latency.measure import Subject
+    from caliport.validation.latency.workload import Candidate
     from caliport.validation.records.reports import LATENCY
 
     check_baseline(space)
-    kept: dict[str, References] = {}
+    kept: dict[str, EagerReferences] = {}
     for row in rows_of(space):
         need(row.artifact, f"{row.form} artifact", "export")
     for name in space.recipe.compositions:
@@ -47,15 +47,18 @@ def validate_all(space: Workspace, *, latency: bool = True) -> bool:
     for row in rows_of(space):
         _validate(space, row, kept)
     if latency:
-        rows = [Subject(row.artifact, row.composition, row.bundled) for row in rows_of(space)]
-        time_all(space, rows, threads_of(space))
+        candidates = [
+            Candidate(Artifact.read(row.artifact), row.composition, row.bundled)
+            for row in rows_of(space)
+        ]
+        time_all(space, candidates, threads_of(space))
     else:
         (space.reports / LATENCY).unlink(missing_ok=True)
     return _write_parity(space)
 
 
 def check_baseline(space: Workspace) -> None:
-    """Refuse a baseline that cannot be read before anything is made that is held to it."""
+    """Refuse a baseline that cannot be read, before anything is made."""
     from caliport.validation.baseline.baseline import read_baseline
     from caliport.validation.records.reports import this_machine
 
@@ -70,7 +73,7 @@ def threads_of(space: Workspace) -> int:
     return space.recipe.validation.threads or this_machine().cores
 
 
-def _begin_budget(space: Workspace, name: str, kept: dict[str, References]) -> None:
+def _begin_budget(space: Workspace, name: str, kept: dict[str, EagerReferences]) -> None:
     """The stages of a composition that all its artifacts share, and the first one's logits."""
     recipe = space.recipe
     method = best_method(space, name)
@@ -84,11 +87,11 @@ def _begin_budget(space: Workspace, name: str, kept: dict[str, References]) -> N
         from caliport.validation.evaluation.budget import measured
 
         with progress(title, None):
-            references = references_of(space, name, composed, kept)
-            steps = _shared_steps(space, method, adapters, references)
-            stages = measured(references.evaluation, steps, recipe.evaluation.metric)
+            references = recipe_references(space, name, composed, kept)
+            shared = _shared_stages(space, method, adapters, references)
+            stages = measured(references.evaluation, shared, recipe.evaluation.metric)
         _write_stages(partial, stages)
-        np.save(partial / _FIRST, np.concatenate(steps[0].answers.logits))
+        np.save(partial / _FIRST, np.concatenate(shared[0].answers.logits))
 
     how = recipe.calibration
     settings = {**_asked(space, name), "method": method}
@@ -99,25 +102,24 @@ def _begin_budget(space: Workspace, name: str, kept: dict[str, References]) -> N
     stage(space.kept("budget", name), "budget", title, inputs, settings, build)
 
 
-def _shared_steps(
-    space: Workspace, method: str, adapters: Mapping[str, Path], references: References
-) -> list[Step]:
+def _shared_stages(
+    space: Workspace, method: str, adapters: Mapping[str, Path], references: EagerReferences
+) -> list[StageAnswers]:
     """Exact sum, the merge under a correction, and what ships, all in fp32."""
     from caliport.calibrate import read_peft
-    from caliport.validation.evaluation.budget import Step
+    from caliport.validation.evaluation.budget import StageAnswers
 
     made = parse(method)
     how = compose_settings(space, made)
     updates = [read_peft(path) for path in adapters.values()]
     label = f"1/{len(updates)} of each adapter"
     exact = references.of_update(merged("exact", updates, how), "exact sum")
-    steps = [Step("exact sum", label, exact)]
+    stages = [StageAnswers("exact sum", label, exact)]
     if made.kind in CORRECTED and not made.alone:
         label = parse(how.merge).label
         merge = references.of_update(merged(how.merge, updates, how), label)
-        steps.append(Step("merge", label, merge))
-    ships = references.answers(Quantization("fp32"), "executorch")
-    return [*steps, Step("calibration", made.label, ships)]
+        stages.append(StageAnswers("merge", label, merge))
+    return [*stages, StageAnswers("calibration", made.label, references.answers(FP32))]
 
 
 def first_logits(space: Workspace, name: str, evaluation: Evaluation) -> list[np.ndarray]:
@@ -140,7 +142,12 @@ def _read_stages(directory: Path) -> list[BudgetStage]:
     return [BudgetStage.model_validate(stage) for stage in found]
 
 
-def _validate(space: Workspace, row: Row, kept: dict[str, References]) -> None:
+def _validate(space: Workspace, row: Row, kept: dict[str, EagerReferences]) -> None:
+    from caliport.validation.gates.criteria import Caption
+    from caliport.validation.records.reports import PARITY
+    from caliport.validation.runners import engine
+    from caliport.validation.runners.open import PLAIN, Execution
+
     recipe, name = space.recipe, row.composition
     alone = name == ALONE
     method = "base" if alone else best_method(space, name)
@@ -148,24 +155,22 @@ def _validate(space: Workspace, row: Row, kept: dict[str, References]) -> None:
     asked = _asked_by(space, name)
     title = f"{name}: validation of {row.form}"
     limits = recipe.validation.limits.get(row.precision, {})  # type: ignore[call-overload]
-    runner = recipe.validation.runner if row.runtime == "onnx" else "plain"
+    has_choice = bool(engine.get(row.runtime).alternatives)
+    runner = recipe.validation.runner if has_choice else PLAIN
+    threads = threads_of(space)
 
     def build(partial: Path, extra: dict[str, Any], resume: Path) -> None:
         with progress(title, None):
-            references = references_of(space, name, adapter, kept)
+            references = recipe_references(space, name, adapter, kept)
             result, stages = check_artifact(
-                row.artifact,
+                Execution(Artifact.read(row.artifact), threads, row.bundled, runner),
                 references,
-                composition=name,
-                method=method,
+                Caption(name, method),
                 metric=recipe.evaluation.metric,
-                threads=threads_of(space),
                 limits=limits,
-                bundled=row.bundled,
-                runner=runner,
                 first=None if alone else first_logits(space, name, references.evaluation),
             )
-        (partial / _PARITY).write_text(result.model_dump_json())
+        (partial / PARITY).write_text(result.model_dump_json())
         _write_stages(partial, stages)
 
     inputs: dict[str, Path | str] = {
@@ -179,7 +184,7 @@ def _validate(space: Workspace, row: Row, kept: dict[str, References]) -> None:
         tasks = recipe.compositions[asked]
         inputs |= {f"shared {task}": space.adapter(task) for task in tasks}
     settings = {**_asked(space, asked), "method": method}
-    settings |= {"limits": limits, "runner": runner, "threads": threads_of(space)}
+    settings |= {"limits": limits, "runner": runner, "threads": threads}
     stage(space.kept("parity", name, row.form), "validate", title, inputs, settings, build)
 
 
@@ -195,9 +200,9 @@ def _asked(space: Workspace, composition: str) -> dict[str, Any]:
     }
 
 
-def references_of(
-    space: Workspace, name: str, adapter: Path | None, kept: dict[str, References]
-) -> References:
+def recipe_references(
+    space: Workspace, name: str, adapter: Path | None, kept: dict[str, EagerReferences]
+) -> EagerReferences:
     """References on a composition's examples, made once; a base's are nobody's task."""
     from caliport.core.checkpoints import load_tokenizer
     from caliport.export.reference.folded import eager
@@ -219,7 +224,7 @@ def references_of(
     )
     shared = {task: space.adapter(task) for task in recipe.compositions[asked]}
     by_layer = recipe.validation.by_layer
-    kept[name] = References(evaluation, space.base, adapter, shared, by_layer)
+    kept[name] = EagerReferences(evaluation, space.base, adapter, shared, by_layer)
     return kept[name]
 
 
@@ -229,7 +234,7 @@ def _asked_by(space: Workspace, name: str) -> str:
 
 
 def _write_parity(space: Workspace) -> bool:
-    from caliport.validation.baseline.regression import held
+    from caliport.validation.baseline.regression import with_baseline_gates
     from caliport.validation.records.budget import Budget
     from caliport.validation.records.latency import LatencyReport
     from caliport.validation.records.reports import (
@@ -244,13 +249,13 @@ def _write_parity(space: Workspace) -> bool:
         this_machine,
         write_result,
     )
-    from caliport.validation.report.junit import write_junit
+    from caliport.validation.report.junit import JUNIT, write_junit
 
     reports, recipe, found = space.reports, space.recipe, []
     stages = {name: _read_stages(space.kept("budget", name)) for name in recipe.compositions}
     for row in rows_of(space):
         part = space.kept("parity", row.composition, row.form)
-        found.append(ArtifactResult.model_validate_json((part / _PARITY).read_text()))
+        found.append(ArtifactResult.model_validate_json((part / PARITY).read_text()))
         if row.composition != ALONE:
             stages[row.composition] += _read_stages(part)
     facts: dict[str, Any] = {"machine": this_machine(), "versions": environment()}
@@ -258,7 +263,7 @@ def _write_parity(space: Workspace) -> bool:
         Budget(composition=name, metric=recipe.evaluation.metric, stages=tuple(members))
         for name, members in stages.items()
     ]
-    report = held(
+    report = with_baseline_gates(
         ParityReport(**facts, artifacts=found, budgets=budgets),
         recipe.validation.baseline,
         recipe.validation.regression,
@@ -266,5 +271,5 @@ def _write_parity(space: Workspace) -> bool:
         read_if_there(QualityReport, reports / QUALITY),
     )
     write_result(report, reports / PARITY)
-    write_junit(report.artifacts, reports / "junit.xml")
+    write_junit(report.artifacts, reports / JUNIT)
     return all(result.passed for result in report.artifacts)

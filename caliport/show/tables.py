@@ -1,4 +1,4 @@
-"""What a run found, as tables in the terminal."""
+"""Results as tables in the terminal."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def show_tables(reports: Path) -> None:
         for budget in parity.budgets:
             show_budget(budget)
         show_devices(parity)
-        show_held(parity)
+        show_baseline(parity)
 
 
 def _methods(report: QualityReport) -> None:
@@ -122,7 +122,7 @@ def _artifact(table: Table, result: ArtifactResult, time: LatencyResult | None) 
 
 
 def show_budget(budget: Budget) -> None:
-    """What each stage of a composition lost against the one before it, and where that leaves it."""
+    """Accuracy loss by stage: each stage of a composition against the one before it."""
     table = table_of(
         f"{budget.composition}: error budget; KL and top-1 are against the stage before,\n"
         "of a quantized eager model that is calibration",
@@ -231,8 +231,8 @@ def _last(component: str) -> str | None:
     return "bold" if component == "all" else None
 
 
-def show_held(report: ParityReport) -> None:
-    """Which baseline the artifacts were held to, and what was not; nothing without one."""
+def show_baseline(report: ParityReport) -> None:
+    """The baseline that artifacts were compared with, and what was not; nothing without one."""
     if report.baseline is not None:
         _console.print(Text(f"held to {report.baseline.file}"))
         for note in report.baseline.notes:
@@ -264,7 +264,7 @@ def show_devices(report: ParityReport) -> None:
 
 
 def show_gates(result: ArtifactResult | DeviceResult) -> None:
-    """Every gate of one artifact with what was found and why it is held to that."""
+    """Every gate of one artifact, with what was found and the reason for the limit."""
     from caliport.validation.records.device import DeviceResult
 
     name = f"{result.path}, {result.composition}" if result.bundle else result.path

@@ -21,9 +21,9 @@ from caliport.android_harness.runners.kinds import (
 )
 from caliport.core.checkpoints import load_tokenizer, render_prompt
 from caliport.core.errors import InputError
-from caliport.export.api import to_executorch
 from caliport.validation.runners.executorch import ExecuTorchRunner, generate
 from caliport.validation.runners.runner import greedy
+from tests.exports import to_executorch
 
 CONTEXT = 96
 # As ExecuTorch 1.5.1 prints it.

@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from caliport.android_harness.runners.job import Answer, Job, Prompt, Result, Row, Timing, Turn
 from caliport.android_harness.runners.kinds import JobRunner, answers, read_runner
 from caliport.core.errors import InputError
-from caliport.export.api import to_onnx, to_onnx_bundle
 from caliport.validation.runners.onnx import OnnxRunner
+from tests.exports import to_onnx, to_onnx_bundle
 
 CONTEXT = 96
 CACHE = ROOT / "build" / "runner"

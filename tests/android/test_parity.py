@@ -26,7 +26,6 @@ from caliport.android_harness.toolchain.build import PROGRAM, build_runner
 from caliport.cli.app import app
 from caliport.core.checkpoints import load_tokenizer
 from caliport.core.errors import InputError
-from caliport.export import to_executorch, to_onnx
 from caliport.export.quantization.choices import Quantization
 from caliport.export.reference.folded import eager
 from caliport.flags.validate import references_of
@@ -51,6 +50,7 @@ from caliport.validation.report.summary import summary
 from tests.android.daemon import PROJECT, Daemon
 from tests.android.standins import THERMAL, properties
 from tests.conftest import TEXTS
+from tests.exports import to_executorch, to_onnx
 from tests.validation.runs import run_of, times, write_run
 
 FORMS = [("onnx", "int8"), ("onnx", "int4"), ("executorch", "int4")]

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from caliport.core.directories import check_files, file_hash, read_manifest
 from caliport.core.errors import InputError
+from caliport.export.artifact import Artifact
 from caliport.validation.runners import executorch as executorch_runner
 from caliport.validation.runners import onnx as onnx_runner
 from caliport.validation.runners.open import open_runner, stock_generate
@@ -63,8 +64,8 @@ def test_the_manifest_records_every_file(copy: Path) -> None:
 def openers(copy: Path) -> list[Callable[[], object]]:
     """Everything that opens an artifact."""
     opened: list[Callable[[], object]] = [
-        lambda: open_runner(copy, 1),
-        lambda: stock_generate(copy, "a", 1),
+        lambda: open_runner(Artifact.read(copy), 1),
+        lambda: stock_generate(Artifact.read(copy), "a", 1),
     ]
     if copy.name == "onnx":
         return [
@@ -91,7 +92,7 @@ def refused(copy: Path, name: str, says: str) -> None:
 
 def test_any_changed_file_is_refused(copy: Path) -> None:
     """One bit of each file, in place: same size, and the time set back to what it was."""
-    open_runner(copy, 1)
+    open_runner(Artifact.read(copy), 1)
     for name in read_manifest(copy)["files"]:
         path, before = copy / name, (copy / name).stat()
         whole = path.read_bytes()
@@ -149,8 +150,8 @@ def test_nothing_is_hashed_twice(
     monkeypatch.setattr("caliport.core.directories._SETTLED", 0)
     check_files(copy)
     assert len(hashed) == len(read_manifest(copy)["files"])
-    open_runner(copy, 1)
-    open_runner(copy, 1)
+    open_runner(Artifact.read(copy), 1)
+    open_runner(Artifact.read(copy), 1)
     moved = copy.rename(tmp_path / "moved")
     check_files(moved)
     assert len(hashed) == len(read_manifest(moved)["files"])

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
+from caliport.export.artifact import Artifact
+from caliport.validation.gates.criteria import Caption, Criteria
+from caliport.validation.gates.limits import limits_for
 from caliport.validation.gates.verdict import validate_artifact
 from caliport.validation.records.reports import ArtifactResult
-from caliport.validation.runners.open import open_runner
+from caliport.validation.runners.open import Execution
 from tests.faults.making import Fault, make
 from tests.faults.scene import Scene
 
@@ -17,25 +18,19 @@ def check(
     scene: Scene, runtime: str, out: Path, fault: Fault | None, precision: str = ""
 ) -> ArtifactResult:
     """Make an artifact and validate it as ``caliport validate`` does."""
-    directory = make(fault, scene, runtime, out, precision)
-    said, graph = scene.expected(runtime, precision or (fault.precision if fault else "int8"))
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        if fault is not None and (change := fault.runner) is not None:
-            monkeypatch.setattr(
-                "caliport.validation.gates.verdict.open_runner",
-                lambda *args: change(open_runner(*args)),
-            )
-        return validate_artifact(
-            directory,
-            scene.evaluation,
-            quantized=said,
-            graph=graph,
-            source=scene.source,
-            fp32=scene.fp32,
-            base=scene.alone,
-            composition="faults",
-            method="lc",
-        )
+    artifact = Artifact.read(make(fault, scene, runtime, out, precision))
+    expected, graph = scene.expected(artifact)
+    execution = Execution(artifact)
+    if fault is not None and fault.runner is not None:
+        execution = Execution(artifact, runner=fault.runner(execution.open()))
+    return validate_artifact(
+        execution,
+        Criteria(scene.evaluation, scene.fp32, scene.alone, limits_for(artifact.precision)),
+        expected,
+        Caption("faults", "lc"),
+        graph=graph,
+        source=scene.source,
+    )
 
 
 def failed(result: ArtifactResult) -> list[str]:

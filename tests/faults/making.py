@@ -13,10 +13,10 @@ import pytest
 from torch import Tensor
 
 from caliport.core.directories import MANIFEST, content_hash, file_hash, read_manifest
-from caliport.export.api import to_executorch, to_onnx
 from caliport.export.decoder.stored import Weights
 from caliport.export.executorch.steps import Lowered
 from caliport.validation.runners.runner import Runner
+from tests.exports import to_executorch, to_onnx
 from tests.faults.scene import Scene, Tensors, edit_tensors
 
 Patch = Callable[[pytest.MonkeyPatch], None]

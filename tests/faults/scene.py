@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from caliport.core.checkpoints import load_tokenizer
+from caliport.export.artifact import Artifact
 from caliport.export.quantization.tensors import dequantize
 from caliport.export.reference.folded import eager, reference
 from caliport.validation.evaluation.evaluation import (
@@ -27,6 +28,7 @@ from caliport.validation.evaluation.probes import Probes, make_probes
 from caliport.validation.gates.lowering import few_of
 from caliport.validation.gates.rounding import Expected, expected_of
 from caliport.validation.gates.weights import Source
+from caliport.validation.runners import engine
 from tests.conftest import TEXTS, random_adapter
 
 Tensors = dict[str, Tensor]
@@ -124,15 +126,15 @@ class Scene:
     def _kept(self) -> dict[tuple[str, str], tuple[Expected, Expected | None]]:
         return {}
 
-    def expected(self, runtime: str, precision: str) -> tuple[Expected, Expected | None]:
-        """What the artifact should say, and what it should say in float arithmetic."""
-        key = (runtime, precision)
+    def expected(self, artifact: Artifact) -> tuple[Expected, Expected | None]:
+        """The answers that the artifact should give, rounding activations and not."""
+        key = runtime, precision = artifact.runtime, artifact.precision
         if key not in self._kept:
             model = reference(self.base, self.adapter, precision, runtime)
             answers = eager_answers(model, precision, self.evaluation)
             said = expected_of(model, answers, self.evaluation, self.probes)
             graph = None
-            if runtime == "onnx" and precision != "fp32":
+            if engine.get(runtime).runs_in_float and precision != "fp32":
                 plain, few = dequantize(eager(self.base, self.adapter, precision)), self.few
                 answers = eager_answers(plain, "float", few, write=False)
                 graph = expected_of(plain, answers, few, self.probes)

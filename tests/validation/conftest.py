@@ -84,7 +84,7 @@ def onnx_dir(
     base_dir: Path, adapter_dirs: list[Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """The composition as a real ONNX artifact in int4."""
-    from caliport.export.api import to_onnx
+    from tests.exports import to_onnx
 
     out = tmp_path_factory.mktemp("artifacts") / "onnx-int4"
     return to_onnx(base_dir, out, adapter=adapter_dirs[0], precision="int4")

@@ -15,10 +15,11 @@ import torch
 from caliport.calibrate.training.small_base import BaseShape, build_model, build_tokenizer
 from caliport.cli.app import app, guarded
 from caliport.core.errors import InputError
-from caliport.validation.other_tools import open_tried
+from caliport.export.artifact import Artifact
 from caliport.validation.runners.executorch import ExecuTorchRunner
 from caliport.validation.runners.genai import GenaiRunner
 from caliport.validation.runners.onnx import OnnxRunner
+from caliport.validation.runners.open import Execution
 from tests.commands import ROOT
 from tests.conftest import TEXTS
 
@@ -43,9 +44,9 @@ def caliport(capfd: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
 
 
 @pytest.fixture
-def foreign(onnx_dir: Path, tmp_path: Path) -> Path:
+def unrecorded(onnx_dir: Path, tmp_path: Path) -> Path:
     """The composition in int4 as another tool would leave it, without hashes to check first."""
-    copy = shutil.copytree(onnx_dir, tmp_path / "foreign")
+    copy = shutil.copytree(onnx_dir, tmp_path / "theirs")
     (copy / "manifest.json").unlink()
     return copy
 
@@ -79,13 +80,13 @@ def outside(content: bytes) -> bytes:
     ],
     ids=["cut", "flipped", "operator", "outside", "short data"],
 )
-def test_a_corrupted_onnx_file(foreign: Path, name: str, harm: Callable[[bytes], bytes]) -> None:
-    content = (foreign / name).read_bytes()
-    (foreign / name).write_bytes(harm(content))
+def test_a_corrupted_onnx_file(unrecorded: Path, name: str, harm: Callable[[bytes], bytes]) -> None:
+    content = (unrecorded / name).read_bytes()
+    (unrecorded / name).write_bytes(harm(content))
     for runner in (OnnxRunner, GenaiRunner):
         with pytest.raises(InputError, match="cannot load it") as caught:
-            runner(foreign, threads=1)
-        assert str(caught.value).startswith(str(foreign))
+            runner(unrecorded, threads=1)
+        assert str(caught.value).startswith(str(unrecorded))
         assert "\n" not in str(caught.value)
         assert harm is not of_another_domain or "Unheard" in str(caught.value)
 
@@ -102,14 +103,14 @@ def test_a_corrupted_onnx_file(foreign: Path, name: str, harm: Callable[[bytes],
     ],
 )
 def test_a_config_that_names_what_is_not_there(
-    foreign: Path, part: str, field: str, value: object, says: str
+    unrecorded: Path, part: str, field: str, value: object, says: str
 ) -> None:
-    path = foreign / "genai_config.json"
+    path = unrecorded / "genai_config.json"
     config = json.loads(path.read_text())
     config["model"].setdefault(part, {})[field] = value
     path.write_text(json.dumps(config))
     with pytest.raises(InputError) as caught:
-        OnnxRunner(foreign, threads=1)
+        OnnxRunner(unrecorded, threads=1)
     assert says in str(caught.value)
 
 
@@ -168,7 +169,7 @@ def test_a_program_that_crashes_its_process(tmp_path: Path) -> None:
     file.program.execution_plan[0].values = harmed
     (tmp_path / "model.pte").write_bytes(bytes(serialize_pte_binary(file)))
     with pytest.raises(InputError, match=r"model\.pte: ExecuTorch crashed on it \(SIG"):
-        open_tried(tmp_path, 1, None, "plain")
+        Execution(Artifact.read(tmp_path)).open()
 
 
 @pytest.fixture
@@ -194,30 +195,30 @@ def validate(
 
 
 def test_logits_that_are_not_finite(
-    validate: Callable[..., Ended], foreign: Path, onnx_dir: Path, tmp_path: Path
+    validate: Callable[..., Ended], unrecorded: Path, onnx_dir: Path, tmp_path: Path
 ) -> None:
     """Of an artifact they fail a gate; of what it is held to, they are bad input."""
-    model = onnx.load(foreign / "model.onnx")
+    model = onnx.load(unrecorded / "model.onnx")
     scale = next(t for t in model.graph.initializer if t.name == "lm_head.scale")
     broken = onnx.numpy_helper.to_array(scale).copy()
     broken[7] = np.nan
     scale.CopyFrom(onnx.numpy_helper.from_array(broken, scale.name))
-    onnx.save(model, foreign / "model.onnx")
-    code, _ = validate(foreign, "--precision", "int4", "--out", tmp_path)
+    onnx.save(model, unrecorded / "model.onnx")
+    code, _ = validate(unrecorded, "--precision", "int4", "--out", tmp_path)
     assert code == 1
     (found,) = json.loads((tmp_path / "parity.json").read_text())["artifacts"]
     (gate,) = found["gates"]
     assert gate["name"] == "finite logits"
     assert "ONNX Runtime, after a prompt of" in gate["reason"]
     assert "1 of 384 logits are NaN or infinite" in gate["reason"]
-    code, said = validate(onnx_dir, "--against", foreign)
+    code, said = validate(onnx_dir, "--against", unrecorded)
     assert code == 2
-    assert f"{foreign}: ONNX Runtime, after a prompt of" in said
+    assert f"{unrecorded}: ONNX Runtime, after a prompt of" in said
     assert "expected a sound artifact" in said
 
 
 def test_an_artifact_of_a_smaller_vocabulary(
-    validate: Callable[..., Ended], foreign: Path, tmp_path: Path
+    validate: Callable[..., Ended], unrecorded: Path, tmp_path: Path
 ) -> None:
     """Its tokens would be read from beyond the end of the embedding."""
     shape = BaseShape(
@@ -228,18 +229,18 @@ def test_an_artifact_of_a_smaller_vocabulary(
     tokenizer.save_pretrained(tmp_path / "other")
     for runner in ("plain", "genai"):
         flags = ("--precision", "int4", "--runner", runner)
-        code, said = validate(foreign, *flags, base=tmp_path / "other")
+        code, said = validate(unrecorded, *flags, base=tmp_path / "other")
         assert code == 2
         assert "gives 384 logits but the base has 420 tokens" in said
 
 
-def test_the_tokenizer_of_another_model(validate: Callable[..., Ended], foreign: Path) -> None:
+def test_the_tokenizer_of_another_model(validate: Callable[..., Ended], unrecorded: Path) -> None:
     """Logits say nothing of it."""
     tokenizer = build_tokenizer(["un texto completamente distinto " * 9], 384)
-    tokenizer.save_pretrained(foreign)
-    assert validate(foreign, "--precision", "int4")[0] == 1
-    (foreign / "tokenizer.json").write_text("{")
-    code, said = validate(foreign, "--precision", "int4")
+    tokenizer.save_pretrained(unrecorded)
+    assert validate(unrecorded, "--precision", "int4")[0] == 1
+    (unrecorded / "tokenizer.json").write_text("{")
+    code, said = validate(unrecorded, "--precision", "int4")
     assert code == 2
     assert "tokenizer.json: not a tokenizer" in said
 

@@ -13,7 +13,12 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from caliport.core.checkpoints import load_tokenizer
-from caliport.validation.evaluation.budget import Step, distance_by_layer, measured, with_stage
+from caliport.validation.evaluation.budget import (
+    StageAnswers,
+    distance_by_layer,
+    measured,
+    with_stage,
+)
 from caliport.validation.evaluation.evaluation import Answers, Evaluation, eager_answers
 from caliport.validation.records.budget import Budget, BudgetStage
 from tests.validation.conftest import Scene
@@ -49,7 +54,11 @@ def test_two_answers_by_hand(base_dir: Path) -> None:
     three = Answers("three", [logits(leaning, even), logits((0.0, THREE_TO_ONE))], None)
     first, second, third = measured(
         evaluation,
-        [Step("exact sum", "a", one), Step("merge", "b", two), Step("calibration", "c", three)],
+        [
+            StageAnswers("exact sum", "a", one),
+            StageAnswers("merge", "b", two),
+            StageAnswers("calibration", "c", three),
+        ],
         "rougeL",
     )
     assert (first.previous, first.first, first.by_position) == (None, None, ())
@@ -76,7 +85,7 @@ def test_two_answers_by_hand(base_dir: Path) -> None:
 def test_stages_that_say_the_same_lose_nothing(rows: np.ndarray) -> None:
     evaluation = evaluation_of(None, [[0, 2, 4]])
     same = [Answers(name, [rows.copy()], None, [rows.copy()[None]]) for name in "abc"]
-    steps = [Step("calibration", answers.name, answers) for answers in same]
+    steps = [StageAnswers("calibration", answers.name, answers) for answers in same]
     begun, *stages = measured(evaluation, steps, "rougeL")
     for stage in stages:
         assert stage.previous == stage.first

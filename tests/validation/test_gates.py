@@ -13,6 +13,7 @@ from caliport.core.checkpoints import load_base
 from caliport.core.errors import InputError
 from caliport.validation.evaluation.bootstrap import bootstrap_interval
 from caliport.validation.evaluation.measures import compare
+from caliport.validation.gates.criteria import Criteria
 from caliport.validation.gates.limits import (
     Limits,
     adapter_gate,
@@ -29,14 +30,10 @@ from tests.validation.conftest import Scene
 
 
 def check(scene: Scene, runner: EagerRunner, limits: Limits | None = None) -> Findings:
-    findings, _ = check_runner(
-        runner,
-        scene.evaluation,
-        quantized=scene.quantized,
-        fp32=scene.fp32,
-        base=scene.base_answers,
-        limits=limits or limits_for("int8"),
+    criteria = Criteria(
+        scene.evaluation, scene.fp32, scene.base_answers, limits or limits_for("int8")
     )
+    findings, _ = check_runner(runner, criteria, scene.quantized)
     return findings
 
 

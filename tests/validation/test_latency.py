@@ -19,8 +19,10 @@ from commands import ENVIRONMENT, caliport
 from caliport.core.checkpoints import load_base
 from caliport.core.directories import file_hash
 from caliport.core.errors import InputError
+from caliport.export.artifact import Artifact
 from caliport.validation.latency.child import Child
-from caliport.validation.latency.measure import LOADS, Course, Subject, measure, orders, prompt_of
+from caliport.validation.latency.measure import LOADS, measure
+from caliport.validation.latency.workload import Candidate, Workload, prompt_of
 from caliport.validation.records.latency import LatencyReport
 from caliport.validation.records.reports import read_result
 
@@ -28,9 +30,13 @@ from caliport.validation.records.reports import read_result
 @pytest.fixture(scope="module")
 def pte_dir(base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny base as a real ExecuTorch artifact in fp32."""
-    from caliport.export.api import to_executorch
+    from tests.exports import to_executorch
 
     return to_executorch(base_dir, tmp_path_factory.mktemp("artifacts") / "executorch-fp32")
+
+
+def candidate(directory: Path, label: str = "") -> Candidate:
+    return Candidate(Artifact.read(directory), label)
 
 
 def workers(parent: psutil.Process | None = None) -> list[psutil.Process]:
@@ -40,10 +46,12 @@ def workers(parent: psutil.Process | None = None) -> list[psutil.Process]:
 
 def test_artifacts_are_measured_in_turns(pte_dir: Path, onnx_dir: Path, base_dir: Path) -> None:
     notes: list[str] = []
-    course = Course(prompt_of(9), 4, LOADS + 1, 1, seed=7)
-    subjects = [Subject(pte_dir, "base"), Subject(onnx_dir, "composed")]
-    report = measure(subjects, course, lambda done, note: notes.append(f"{done} {note}"))
-    order = [index for round_ in orders(2, LOADS + 1, 7) for index in round_]
+    workload = Workload(4, LOADS + 1, 1, seed=7)
+    candidates = [candidate(pte_dir, "base"), candidate(onnx_dir, "composed")]
+    report = measure(
+        candidates, workload, prompt_of(9), lambda done, note: notes.append(f"{done} {note}")
+    )
+    order = [index for round_ in workload.orders(2) for index in round_]
     names = [("base executorch-fp32", "composed onnx-int4")[index] for index in order]
     assert [n.split(":")[0] for n in notes] == [f"{i} {n}" for i, n in enumerate(names, start=1)]
     assert workers() == []
@@ -96,7 +104,7 @@ def test_what_cannot_be_timed_is_refused(
     onnx_dir: Path, prompt: int, new: int, repetitions: int, threads: int, message: str
 ) -> None:
     with pytest.raises(InputError, match=message):
-        measure([Subject(onnx_dir)], Course(prompt_of(prompt), new, repetitions, threads))
+        measure([candidate(onnx_dir)], Workload(new, repetitions, threads), prompt_of(prompt))
 
 
 def test_an_artifact_that_does_not_load_is_one_line(onnx_dir: Path, tmp_path: Path) -> None:
@@ -107,7 +115,7 @@ def test_an_artifact_that_does_not_load_is_one_line(onnx_dir: Path, tmp_path: Pa
     manifest["files"]["model.onnx"] = {"bytes": 8, "sha256": file_hash(graph)}
     (broken / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(InputError, match=r"model\.onnx: ONNX Runtime cannot load it") as caught:
-        measure([Subject(onnx_dir), Subject(broken)], Course(prompt_of(4), 2, 2, 1))
+        measure([candidate(onnx_dir), candidate(broken)], Workload(2, 2, 1), prompt_of(4))
     assert "\n" not in str(caught.value)
     assert workers() == []
 
@@ -116,7 +124,7 @@ def test_a_process_that_crashes_is_one_line(onnx_dir: Path) -> None:
     job = {
         "kind": "artifact",
         "directory": str(onnx_dir),
-        "bundled": None,
+        "composition": None,
         "prompt": [5, 6],
         "new_tokens": 2,
         "threads": 1,
@@ -138,7 +146,7 @@ def test_an_error_between_turns_leaves_no_process(onnx_dir: Path) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        measure([Subject(onnx_dir)], Course([5], 2, LOADS + 2, 1), interrupt)
+        measure([candidate(onnx_dir)], Workload(2, LOADS + 2, 1), [5], interrupt)
     assert workers() == []
 
 

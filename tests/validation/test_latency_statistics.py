@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from scipy.stats import binom
 
 from caliport.validation.latency.bandwidth import bandwidth_share, token_bytes
-from caliport.validation.latency.measure import orders
 from caliport.validation.latency.statistics import (
     LEVEL,
     artifact_noise,
@@ -18,6 +17,7 @@ from caliport.validation.latency.statistics import (
     ratio,
     spread,
 )
+from caliport.validation.latency.workload import Workload
 from caliport.validation.records.latency import LatencyResult
 from tests.validation import examples
 
@@ -83,11 +83,11 @@ def test_ratios_are_taken_within_rounds_and_not_of_noise() -> None:
 
 
 def test_every_round_has_an_order_of_its_own_from_the_seed() -> None:
-    rounds = orders(5, 12, seed=1)
+    rounds = Workload(2, 12, seed=1).orders(5)
     assert all(sorted(order) == list(range(5)) for order in rounds)
     assert len({tuple(order) for order in rounds}) > 6
-    assert rounds == orders(5, 12, seed=1) != orders(5, 12, seed=2)
-    assert orders(5, 3, seed=1) == rounds[:3]
+    assert rounds == Workload(2, 12, seed=1).orders(5) != Workload(2, 12, seed=2).orders(5)
+    assert Workload(2, 3, seed=1).orders(5) == rounds[:3]
 
 
 def sizes(**parts: int) -> dict[str, int]:

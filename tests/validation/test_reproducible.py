@@ -11,7 +11,7 @@ import pytest
 from commands import caliport
 
 from caliport.core.checkpoints import encode_prompt, load_tokenizer
-from caliport.export.api import to_executorch, to_onnx
+from tests.exports import to_executorch, to_onnx
 
 EXAMPLES = [
     {"input": "Anna and Tom meet in the park.", "output": "Anna y Tom quedan."},

@@ -9,16 +9,19 @@ import torch
 
 from caliport.core.checkpoints import load_base
 from caliport.core.errors import InputError
-from caliport.export import to_onnx_bundle
-from caliport.flags.validate import validate_one
+from caliport.export.artifact import Artifact
+from caliport.export.request import Bundle
+from caliport.validation.api import Options, validate
 from caliport.validation.evaluation.measures import one_by_one, trace
+from caliport.validation.gates.criteria import Caption, Criteria
 from caliport.validation.gates.limits import limits_for
-from caliport.validation.other_tools import validate_foreign
+from caliport.validation.other_tools import validate_against
 from caliport.validation.runners.eager import EagerRunner
 from caliport.validation.runners.genai import GenaiRunner
 from caliport.validation.runners.onnx import OnnxRunner
-from caliport.validation.runners.open import open_runner
+from caliport.validation.runners.open import Execution, open_runner
 from caliport.validation.runners.runner import greedy
+from tests.exports import to_onnx_bundle
 from tests.validation.conftest import Scene
 
 
@@ -79,7 +82,7 @@ def test_open_runner_names_what_is_wrong(
     if manifest is not None:
         (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(InputError, match=message):
-        open_runner(tmp_path, threads=1)
+        open_runner(Artifact.read(tmp_path), threads=1)
 
 
 def test_genai_gives_the_logits_of_its_graph(onnx_dir: Path, prompts: list[list[int]]) -> None:
@@ -107,20 +110,14 @@ def test_a_bundle_by_one_runner_against_the_other(
     """Each part of it, with its adapter on both sides: anything else would be far off."""
     bundle = tmp_path / "bundle"
     to_onnx_bundle(base_dir, {"one": adapter_dirs[0]}, bundle, precision="int8")
-    assert validate_one(
+    report = validate(
         bundle,
-        str(base_dir),
-        None,
-        [f"one={adapter_dirs[0]}"],
-        [],
-        None,
-        "{input}",
-        1,
-        tmp_path / "checked",
-        latency=False,
-        against=bundle,
-        runner="genai",
+        base_dir,
+        bundle=Bundle({"one": adapter_dirs[0]}),
+        out=tmp_path / "checked",
+        options=Options(threads=1, against=Artifact.read(bundle), runner="genai"),
     )
+    assert report.passed
     base, one = json.loads((tmp_path / "checked" / "parity.json").read_text())["artifacts"]
     assert (base["composition"], one["composition"]) == ("base alone", "one")
     assert one["adapter"]["kl_base"] > 100 * one["adapter"]["kl_composition"]
@@ -131,13 +128,14 @@ def test_a_bundle_by_one_runner_against_the_other(
 
 
 REMOTE = """
+from caliport.export.artifact import Artifact
 from caliport.validation.runners.open import open_runner
 
 class Remote:
     name = "a remote device"
 
-    def __init__(self, *what):
-        self._there = open_runner(*what)
+    def __init__(self, directory, *how):
+        self._there = open_runner(Artifact.read(directory), *how)
         self.context = self._there.context
 
     def prefill(self, tokens):
@@ -167,23 +165,19 @@ def test_anything_with_the_protocol_is_held_to_the_same_gates(
 ) -> None:
     (tmp_path / "elsewhere.py").write_text(REMOTE)
     monkeypatch.syspath_prepend(tmp_path)
-    found = {}
+    artifact, found = Artifact.read(onnx_dir), {}
     for name in ("Remote", "Wrong"):
-        result = validate_foreign(
-            onnx_dir,
-            scene.evaluation,
-            reference=scene.fp32,
-            base=scene.base_answers,
-            precision="int4",
-            limits=limits_for("int4"),
-            composition="both",
-            runner=open_runner(onnx_dir, 1, None, f"elsewhere:{name}"),
+        result = validate_against(
+            Execution(artifact, runner=open_runner(artifact, 1, None, f"elsewhere:{name}")),
+            Criteria(scene.evaluation, scene.fp32, scene.base_answers, limits_for("int4")),
+            "int4",
+            Caption("both"),
         )
         assert "run by a remote device" in result.notes[0]
         found[name] = {gate.name for gate in result.gates if not gate.passed}
     assert found["Remote"] == set()
     assert {"one by one", "next-token distribution"} <= found["Wrong"]
     with pytest.raises(InputError, match="elsewhere:REMOTE"):
-        open_runner(onnx_dir, 1, None, "elsewhere:REMOTE")
+        open_runner(artifact, 1, None, "elsewhere:REMOTE")
     with pytest.raises(InputError, match="gave list, expected an object with name, context"):
-        open_runner(onnx_dir, 1, None, "elsewhere:nothing")
+        open_runner(artifact, 1, None, "elsewhere:nothing")

@@ -55,9 +55,11 @@ def test_verdict_first_then_a_table_with_failures_on_top() -> None:
 
 def test_each_composition_has_a_line_on_what_was_lost_where() -> None:
     text = summary(examples.parity(failing=True))
-    assert "### What was lost where\n\n- **describe in German**: Most was lost at artifact," in text
-    assert text.index("| artifact |") < text.index("### What was") < text.index("### Failed")
-    assert "### What was" not in summary(report_of())
+    assert (
+        "### Accuracy loss by stage\n\n- **describe in German**: Most was lost at artifact," in text
+    )
+    assert text.index("| artifact |") < text.index("### Accuracy") < text.index("### Failed")
+    assert "### Accuracy" not in summary(report_of())
 
 
 def test_undecided_gates_have_a_place_of_their_own() -> None:

@@ -7,12 +7,16 @@ from pathlib import Path
 
 import pytest
 
+from caliport.export.artifact import Artifact
 from caliport.export.reference.folded import eager, reference
 from caliport.validation.evaluation.evaluation import eager_answers
 from caliport.validation.evaluation.probes import make_probes
+from caliport.validation.gates.criteria import Caption, Criteria
+from caliport.validation.gates.limits import limits_for
 from caliport.validation.gates.rounding import Expected, expected_of
 from caliport.validation.gates.verdict import validate_artifact
 from caliport.validation.records.reports import ArtifactResult
+from caliport.validation.runners.open import Execution
 from tests.validation.conftest import Scene
 
 
@@ -30,14 +34,12 @@ def int4(scene: Scene, base_dir: Path, adapter_dirs: list[Path]) -> Expected:
 def validate(
     directory: Path, scene: Scene, quantized: Expected, references: list[str] | None = None
 ) -> ArtifactResult:
+    evaluation = replace(scene.evaluation, references=references)
     return validate_artifact(
-        directory,
-        replace(scene.evaluation, references=references),
-        quantized=quantized,
-        fp32=scene.fp32,
-        base=scene.base_answers,
-        composition="both",
-        method="lc",
+        Execution(Artifact.read(directory)),
+        Criteria(evaluation, scene.fp32, scene.base_answers, limits_for("int4")),
+        quantized,
+        Caption("both", "lc"),
     )
 
 

@@ -1,1 +1,1 @@
-"""XXX."""
+"""Stored baselines and gates against them."""

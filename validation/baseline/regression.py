@@ -1,4 +1,4 @@
-"""Gates against a baseline: is this run worse than the one that was agreed on?"""
+"""Gates against a baseline: is this run worse than the agreed one?"""
 
 from __future__ import annotations
 
@@ -69,14 +69,14 @@ class RegressionLimits(Record):
     confidence: float = Field(0.95, gt=0, lt=1)
 
 
-def held(
+def with_baseline_gates(
     report: ParityReport,
     place: Path | None,
     limits: RegressionLimits,
     latency: LatencyReport | None = None,
     quality: QualityReport | None = None,
 ) -> ParityReport:
-    """The report held to the baseline stored at ``place``; as it is where there is none.
+    """The report with gates against the baseline stored at ``place``; unchanged where that is None.
 
     The other arguments are those of ``hold_to``.
 
@@ -153,7 +153,7 @@ def hold_times(
 
     Args:
         report: Of a device.
-        baseline: Of the same device and versions; of another one nothing is held to it.
+        baseline: Of the same device and versions; there are no gates against another one.
     """
     limits = RegressionLimits()
     if baseline.device is None:
@@ -379,10 +379,10 @@ def _speed(
         "speed over fp32": (before.relative, now.relative),
         "share of memory bandwidth": (before.bandwidth_share, now.bandwidth_share),
     }
-    held = {name: (was, is_now) for name, (was, is_now) in pairs.items() if was and is_now}
+    known = {name: (was, is_now) for name, (was, is_now) in pairs.items() if was and is_now}
     missing = [name for name, (was, is_now) in pairs.items() if was and not is_now]
     return (
-        [_ratio(name, was, is_now, limits) for name, (was, is_now) in held.items()],
+        [_ratio(name, was, is_now, limits) for name, (was, is_now) in known.items()],
         [f"{name} is not held to it: not known here, or too noisy" for name in missing],
     )
 

@@ -1,1 +1,1 @@
-"""XXX."""
+"""What models are asked, their answers, and how answers are scored."""

@@ -1,4 +1,4 @@
-"""XXX."""
+"""Bootstrap confidence interval of a mean."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The error budget: what each stage between the adapters and the artifact lost."""
+"""The error budget: accuracy loss at each stage between the adapters and the artifact."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _SMALLEST = 1e-30
 
 
 @dataclass(frozen=True)
-class Step:
-    """One stage's model: where it stands on the way, a label for people, and what it says."""
+class StageAnswers:
+    """The answers of one stage's model, and a label of it for people."""
 
     stage: StageName
     label: str
@@ -26,34 +26,34 @@ class Step:
 
 def measured(
     evaluation: Evaluation,
-    steps: Sequence[Step],
+    stages: Sequence[StageAnswers],
     metric: str,
     *,
     before: Answers | None = None,
     first: Sequence[np.ndarray] | None = None,
     form: str = "",
 ) -> tuple[BudgetStage, ...]:
-    """Measure each step against the one before it and against the first of the budget.
+    """Measure each stage against the one before it and against the first of the budget.
 
     Args:
         evaluation: What every model was asked.
-        steps: In their order.
+        stages: In their order.
         metric: Task metric, where the evaluation has references.
-        before: What the stage before ``steps`` says; None where they begin the budget.
-        first: Logits of the budget's first stage; None for those of the first of ``steps``.
+        before: Answers of the stage before ``stages``; None where they begin the budget.
+        first: Logits of the budget's first stage; None for those of the first of ``stages``.
         form: Of the artifact that they belong to; empty for stages that all forms share.
     """
     found = []
-    for step in steps:
-        logits, targets = step.answers.logits, evaluation.targets
+    for given in stages:
+        logits, targets = given.answers.logits, evaluation.targets
         origin = logits if first is None else first
         from_first = compare(origin, logits, targets)
         stage = BudgetStage(
-            stage=step.stage,
-            label=step.label,
+            stage=given.stage,
+            label=given.label,
             form=form,
             perplexity=from_first.perplexity,
-            task=_task(evaluation, step.answers, metric),
+            task=_task(evaluation, given.answers, metric),
         )
         if before is not None:
             stage = stage.model_copy(
@@ -61,16 +61,16 @@ def measured(
                     "previous": compare(before.logits, logits, targets),
                     "first": from_first,
                     "by_position": kl_by_position(before.logits, logits),
-                    "by_layer": distance_by_layer(before.streams, step.answers.streams),
+                    "by_layer": distance_by_layer(before.streams, given.answers.streams),
                 }
             )
         found.append(stage)
-        before, first = step.answers, origin
+        before, first = given.answers, origin
     return tuple(found)
 
 
 def with_stage(budget: Budget, stage: BudgetStage) -> Budget:
-    """The budget with one more stage behind the others of its form, such as what a device says.
+    """The budget with one more stage after the others of its form, such as a device's.
 
     A stage of the same name and form that is there already is replaced.
     """

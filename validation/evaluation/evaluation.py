@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -40,11 +40,11 @@ class Evaluation:
         max_new_tokens: Longest answer, in tokens.
     """
 
-    tokenizer: PreTrainedTokenizerBase
-    prompts: list[list[int]]
-    texts: list[str | None]
-    references: list[str] | None
-    targets: list[list[int]]
+    tokenizer: PreTrainedTokenizerBase = field(repr=False)
+    prompts: list[list[int]] = field(repr=False)
+    texts: list[str | None] = field(repr=False)
+    references: list[str] | None = field(repr=False)
+    targets: list[list[int]] = field(repr=False)
     ends: frozenset[int]
     max_new_tokens: int
 
@@ -58,9 +58,9 @@ class Answers:
     """
 
     name: str
-    logits: list[np.ndarray]
-    generated: list[list[int]] | None
-    streams: list[np.ndarray] | None = None
+    logits: list[np.ndarray] = field(repr=False)
+    generated: list[list[int]] | None = field(repr=False)
+    streams: list[np.ndarray] | None = field(default=None, repr=False)
 
 
 def make_evaluation(

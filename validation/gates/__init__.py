@@ -1,1 +1,1 @@
-"""XXX."""
+"""Verdicts on one artifact: a measure, its limit, and the stage that a failure belongs to."""

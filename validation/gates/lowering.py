@@ -1,4 +1,4 @@
-"""An artifact against its eager reference, in units of the rounding that any right one has."""
+"""An artifact against its eager reference, in units of the rounding that any correct one has."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Lowering:
 def check_lowering(
     runner: Runner, answers: Answers, evaluation: Evaluation, expected: Expected, limits: Limits
 ) -> Lowering:
-    """Hold a runner to its eager reference on prompts and probes.
+    """Compare a runner with its eager reference on prompts and probes.
 
     Args:
         runner: Of the artifact.
@@ -63,13 +63,13 @@ def check_lowering(
 def check_graph(
     runner: Runner, evaluation: Evaluation, expected: Expected, limits: Limits
 ) -> list[Gate]:
-    """Hold an ONNX graph, multiplying in float32, to the dequantized eager model.
+    """Compare a program that multiplies in float32 with the dequantized eager model.
 
-    Without the rounding of activations nothing but the order of sums is left, so that the graph
-    and its weights are checked as tightly as an fp32 artifact's.
+    Without the rounding of activations only the order of sums differs, so the graph and its
+    weights are checked as tightly as an fp32 artifact's.
 
     Args:
-        runner: ``OnnxRunner`` with ``float_activations``.
+        runner: Of ``Engine.open_float``.
         evaluation: As ``few_of`` gives it.
         expected: What the dequantized eager model says to it.
         limits: Of the precision.

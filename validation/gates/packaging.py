@@ -1,35 +1,36 @@
-"""Is what travels with the program the base's own: tokenizer, chat template, ends of a text?"""
+"""Are the files beside the program the base's own: tokenizer, chat template, end of text?"""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from caliport.core.checkpoints import eos_ids, load_config, load_tokenizer
 from caliport.core.errors import InputError
-from caliport.validation.artifact import artifact_form
+from caliport.export.artifact import Artifact
+from caliport.export.package.tokenizer import read_tokenizer
 from caliport.validation.evaluation.prompts import TEXTS
-from caliport.validation.gates.stored import Program
 from caliport.validation.records.gate import Gate
+from caliport.validation.runners import engine as engines
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def packaging_gates(directory: Path, base: str | Path) -> list[Gate]:
-    """Hold the files beside the program, and what the program says of itself, to the base's.
+def packaging_gates(artifact: Artifact, base: str | Path) -> list[Gate]:
+    """Compare tokenizer, chat template and end of text with the base's.
 
     Args:
-        directory: An artifact.
+        artifact: One of ours.
         base: A Hugging Face directory or hub name.
     """
     theirs = load_tokenizer(base)
     try:
-        ours = _tokenizer(directory)
+        ours = read_tokenizer(artifact.directory)
     except InputError as problem:
         return [_gate("tokenizer", 1, str(problem))]
-    ends, expected = sorted(_ends(directory)), sorted(_base_ends(base))
+    found = engines.get(artifact.runtime).ends(artifact)
+    ends, expected = sorted(found), sorted(_base_ends(base))
     return [
         _gate("tokenizer", *_texts(ours, theirs)),
         _gate(
@@ -51,16 +52,6 @@ def _gate(name: str, found: int, reason: str) -> Gate:
         stage="packaging",
         reason=reason,
     )
-
-
-def _tokenizer(directory: Path) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-    except Exception as error:
-        line = " ".join(str(error).split())[:200]
-        raise InputError(f"{directory}: no tokenizer can be read ({line})") from error
 
 
 def _texts(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase) -> tuple[int, str]:
@@ -88,13 +79,3 @@ def _base_ends(base: str | Path) -> list[int]:
     if generation is not None:
         model.generation_config = generation
     return eos_ids(model)
-
-
-def _ends(directory: Path) -> list[int]:
-    """Where the stock runner of the artifact ends a text."""
-    runtime, _ = artifact_form(directory)
-    if runtime == "onnx":
-        config = json.loads((directory / "genai_config.json").read_text(encoding="utf-8"))
-        found = config["model"].get("eos_token_id", [])
-        return [found] if isinstance(found, int) else [int(token) for token in found]
-    return Program(directory / "model.pte").constant_method("get_eos_ids")

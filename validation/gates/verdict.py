@@ -1,17 +1,15 @@
-"""Hold one artifact against eager models and decide whether accuracy survived."""
+"""Compare one artifact with eager models and decide whether accuracy survived."""
 
 from __future__ import annotations
 
 import contextlib
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 
-from caliport.core.directories import read_manifest
 from caliport.core.errors import InputError
-from caliport.validation.artifact import artifact_form, compositions_of
+from caliport.export.artifact import Artifact
 from caliport.validation.evaluation import quality
 from caliport.validation.evaluation.evaluation import (
     Answers,
@@ -22,7 +20,7 @@ from caliport.validation.evaluation.evaluation import (
 )
 from caliport.validation.evaluation.measures import NotFinite, compare, kl_divergence, spread, trace
 from caliport.validation.gates import limits as gates
-from caliport.validation.gates.limits import Limits, limits_for
+from caliport.validation.gates.criteria import Caption, Criteria
 from caliport.validation.gates.lowering import check_graph, check_lowering, few_of
 from caliport.validation.gates.packaging import packaging_gates
 from caliport.validation.gates.rounding import Expected
@@ -36,103 +34,72 @@ from caliport.validation.records.reports import (
     file_sizes,
     shown_path,
 )
-from caliport.validation.runners.open import PLAIN, open_runner, stock_gap, stock_generate
+from caliport.validation.runners import engine as engines
+from caliport.validation.runners.open import Execution, stock_generate
 from caliport.validation.runners.runner import Runner
 
 _SAMPLES = 8
-_STOCK_NAMES = {"executorch": "TextLLMRunner", "onnx": "onnxruntime_genai"}
 
 
 def validate_artifact(
-    directory: Path,
-    evaluation: Evaluation,
-    *,
+    execution: Execution,
+    criteria: Criteria,
     quantized: Expected,
-    fp32: Answers,
-    base: Answers | None,
+    caption: Caption,
+    *,
     graph: Expected | None = None,
     source: Source | None = None,
-    composition: str,
-    method: str,
-    limits: Limits | None = None,
-    threads: int = 1,
-    metric: str = "rougeL",
-    stock_examples: int = 4,
-    bundled: str | None = None,
-    runner: Runner | str = PLAIN,
-    notes: Sequence[str] = (),
-    heard: Callable[[Answers], None] | None = None,
+    answered: Callable[[Answers], None] | None = None,
 ) -> ArtifactResult:
-    """Validate one artifact directory, or one composition of a bundle.
+    """Validate one artifact of ours, or one composition of a bundle, against eager models.
 
     Args:
-        directory: Where the artifact and its manifest are.
-        evaluation: What every model was asked.
-        quantized: What the eager model in the artifact's own precision says, and what rounding
-            does to that. Of a bundle: the quantized base with the composition beside it
+        execution: The artifact and how to run it.
+        criteria: What it is asked and compared with; the reference is the fp32 composition.
+        quantized: Answers of the eager model in the artifact's own precision, and what rounding
+            does to them. Of a bundle: the quantized base with the composition beside it
             (``caliport.export.reference.beside.reference``).
-        fp32: Answers of the eager fp32 composition.
-        base: Answers of the eager base; None where the artifact is the base itself.
-        graph: What the dequantized eager model says to ``few_of(evaluation)``, to check the graph
-            of an ONNX artifact in float32; None leaves that out.
-        source: What the artifact should be made from, to check what it holds and what travels
-            with it; None leaves that out.
-        composition: Its name in the report.
-        method: The method that made it, for the report.
-        limits: Default: those of the precision in the manifest.
-        threads: Of the runtime.
-        metric: Task metric, where the evaluation has references.
-        stock_examples: Prompts that the stock runner answers too; 0 leaves it out.
-        bundled: Of a bundle, the composition to check; None for its base alone.
-        runner: What runs it: a word of ``open_runner``, or any open runner.
-        notes: What is known not to be checked, for the report.
-        heard: Is given what the artifact answers, unless its logits are not finite.
+        caption: How the report shows it.
+        graph: Answers of the dequantized eager model to ``few_of(criteria.evaluation)``, to check
+            the program in float32 (``Engine.runs_in_float``); None skips that.
+        source: What the artifact should be made from, to check its weights and the files beside
+            the program; None skips that.
+        answered: Called with the artifact's answers, unless its logits are not finite.
 
     Returns:
         The measures, every gate and the verdict. Logits that are not finite are a failed gate.
 
     Raises:
-        InputError: No artifact, one its runtime cannot load, one with another vocabulary or too
-            short a context, or a bundle without this composition.
+        InputError: An artifact that its runtime cannot load, another vocabulary, too short a
+            context, or a bundle without this composition.
     """
     start = time.perf_counter()
-    runtime, precision = artifact_form(directory)
-    limits = limits or limits_for(precision)
-    if isinstance(runner, str):
-        runner = open_runner(directory, threads, bundled, runner)
-    findings, answers = check_runner(
-        runner,
-        evaluation,
-        quantized=quantized,
-        fp32=fp32,
-        base=base,
-        limits=limits,
-        metric=metric,
-    )
-    if answers is not None and heard is not None:
-        heard(answers)
-    bundle = compositions_of(directory) is not None
-    verdicts, stock = [*_held(directory, source, bundle), *findings.gates], None
+    artifact, evaluation, limits = execution.artifact, criteria.evaluation, criteria.limits
+    runner = execution.open()
+    findings, answers = check_runner(runner, criteria, quantized)
+    if answers is not None and answered is not None:
+        answered(answers)
+    verdicts, stock = [*_file_gates(artifact, source), *findings.gates], None
     if graph is not None:
-        verdicts += _graph(directory, evaluation, graph, limits, threads)
-    gap = stock_gap(directory, bundled)
+        verdicts += _graph_gates(execution, criteria, graph)
+    gap = engines.get(artifact.runtime).gap(execution.composition)
     if answers is not None and gap is None:
         noise = limits.farthest * max(float(part.max()) for part in quantized.noise.values())
-        stock = stock_of(directory, runner, evaluation, answers, noise, stock_examples, bundled)
+        stock = stock_result(execution, runner, criteria, answers, noise)
         if stock is not None:
             verdicts = [*verdicts, gates.stock_gate(stock, limits)]
-    sizes = file_sizes(directory)
-    parts, bits = _parts(directory, sum(sizes.values()))
+    sizes = file_sizes(artifact.directory)
+    parts, bits = _parts(artifact, sum(sizes.values()))
     return ArtifactResult(
         **{**dict(findings), "gates": verdicts},
-        composition=composition,
-        method=method,
-        runtime=runtime,
-        precision=precision,
-        path=shown_path(directory, composition, bundle),
+        composition=caption.composition,
+        method=caption.method,
+        runtime=artifact.runtime,
+        precision=artifact.precision,
+        path=shown_path(artifact, caption.composition),
         bytes=sum(sizes.values()),
         files=sizes,
-        bundle=bundle,
+        bundle=artifact.is_bundle,
         parts=parts,
         bits_per_weight=bits,
         examples=len(evaluation.prompts),
@@ -141,33 +108,30 @@ def validate_artifact(
         passed=all(gate.passed for gate in verdicts),
         lost_at=gates.lost_at(verdicts),
         seconds=time.perf_counter() - start,
-        notes=(*notes, *([] if gap is None else [gap])),
+        notes=(*caption.notes, *([] if gap is None else [gap])),
     )
 
 
-def _held(directory: Path, source: Source | None, bundle: bool) -> list[Gate]:
-    """What the files themselves show, before anything is run."""
+def _file_gates(artifact: Artifact, source: Source | None) -> list[Gate]:
+    """What the files show without running anything."""
     if source is None:
         return []
-    found = packaging_gates(directory, source.base)
-    return found if bundle else [weights_gate(directory, source), *found]
+    found = packaging_gates(artifact, source.base)
+    return found if artifact.is_bundle else [weights_gate(artifact, source), *found]
 
 
-def _graph(
-    directory: Path, evaluation: Evaluation, graph: Expected, limits: Limits, threads: int
-) -> list[Gate]:
-    from caliport.validation.runners.onnx import OnnxRunner
-
+def _graph_gates(execution: Execution, criteria: Criteria, graph: Expected) -> list[Gate]:
+    artifact = execution.artifact
     try:
-        runner = OnnxRunner(directory, threads, float_activations=True)
-        return check_graph(runner, few_of(evaluation), graph, limits)
+        runner = engines.get(artifact.runtime).open_float(artifact, execution.threads)
+        return check_graph(runner, few_of(criteria.evaluation), graph, criteria.limits)
     except NotFinite as problem:
         return [gates.unfinished(str(problem))]
 
 
-def _parts(directory: Path, total: int) -> tuple[dict[str, int], float | None]:
+def _parts(artifact: Artifact, total: int) -> tuple[dict[str, int], float | None]:
     """Bytes by part and bits a weight, as the manifest counts them, and the bytes of the rest."""
-    manifest = read_manifest(directory)
+    manifest = artifact.manifest
     sizes = dict(manifest.get("sizes", {}))
     sizes.pop("total", None)
     bits = sizes.pop("bits_per_weight", None)
@@ -179,23 +143,17 @@ def _parts(directory: Path, total: int) -> tuple[dict[str, int], float | None]:
 
 
 def check_runner(
-    runner: Runner,
-    evaluation: Evaluation,
-    *,
-    quantized: Expected,
-    fp32: Answers,
-    base: Answers | None,
-    limits: Limits,
-    metric: str = "rougeL",
+    runner: Runner, criteria: Criteria, quantized: Expected
 ) -> tuple[Findings, Answers | None]:
-    """Hold any runner against eager models; the arguments are those of ``validate_artifact``.
+    """Compare any runner with eager models; the arguments are those of ``validate_artifact``.
 
     Returns:
-        The findings with their gates, and what the runner answered: None where its logits were
-        not finite, which is a failed gate.
+        The findings with their gates, and the runner's answers: None where its logits were not
+        finite, which is a failed gate.
     """
-    said = quantized.said.answers
-    quantization = compare(fp32.logits, said.logits, evaluation.targets)
+    evaluation, fp32, limits = criteria.evaluation, criteria.reference, criteria.limits
+    eager = quantized.said.answers
+    quantization = compare(fp32.logits, eager.logits, evaluation.targets)
     try:
         check_vocabulary(runner, fp32)
         answers = runner_answers(runner, evaluation)
@@ -204,11 +162,11 @@ def check_runner(
         return Findings(quantization=quantization, gates=[gates.unfinished(str(problem))]), None
     verdicts = lowering.gates
     adapter = None
-    if base is not None:
-        adapter = adapter_effect(base, fp32, answers)
+    if criteria.base is not None:
+        adapter = adapter_effect(criteria.base, fp32, answers)
         lowered = all(gate.passed for gate in verdicts)
         verdicts.append(gates.adapter_gate(adapter, lowered, limits))
-    task, verdict = task_of(evaluation, fp32, answers, metric, limits)
+    task, verdict = task_result(criteria, answers)
     verdicts.append(verdict or gates.quantization_gate(quantization, limits))
     return Findings(
         lowering=lowering.overall,
@@ -219,16 +177,19 @@ def check_runner(
         total=compare(fp32.logits, answers.logits, evaluation.targets),
         adapter=adapter,
         task=task,
-        generation=_equal_share(said, answers),
+        generation=_equal_share(eager, answers),
         samples=samples_of(evaluation, fp32, answers),
         gates=verdicts,
     ), answers
 
 
 def check_vocabulary(runner: Runner, fp32: Answers) -> None:
-    """Raise ``InputError`` where an artifact's logits are not as many as the reference's.
+    """Check that an artifact has as many logits as its reference.
 
-    Before any token is read that a smaller vocabulary lacks.
+    This comes before any token is read that a smaller vocabulary lacks.
+
+    Raises:
+        InputError: It has more or fewer.
     """
     found, expected = runner.prefill([0]).shape[-1], fp32.logits[0].shape[-1]
     if found != expected:
@@ -257,17 +218,16 @@ def _mean_kl(reference: Answers, found: Answers) -> float:
     return float(np.concatenate([kl_divergence(p, q) for p, q in pairs]).mean())
 
 
-def task_of(
-    evaluation: Evaluation, fp32: Answers, answers: Answers, metric: str, limits: Limits
-) -> tuple[TaskResult | None, Gate | None]:
-    """The task metric and its gate; None each where no references say what is right."""
+def task_result(criteria: Criteria, answers: Answers) -> tuple[TaskResult | None, Gate | None]:
+    """The task metric and its gate; None each without reference texts."""
+    evaluation, metric = criteria.evaluation, criteria.metric
     if evaluation.references is None:
         return None, None
     ours, theirs = (
         quality.metric(metric, texts_of(evaluation, side), evaluation.references)
-        for side in (fp32, answers)
+        for side in (criteria.reference, answers)
     )
-    verdict, interval = gates.task_gate(metric, ours, theirs, limits)
+    verdict, interval = gates.task_gate(metric, ours, theirs, criteria.limits)
     means = float(np.mean(ours)), float(np.mean(theirs))
     result = TaskResult(
         metric=metric,
@@ -281,21 +241,16 @@ def task_of(
     return result, verdict
 
 
-def stock_of(
-    directory: Path,
-    runner: Runner,
-    evaluation: Evaluation,
-    answers: Answers,
-    noise: float,
-    count: int,
-    bundled: str | None,
+def stock_result(
+    execution: Execution, runner: Runner, criteria: Criteria, answers: Answers, noise: float
 ) -> StockResult | None:
     """The stock runner's texts against ours; None where none can be compared.
 
-    Prompts and answers must be plain text. The clearest answers of four times as many are asked
-    for. One that differs where a token was nearer a tie than ``noise``, how far rounding moves
-    logits relative to their spread, is not counted.
+    Prompts and answers must be plain text. Of four times as many prompts, those with the clearest
+    answers are used. An answer that differs is not counted where one of its tokens was nearer a tie
+    than ``noise``, which is how far rounding moves logits relative to their spread.
     """
+    evaluation, count = criteria.evaluation, criteria.stock_examples
     ours, tokens = texts_of(evaluation, answers), answers.generated or []
     plain = [
         (i, text)
@@ -311,7 +266,9 @@ def stock_of(
     for clearness, i, text in asked:
         found = "\ufffd"
         with contextlib.suppress(UnicodeDecodeError):  # see is_plain; ours is plain: no match
-            found = stock_generate(directory, text, evaluation.max_new_tokens, bundled)
+            found = stock_generate(
+                execution.artifact, text, evaluation.max_new_tokens, execution.composition
+            )
         for special in evaluation.tokenizer.all_special_tokens:  # TextLLMRunner writes them
             found = found.replace(special, "")
         same = found.strip() == ours[i]
@@ -319,8 +276,8 @@ def stock_of(
         doubtful += not same and clearness <= noise
     if doubtful == len(asked):
         return None
-    runner_name = _STOCK_NAMES[artifact_form(directory)[0]]
-    return StockResult(runner=runner_name, matches=matches, examples=len(asked) - doubtful)
+    name = engines.get(execution.artifact.runtime).stock
+    return StockResult(runner=name, matches=matches, examples=len(asked) - doubtful)
 
 
 def clearness_of(runner: Runner, prompt: list[int], answer: Sequence[int]) -> float:
@@ -334,12 +291,12 @@ def clearness_of(runner: Runner, prompt: list[int], answer: Sequence[int]) -> fl
 
 
 def is_plain(evaluation: Evaluation, tokens: Sequence[int]) -> bool:
-    """Whether there is text, every token of it whole characters, so that no stock runner stumbles.
+    """Whether there is text whose every token is whole characters, as all stock runners need.
 
-    onnxruntime_genai 0.18 ends a text at a zero and at bytes that are no UTF-8, which is also what
+    onnxruntime_genai 0.18 ends a text at a zero and at bytes that are not UTF-8, which is also what
     it writes for special tokens. The Python binding of executorch 1.5.1 raises UnicodeDecodeError
     for a token that is a part of a character, or a row of the embedding without a token.
-    TextLLMRunner writes on where the first token is an end.
+    TextLLMRunner goes on where the first token is an end.
     """
     tokenizer = evaluation.tokenizer
     body = tokens[:-1] if tokens and tokens[-1] in evaluation.ends else tokens

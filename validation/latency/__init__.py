@@ -1,1 +1,1 @@
-"""XXX."""
+"""Latency, memory and bandwidth of artifacts, measured side by side."""

@@ -1,4 +1,4 @@
-"""The other side of ``validation.latency.worker``: starting a worker, asking it, ending it."""
+"""Starts, asks and ends a worker process (``caliport.validation.latency.worker``)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _TOPOLOGY = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
 
 
 class Child:
-    """A worker, from its start to its end; leave it by ``stop`` or as a context.
+    """A worker, from its start to its end; end it with ``stop`` or use it as a context.
 
     Should this process be killed, the worker ends too, since it finds no more lines.
 
@@ -30,10 +30,10 @@ class Child:
         threads: Of its libraries' pools.
 
     Attributes:
-        ready: What it says when it is ready for turns.
+        ready: What it answers when it is ready for turns.
 
     Raises:
-        InputError: It cannot do the job, or ended; nothing runs any more then.
+        InputError: It cannot do the job, or ended; its process is gone then.
     """
 
     def __init__(self, what: str, job: Mapping[str, Any], threads: int) -> None:
@@ -102,7 +102,7 @@ class Child:
 def cores_for(threads: int) -> tuple[int, ...]:
     """As many cores as threads to hold a process to, hyper-threads of one core apart if possible.
 
-    None where the system has no way to (macOS), or this process may use fewer.
+    Empty where the system has no way to (macOS), or this process may use fewer.
     """
     if not hasattr(os, "sched_setaffinity"):
         return ()

@@ -9,7 +9,7 @@ from statistics import median, quantiles
 from caliport.validation.records.latency import LatencyResult, Spread
 
 LEVEL = 0.95
-_UNEASY = 0.1  # of the median: the middle half of the same work's times
+_NOISY = 0.1  # of the median: the middle half of the same work's times
 _WIDE = 0.2  # of the median: an interval that holds it
 _FEW = 0.5  # level of an interval from two values
 
@@ -66,20 +66,20 @@ def ratio(one: LatencyResult, other: LatencyResult, field: str) -> Spread | None
 
 
 def machine_noise(calibration: Spread) -> str | None:
-    """Why a machine is too uneasy to compare anything on: the same work took unequal times."""
+    """Why a machine is too noisy to compare anything on: the same work took unequal times."""
     if len(calibration.values) < 2:
         return None
     first, _, third = quantiles(calibration.values, n=4, method="inclusive")
-    if third - first <= _UNEASY * calibration.median:
+    if third - first <= _NOISY * calibration.median:
         return None
     return (
         f"half of the times of the same work lie between {1e3 * first:.3g} and "
-        f"{1e3 * third:.3g} ms, expected within {_UNEASY:.0%} of their median"
+        f"{1e3 * third:.3g} ms, expected within {_NOISY:.0%} of their median"
     )
 
 
 def artifact_noise(first_token: Spread, decode_rate: Spread) -> str | None:
-    """Why an artifact's own times cannot be compared: their median is hardly known."""
+    """Why an artifact's own times cannot be compared: their median is too uncertain."""
     for what, found in (("time to first token", first_token), ("decode rate", decode_rate)):
         low, high = found.interval
         if found.level < _FEW:

@@ -1,7 +1,7 @@
-"""A process of its own that does one thing, again and again, and says how long it took.
+"""A separate process that does one thing, again and again, and reports how long it took.
 
 It reads lines of JSON and answers each with one: first the job, then anything, for a turn.
-An error that a user can mend is answered as ``{"error": ...}``, and the process ends, as it does
+An error that a user can fix is answered as ``{"error": ...}``, and the process ends, as it does
 when there are no more lines. Nothing heavy is imported before the process is held to its cores,
 since libraries make their threads when they are imported.
 """
@@ -34,34 +34,29 @@ class Work(Protocol):
         ...
 
 
-class Artifact:
+class Decoding:
     """Answers a prompt with a fixed number of tokens, greedily, ends ignored.
 
     ``ready`` has ``load`` in seconds, and the ``idle`` and ``load_peak`` memory. A turn has
     ``answers``: seconds to each token, of one answer or several; and ``peak`` and ``resident``
-    memory in bytes, None where the system does not say.
+    memory in bytes, None where the system does not tell.
 
     The clock includes our runner's own work on each token (an argmax and a copy of the logits), as
     any caller's would.
     """
 
     def __init__(self, job: dict[str, Any]) -> None:
-        from caliport.core.directories import check_recorded
-        from caliport.validation.artifact import artifact_form
+        from caliport.export.artifact import Artifact
+        from caliport.validation.runners import engine
         from caliport.validation.runners.open import open_runner
 
-        directory = Path(job["directory"])
+        artifact = Artifact.read(job["directory"])
         self._prompt, self._new_tokens = job["prompt"], job["new_tokens"]
-        if artifact_form(directory)[0] == "executorch":
-            from caliport.validation.runners.executorch import binding
-
-            binding()
-        else:
-            import onnxruntime  # noqa: F401
-        check_recorded(directory)  # reads every file, so that all are in the page cache
+        engine.get(artifact.runtime).preload()
+        artifact.check()  # reads every file, so that all are in the page cache
         idle = memory()[0]
         start = time.perf_counter()
-        self._runner = open_runner(directory, job["threads"], job["bundled"])
+        self._runner = open_runner(artifact, job["threads"], job["composition"])
         self._runner.prefill(self._prompt[:1])
         load = time.perf_counter() - start
         self.ready = {"load": load, "idle": idle, "load_peak": memory()[1]}
@@ -90,7 +85,7 @@ class Artifact:
         return [later - earlier for earlier, later in pairwise([start, *times])]
 
 
-class Probe:
+class MemoryReading:
     """Reads memory: ``ready`` has the ``size`` in bytes, a turn ``passes`` in seconds."""
 
     def __init__(self, job: dict[str, Any]) -> None:
@@ -105,14 +100,17 @@ class Probe:
         return {"passes": self._reading.passes()}
 
 
-_KINDS: dict[str, type[Artifact] | type[Probe]] = {"artifact": Artifact, "probe": Probe}
+_KINDS: dict[str, type[Decoding] | type[MemoryReading]] = {
+    "artifact": Decoding,
+    "memory": MemoryReading,
+}
 
 
 def memory() -> tuple[int | None, int | None]:
     """Resident bytes of this process, now and at their highest.
 
-    The kernel's ``VmHWM`` where there is ``/proc``: ``ru_maxrss`` would be that of the process
-    that we were forked from, if it was larger.
+    The kernel's ``VmHWM`` where there is ``/proc``: ``ru_maxrss`` would be that of the process that
+    this one was forked from, if it was larger.
     """
     status = Path("/proc/self/status")
     if status.is_file():

@@ -1,1 +1,1 @@
-"""XXX."""
+"""The JSON records of reports."""

@@ -1,4 +1,4 @@
-"""XXX."""
+"""The records of a verdict: gates, and the measures that they are about."""
 
 from __future__ import annotations
 

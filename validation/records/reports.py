@@ -12,6 +12,7 @@ from pydantic import Field, ValidationError
 from caliport.core.directories import versions
 from caliport.core.errors import InputError
 from caliport.core.machine import _cpu_name
+from caliport.export.artifact import Artifact
 from caliport.validation.records.budget import Budget
 from caliport.validation.records.device import DeviceResult
 from caliport.validation.records.gate import AdapterEffect, Gate, Measures, StockResult
@@ -232,6 +233,12 @@ class ParityReport(Record):
     budgets: list[Budget] = Field(default_factory=list)
     devices: list[DeviceResult] = Field(default_factory=list)
 
+    @property
+    def passed(self) -> bool:
+        """Whether every gate passed, on this machine and on devices."""
+        results: list[ArtifactResult | DeviceResult] = [*self.artifacts, *self.devices]
+        return all(result.passed for result in results)
+
 
 class AdapterPart(Record):
     """One adapter's update of one module: its norm ‖ΔW‖_F and its ranks.
@@ -348,9 +355,10 @@ def environment() -> dict[str, str]:
     return {"python": platform.python_version(), **versions()}
 
 
-def shown_path(directory: Path, composition: str, bundle: bool) -> str:
+def shown_path(artifact: Artifact, composition: str) -> str:
     """An artifact's ``path`` in reports."""
-    return f"{'bundles' if bundle else composition}/{directory.name}".removeprefix("/")
+    place = "bundles" if artifact.is_bundle else composition
+    return f"{place}/{artifact.directory.name}".removeprefix("/")
 
 
 def file_sizes(directory: Path) -> dict[str, int]:

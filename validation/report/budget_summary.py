@@ -1,4 +1,4 @@
-"""What an error budget says: the way of each form, what changed at each stage, where most went."""
+"""An error budget in words: the stages of each form, the change at each, the largest loss."""
 
 from __future__ import annotations
 
@@ -6,17 +6,19 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from caliport.export import runtime as runtimes
 from caliport.validation.records.budget import Budget, BudgetStage
 from caliport.validation.records.device import DeviceResult
 from caliport.validation.records.reports import ArtifactResult
-from caliport.validation.report.names import METRIC_NAMES, RUNTIMES
+from caliport.validation.report.names import METRIC_NAMES, runtime_label
 
+_TITLES = " or ".join(runtimes.get(name).title for name in runtimes.names())
 STAGES = {
     "exact sum": "the base with the weighted sum of its single-task adapters, in fp32: the start",
     "merge": "the adapters merged into one, before anything is trained",
     "calibration": "the merge with its trained correction: the composed adapter that ships",
     "quantized eager": "the same with the smaller weights that ship, still in PyTorch",
-    "artifact": "the exported file, run by ExecuTorch or ONNX Runtime on this machine",
+    "artifact": f"the exported file, run by {_TITLES} on this machine",
     "device": "the same file on the phone",
 }
 """Each stage in one sentence, in their order."""
@@ -30,8 +32,8 @@ _FAILS = {
 
 
 @dataclass(frozen=True)
-class Step:
-    """A stage and the one before it on its way.
+class StageChange:
+    """A stage and the one before it in the order of its form.
 
     Attributes:
         stage: The stage.
@@ -61,25 +63,25 @@ def forms(budget: Budget) -> list[str]:
     return list(dict.fromkeys(stage.form for stage in budget.stages if stage.form))
 
 
-def way(budget: Budget, form: str = "") -> list[Step]:
-    """The stages that all share, then those of one form."""
+def stages_of(budget: Budget, form: str = "") -> list[StageChange]:
+    """The stages that all forms share, then those of one form."""
     stages = [stage for stage in budget.stages if stage.form in ("", form)]
-    return [Step(*pair) for pair in zip(stages, [None, *stages[:-1]], strict=True)]
+    return [StageChange(*pair) for pair in zip(stages, [None, *stages[:-1]], strict=True)]
 
 
-def steps(budget: Budget) -> list[Step]:
+def changes(budget: Budget) -> list[StageChange]:
     """Every stage once: the shared ones, then those of each form."""
-    own = [step for form in forms(budget) for step in way(budget, form) if step.stage.form]
-    return [*way(budget), *own]
+    own = [c for form in forms(budget) for c in stages_of(budget, form) if c.stage.form]
+    return [*stages_of(budget), *own]
 
 
 def shown_form(form: str) -> str:
     """A form for people: ``onnx-int4-bundle`` is ONNX int4 bundle."""
     runtime, _, rest = form.partition("-")
-    return f"{RUNTIMES.get(runtime, runtime)} {rest.replace('-', ' ')}".strip()
+    return f"{runtime_label(runtime)} {rest.replace('-', ' ')}".strip()
 
 
-def form_of(artifact: ArtifactResult | DeviceResult) -> str:
+def budget_form(artifact: ArtifactResult | DeviceResult) -> str:
     """The form that an artifact has in budgets."""
     return f"{artifact.runtime}-{artifact.form.replace(' ', '-')}"
 
@@ -90,7 +92,7 @@ def failed_at(budget: Budget, artifacts: Sequence[ArtifactResult | DeviceResult]
     The last of several results of one form decides.
     """
     return {
-        form_of(artifact): _FAILS.get(artifact.lost_at or "", "")
+        budget_form(artifact): _FAILS.get(artifact.lost_at or "", "")
         for artifact in artifacts
         if artifact.composition == budget.composition and not artifact.passed
     }
@@ -114,9 +116,9 @@ def lost_and_gained(budget: Budget) -> str:
 
 def _most(budget: Budget, sign: int) -> tuple[BudgetStage, str] | None:
     """The stage that changed most for the better (1) or the worse (-1), and by how much."""
-    found = [step for step in steps(budget) if step.before is not None]
-    task = [step.task for step in found]
-    loss = [None if step.nats is None else -step.nats for step in found]
+    found = [change for change in changes(budget) if change.before is not None]
+    task = [change.task for change in found]
+    loss = [None if change.nats is None else -change.nats for change in found]
     units = (task, 1, f"points of {metric_name(budget)}"), (loss, 3, "nats a token")
     for values, digits, unit in units:
         known = [sign * value for value in values if value is not None]

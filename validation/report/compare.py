@@ -27,7 +27,7 @@ from caliport.validation.records.reports import (
     read_result,
     write_text,
 )
-from caliport.validation.report.budget_summary import metric_name, shown_form, steps
+from caliport.validation.report.budget_summary import changes, metric_name, shown_form
 from caliport.validation.report.compare_figures import (
     TONES,
     Figure,
@@ -358,7 +358,7 @@ def _budgets(before: Sequence[Budget], after: Sequence[Budget]) -> dict[str, tup
     was, now = (
         {
             f"{budget.composition}, {metric_name(budget)}": {
-                (step.stage.form, step.stage.stage): step.stage for step in steps(budget)
+                (change.stage.form, change.stage.stage): change.stage for change in changes(budget)
             }
             for budget in budgets
         }

@@ -1,4 +1,4 @@
-"""XXX."""
+"""The verdict over all artifacts in a few words, and the templates' environment."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from caliport.validation.records.device import DeviceResult
 from caliport.validation.records.reports import ArtifactResult, AuditReport
 from caliport.validation.report.audit_summary import shown, shown_cosine
 from caliport.validation.report.budget_summary import shown_form
-from caliport.validation.report.plots import quality as plots
+from caliport.validation.report.names import METRIC_NAMES, runtime_label, size
 
 
 @dataclass(frozen=True)
@@ -79,11 +79,11 @@ def page_environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters.update(
-        size=plots.size,
+        size=size,
         sci=_scientific,
-        runtime=lambda name: plots.RUNTIMES.get(name, name),
+        runtime=runtime_label,
         form=shown_form,
-        metric=lambda name: plots.METRIC_NAMES.get(name, name),
+        metric=lambda name: METRIC_NAMES.get(name, name),
         seconds=seconds,
         error=shown,
         cosine=shown_cosine,

@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 from caliport.validation.records.device import DeviceResult
 from caliport.validation.records.reports import ArtifactResult
 
+JUNIT = "junit.xml"
 # Characters that XML 1.0 forbids even escaped (XML 1.0, section 2.2).
 _FORBIDDEN = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 

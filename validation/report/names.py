@@ -1,20 +1,30 @@
-"""XXX."""
+"""Names and numbers as reports show them."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from caliport.export import runtime as runtimes
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-
-RUNTIMES = {"executorch": "ExecuTorch", "onnx": "ONNX"}
 
 
 METRIC_NAMES = {"rougeL": "ROUGE-L", "chrf": "chrF", "weighted_rouge": "weighted ROUGE"}
 
 
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+def runtime_label(name: str) -> str:
+    """What tables and plots call a runtime; one that is unknown here keeps its name."""
+    return runtimes.labels().get(name, name)
+
+
+def runtime_index(name: str) -> int:
+    """A runtime's place among all, for colours and markers; 0 for one that is unknown here."""
+    known = runtimes.names()
+    return known.index(name) if name in known else 0
 
 
 def size(count: float) -> str:

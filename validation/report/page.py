@@ -36,10 +36,10 @@ from caliport.validation.report.audit_summary import (
 )
 from caliport.validation.report.budget_summary import (
     STAGES,
+    changes,
     failed_at,
     lost_and_gained,
     metric_name,
-    steps,
 )
 from caliport.validation.report.headline import headline, page_environment
 from caliport.validation.report.plots import audit as audit_plots
@@ -127,13 +127,13 @@ def _budget(budget: Budget, parity: ParityReport) -> dict[str, Any]:
         "name": budget.composition,
         "finding": lost_and_gained(budget),
         "metric": metric,
-        "steps": steps(budget),
+        "changes": changes(budget),
         "lost": lost,
         "plots": [
             (
                 f"{metric} after each stage",
                 "higher is better",
-                budget_plots.task_on_the_way(budget),
+                budget_plots.task_of_stages(budget),
             ),
             (
                 "The same of each artifact",

@@ -61,7 +61,7 @@ def _lines(report: ParityReport, times: Sequence[LatencyResult]) -> Iterator[str
         yield "|---|---|---:|---:|---:|"
     yield from map(_device_row, sorted(report.devices, key=lambda result: result.passed))
     if report.budgets:
-        yield from ("", "### What was lost where", "")
+        yield from ("", "### Accuracy loss by stage", "")
     for budget in report.budgets:
         yield f"- **{plain(budget.composition)}**: {plain(lost_and_gained(budget))}"
     results: list[ArtifactResult | DeviceResult] = [*order, *report.devices]

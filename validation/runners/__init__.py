@@ -1,1 +1,1 @@
-"""XXX."""
+"""What runs models and artifacts: one protocol for all of them, and one engine a runtime."""

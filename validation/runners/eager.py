@@ -1,4 +1,4 @@
-"""XXX."""
+"""Run an eager PyTorch model token by token."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class EagerRunner:
-    """A transformers causal language model as a ``Runner``, with a cache of its own.
+    """A transformers causal language model as a ``Runner``, with its own cache.
 
     Args:
         model: In eval mode, quantized or not.
@@ -26,7 +26,7 @@ class EagerRunner:
         self._cache: Any = None
 
     def prefill(self, tokens: list[int]) -> np.ndarray:
-        """Forget what came before, read ``tokens``; logits after the last, float32 [vocab]."""
+        """Clear the cache, read ``tokens``; logits after the last, float32 [vocab]."""
         self.reset()
         return self._forward(tokens)
 
@@ -35,13 +35,13 @@ class EagerRunner:
         return self._forward([token])
 
     def reset(self) -> None:
-        """Forget all tokens read so far."""
+        """Clear the cache."""
         self._cache = None
 
     def logits(self, tokens: Sequence[int]) -> np.ndarray:
         """Logits after every token in one pass without a cache, float32 [len(tokens), vocab].
 
-        No cache takes part, so a reference made this way cannot share a cache's faults.
+        No cache is involved, so a reference made this way cannot share a cache's faults.
         """
         import torch
 

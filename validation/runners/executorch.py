@@ -1,4 +1,4 @@
-"""Run an ExecuTorch artifact: token by token, and through the stock LLM runner."""
+"""Run an ExecuTorch artifact: token by token, and with the stock LLM runner."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,13 +21,27 @@ import numpy as np
 
 from caliport.core.directories import check_recorded
 from caliport.core.errors import InputError
+from caliport.core.files import TOKENIZER
+from caliport.export import runtime as runtimes
+from caliport.export.artifact import Artifact
+from caliport.export.runtime import Rounding
+from caliport.validation.runners.engine import Differing, Engine
 
 if TYPE_CHECKING:
     from types import ModuleType
 
-PROGRAM = "model.pte"
-TOKENIZER = "tokenizer.json"
+    from caliport.export.decoder.shipped import ShippedDecoder
+
+NAME = "executorch"
 BASE_METHOD = "forward"
+_TRY = """
+import sys
+from pathlib import Path
+from caliport.validation.runners.executorch import ExecuTorchRunner
+runner = ExecuTorchRunner(Path(sys.argv[1]), threads=1)
+runner.prefill([0, 0, 0])
+runner.step(0)
+"""
 
 _loaded: weakref.WeakSet[ExecuTorchRunner] = weakref.WeakSet()
 
@@ -78,7 +92,7 @@ class ExecuTorchRunner:
         _loaded.add(self)
 
     def prefill(self, tokens: list[int]) -> np.ndarray:
-        """Forget what came before, read ``tokens``; logits after the last, float32 [vocab].
+        """Clear the cache, read ``tokens``; logits after the last, float32 [vocab].
 
         Raises:
             InputError: No tokens, more than the context, or one outside the vocabulary.
@@ -117,7 +131,7 @@ class ExecuTorchRunner:
         return logits
 
     def reset(self) -> None:
-        """Forget all tokens read so far.
+        """Clear the cache.
 
         Attention only looks at positions before its own, so starting again at 0 is enough.
         """
@@ -137,42 +151,18 @@ class ExecuTorchRunner:
             return int(self._module.run_method(method, [])[0])
 
 
-def try_elsewhere(directory: Path) -> None:
-    """Run a program once in a process of its own, since a damaged one may crash its process.
-
-    The binding asks for a program's verification, but the wheel of executorch 1.5.1 is built
-    without it and follows any offset. A hash in a manifest leaves nothing to try.
-
-    Raises:
-        InputError: The process crashed. What else is wrong is said when the program is opened.
-    """
-    code = (
-        "import sys\n"
-        "from pathlib import Path\n"
-        "from caliport.validation.runners.executorch import ExecuTorchRunner\n"
-        "runner = ExecuTorchRunner(Path(sys.argv[1]), threads=1)\n"
-        "runner.prefill([0, 0, 0])\n"
-        "runner.step(0)"
-    )
-    done = subprocess.run([sys.executable, "-c", code, directory], capture_output=True, check=False)
-    if done.returncode < 0:
-        name = signal.Signals(-done.returncode).name
-        raise InputError(
-            f"{program_in(directory)}: ExecuTorch crashed on it ({name}); expected a sound program"
-        )
-
-
 def program_in(directory: Path) -> Path:
     """The program of a directory: ``model.pte``, or the only ``.pte`` there is.
 
     Raises:
         InputError: None, or several of which none is ``model.pte``.
     """
-    if (directory / PROGRAM).is_file():
-        return directory / PROGRAM
+    usual = runtimes.get(NAME).program
+    if (directory / usual).is_file():
+        return directory / usual
     found = sorted(directory.glob("*.pte"))
     if len(found) != 1:
-        raise InputError(f"{directory}: {len(found)} .pte files, expected {PROGRAM} or exactly one")
+        raise InputError(f"{directory}: {len(found)} .pte files, expected {usual} or exactly one")
     return found[0]
 
 
@@ -185,8 +175,8 @@ def generate(directory: Path, prompt_text: str, max_new_tokens: int) -> str:
     after a token of the program's ``get_eos_ids``, at ``max_new_tokens``, or when the context is
     full.
 
-    The process's standard output and error go elsewhere meanwhile, because the C++ prints to them;
-    so do not print from other threads.
+    The process's standard output and error are redirected meanwhile, because the C++ prints to
+    them, so do not print from other threads.
 
     Args:
         directory: An artifact directory with ``model.pte`` and ``tokenizer.json``.
@@ -326,3 +316,84 @@ def _redirected() -> Iterator[Callable[[], bytes]]:
             return os.pread(file.fileno(), 1 << 16, 0)
 
         yield read
+
+
+class ExecuTorchEngine:
+    """See ``caliport.validation.runners.engine.Engine``."""
+
+    stock = "TextLLMRunner"
+    alternatives: Mapping[str, str] = {}
+    runs_in_float = False
+    arm_rounding: Mapping[str, Rounding] = {}
+
+    def preload(self) -> None:
+        """Load the binding and its operators."""
+        binding()
+
+    def try_program(self, artifact: Artifact) -> None:
+        """Run the program once in its own process, since a damaged one may crash that.
+
+        The binding asks for a program's verification, but the wheel of executorch 1.5.1 is built
+        without it and follows any offset. Hashes in a manifest make this unnecessary.
+
+        Raises:
+            InputError: The process crashed. Anything else that is wrong is reported by ``open``.
+        """
+        command = [sys.executable, "-c", _TRY, str(artifact.directory)]
+        done = subprocess.run(command, capture_output=True, check=False)
+        if done.returncode < 0:
+            crash = signal.Signals(-done.returncode).name
+            raise InputError(
+                f"{program_in(artifact.directory)}: ExecuTorch crashed on it ({crash}); expected a "
+                "sound program"
+            )
+
+    def open(
+        self, artifact: Artifact, threads: int, composition: str | None, runner: str
+    ) -> ExecuTorchRunner:
+        """A composition is a method of the program."""
+        return ExecuTorchRunner(artifact.directory, threads, composition or BASE_METHOD)
+
+    def open_float(self, artifact: Artifact, threads: int) -> ExecuTorchRunner:
+        """Not possible: XNNPACK's kernels always round."""
+        raise InputError(f"{artifact.directory}: ExecuTorch cannot leave out rounding activations")
+
+    def selector(self, artifact: Artifact, composition: str | None) -> str | None:
+        """The name of the method."""
+        return composition
+
+    def generate(
+        self, artifact: Artifact, text: str, max_new_tokens: int, composition: str | None
+    ) -> str:
+        """By ``TextLLMRunner``, which runs ``forward``."""
+        return generate(artifact.directory, text, max_new_tokens)
+
+    def gap(self, composition: str | None) -> str | None:
+        """The binding runs ``forward`` alone.
+
+        ``create_text_llm_runner`` takes the name of a method in C++; the Python binding of
+        executorch 1.5.1 leaves it out.
+        """
+        if composition is None:
+            return None
+        return (
+            "TextLLMRunner's Python binding runs the method forward alone, the bundle's base; "
+            f"{composition} was not checked with it"
+        )
+
+    def ends(self, artifact: Artifact) -> list[int]:
+        """The program's ``get_eos_ids``."""
+        from caliport.validation.runners.program import Program
+
+        return Program(program_in(artifact.directory)).constant_method("get_eos_ids")
+
+    def differing_weights(
+        self, artifact: Artifact, decoder: ShippedDecoder, ranks: Mapping[str, int]
+    ) -> Differing:
+        """By hash among named data and constants."""
+        from caliport.validation.runners.program import differing_weights
+
+        return differing_weights(program_in(artifact.directory), decoder, ranks)
+
+
+ENGINE: Engine = ExecuTorchEngine()

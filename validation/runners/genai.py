@@ -48,7 +48,7 @@ class GenaiRunner:
         self.reset()
 
     def prefill(self, tokens: list[int]) -> np.ndarray:
-        """Forget what came before, read ``tokens``; logits after the last, float32 [vocab].
+        """Clear the cache, read ``tokens``; logits after the last, float32 [vocab].
 
         Raises:
             InputError: As ``extend``.
@@ -83,7 +83,7 @@ class GenaiRunner:
         return np.asarray(logits, np.float32).reshape(-1, logits.shape[-1])[-1]
 
     def reset(self) -> None:
-        """Forget all tokens read so far, as apps do for a new text: by a new generator."""
+        """Clear the cache, as apps do for a new text: with a new generator."""
         import onnxruntime_genai as genai
 
         settings = genai.GeneratorParams(self._model)

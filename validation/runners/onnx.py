@@ -5,13 +5,22 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from caliport.core.directories import check_recorded
 from caliport.core.errors import InputError
+from caliport.export.artifact import Artifact
+from caliport.export.runtime import Rounding
+from caliport.validation.runners.engine import Differing, Engine
+from caliport.validation.runners.runner import Runner
 
+if TYPE_CHECKING:
+    from caliport.export.decoder.shipped import ShippedDecoder
+
+GENAI = "genai"
+"""The word for onnxruntime-genai as a runner."""
 _CONFIG = "genai_config.json"
 _FOLDER = "session.model_external_initializers_file_folder_path"
 
@@ -23,7 +32,7 @@ class OnnxRunner:
         directory: An artifact directory: ``genai_config.json`` and the graph it names.
         threads: Threads of ONNX Runtime's pool; None for its own choice, one a physical core.
         float_activations: Multiply in float32 instead of rounding the inputs of quantized products
-            to 8 bits. Not what ships, but what tells a wrong graph from rounding: without the
+            to 8 bits. This is not what ships; it tells a wrong graph from rounding, since without
             rounding, logits equal those of the dequantized eager model to about 1e-5.
         adapter: Of a bundle, the ``.onnx_adapter`` file of a composition; None for its base alone.
 
@@ -62,7 +71,7 @@ class OnnxRunner:
         self.reset()
 
     def prefill(self, tokens: list[int]) -> np.ndarray:
-        """Forget what came before, read ``tokens``; logits after the last, float32 [vocab]."""
+        """Clear the cache, read ``tokens``; logits after the last, float32 [vocab]."""
         self.reset()
         return self.extend(tokens)
 
@@ -96,7 +105,7 @@ class OnnxRunner:
         return np.asarray(logits.numpy()[0, -1])
 
     def reset(self) -> None:
-        """Forget all tokens read so far."""
+        """Clear the cache."""
         self._length = 0
         self._caches = [self._value(self._empty) for _ in self._past]
 
@@ -329,3 +338,70 @@ def _without_rounding(graph: Path) -> bytes:
             if node.op_type == "MatMulNBits" and attribute.name == "accuracy_level":
                 attribute.i = 0
     return bytes(model.SerializeToString())
+
+
+class OnnxEngine:
+    """See ``caliport.validation.runners.engine.Engine``."""
+
+    stock = "onnxruntime_genai"
+    alternatives: Mapping[str, str] = {GENAI: "onnxruntime-genai"}
+    runs_in_float = True
+    arm_rounding: Mapping[str, Rounding] = {"int4": "token"}  # KleidiAI's kernels
+
+    def preload(self) -> None:
+        """Import ONNX Runtime."""
+        import onnxruntime  # noqa: F401
+
+    def try_program(self, artifact: Artifact) -> None:
+        """Not needed: ONNX Runtime refuses damaged graphs."""
+
+    def open(
+        self, artifact: Artifact, threads: int, composition: str | None, runner: str
+    ) -> Runner:
+        """A composition is an ``.onnx_adapter`` file."""
+        adapter = self._adapter(artifact, composition)
+        if runner == GENAI:
+            from caliport.validation.runners.genai import GenaiRunner
+
+            return GenaiRunner(artifact.directory, threads, adapter=adapter)
+        return OnnxRunner(artifact.directory, threads, adapter=adapter)
+
+    def open_float(self, artifact: Artifact, threads: int) -> Runner:
+        """``MatMulNBits`` at accuracy level 0."""
+        return OnnxRunner(artifact.directory, threads, float_activations=True)
+
+    def selector(self, artifact: Artifact, composition: str | None) -> str | None:
+        """The name of the ``.onnx_adapter`` file."""
+        return None if composition is None else str(artifact.composition(composition)["file"])
+
+    def generate(
+        self, artifact: Artifact, text: str, max_new_tokens: int, composition: str | None
+    ) -> str:
+        """By onnxruntime-genai."""
+        adapter = self._adapter(artifact, composition)
+        return generate(artifact.directory, text, max_new_tokens, adapter)
+
+    def gap(self, composition: str | None) -> str | None:
+        """It runs bundles too."""
+        return None
+
+    def ends(self, artifact: Artifact) -> list[int]:
+        """``eos_token_id`` of ``genai_config.json``."""
+        found = read_config(artifact.directory)["model"].get("eos_token_id", [])
+        return [found] if isinstance(found, int) else [int(token) for token in found]
+
+    def differing_weights(
+        self, artifact: Artifact, decoder: ShippedDecoder, ranks: Mapping[str, int]
+    ) -> Differing:
+        """By the names of modules in the graph."""
+        from caliport.validation.runners.graph import differing_weights
+
+        graph = artifact.directory / read_config(artifact.directory)["model"]["decoder"]["filename"]
+        return differing_weights(graph, decoder)
+
+    def _adapter(self, artifact: Artifact, composition: str | None) -> Path | None:
+        file = self.selector(artifact, composition)
+        return None if file is None else artifact.directory / file
+
+
+ENGINE: Engine = OnnxEngine()

@@ -1,119 +1,114 @@
-"""XXX."""
+"""Open an artifact with the runner that was asked for."""
 
 from __future__ import annotations
 
 import pkgutil
-from pathlib import Path
+from dataclasses import dataclass
 
 from caliport.core.errors import InputError
-from caliport.validation.artifact import _adapter_file, artifact_form
+from caliport.export import runtime as runtimes
+from caliport.export.artifact import Artifact
+from caliport.validation.runners import engine as engines
+from caliport.validation.runners.engine import PLAIN
 from caliport.validation.runners.runner import Runner
 
-PLAIN, GENAI = "plain", "genai"
-"""What runs an artifact: its runtime alone, or onnxruntime-genai."""
+
+@dataclass(frozen=True)
+class Execution:
+    """An artifact and how to run it.
+
+    Attributes:
+        artifact: What to run.
+        threads: Threads of the runtime's own pool.
+        composition: Of a bundle, the composition to run; None for its base, or for a fold.
+        runner: A word of ``open_runner``, or a runner that is open already.
+    """
+
+    artifact: Artifact
+    threads: int = 1
+    composition: str | None = None
+    runner: Runner | str = PLAIN
+
+    def open(self) -> Runner:
+        """The open runner; a program that no manifest vouches for is first tried elsewhere.
+
+        Raises:
+            InputError: See ``open_runner``, or the program crashes its process.
+        """
+        if not isinstance(self.runner, str):
+            return self.runner
+        if not self.artifact.is_ours and self.runner == PLAIN:
+            engines.get(self.artifact.runtime).try_program(self.artifact)
+        return open_runner(self.artifact, self.threads, self.composition, self.runner)
 
 
 def open_runner(
-    directory: Path, threads: int, bundled: str | None = None, runner: str = PLAIN
+    artifact: Artifact, threads: int, composition: str | None = None, runner: str = PLAIN
 ) -> Runner:
-    """What runs an artifact; it checks the artifact's hashes first.
+    """Open an artifact of ours, whose hashes are checked first, or of another tool.
 
     Args:
-        directory: An artifact directory with its manifest, or one of another tool.
+        artifact: What to run.
         threads: Threads of the runtime's own pool.
-        bundled: Of a bundle, the composition to run; None for its base alone.
-        runner: ``plain``, the artifact's runtime itself; ``genai``, onnxruntime-genai; or
-            ``MODULE:FUNCTION``, an importable function of (directory, threads, bundled) that
-            returns any ``Runner``.
+        composition: Of a bundle, the composition to run; None for its base alone.
+        runner: ``plain``, the artifact's runtime itself; a word of ``Engine.alternatives``, such as
+            ``genai``; or ``MODULE:FUNCTION``, an importable function of (directory, threads,
+            composition) that returns any ``Runner``.
 
     Raises:
-        InputError: Not an artifact, one whose files are not those that its manifest records, one
-            that its runtime cannot load, or one without such a composition; or see
-            ``check_choice``.
+        InputError: An artifact whose files are not those that its manifest records, that its
+            runtime cannot load, or without such a composition; or see ``check_choice``.
     """
-    check_choice(directory, runner)
+    check_choice(artifact, runner)
     if ":" in runner:
-        found = pkgutil.resolve_name(runner)(directory, threads, bundled)
+        found = pkgutil.resolve_name(runner)(artifact.directory, threads, composition)
         if not isinstance(found, Runner):
             raise InputError(
                 f"--runner {runner}: gave {type(found).__name__}, expected an object with name, "
                 "context, prefill, step and reset"
             )
         return found
-    runtime, _ = artifact_form(directory)
-    if runtime == "executorch":
-        from caliport.validation.runners.executorch import BASE_METHOD, ExecuTorchRunner
-
-        return ExecuTorchRunner(directory, threads, bundled or BASE_METHOD)
-    if runner == GENAI:
-        from caliport.validation.runners.genai import GenaiRunner
-
-        return GenaiRunner(directory, threads, adapter=_adapter_file(directory, bundled))
-    from caliport.validation.runners.onnx import OnnxRunner
-
-    return OnnxRunner(directory, threads, adapter=_adapter_file(directory, bundled))
+    return engines.get(artifact.runtime).open(artifact, threads, composition, runner)
 
 
-def check_choice(directory: Path, runner: str) -> None:
-    """Refuse a runner that is not known, or that cannot run this artifact, before any work.
+def check_choice(artifact: Artifact, runner: str) -> None:
+    """Refuse a runner that is unknown, or cannot run this artifact, before any work.
 
     Raises:
-        InputError: See above, or not an artifact.
+        InputError: See above.
     """
-    runtime, _ = artifact_form(directory)
+    known = engines.alternatives()
     if ":" in runner:
         try:
             pkgutil.resolve_name(runner)
         except (ImportError, AttributeError, ValueError) as error:
             raise InputError(f"--runner {runner}: {error}; expected MODULE:FUNCTION") from None
-    elif runner not in (PLAIN, GENAI):
-        raise InputError(f"--runner is {runner!r}, expected plain, genai or MODULE:FUNCTION")
-    elif runner == GENAI and runtime != "onnx":
+    elif runner != PLAIN and runner not in known:
+        words = ", ".join([PLAIN, *known])
+        raise InputError(f"--runner is {runner!r}, expected {words} or MODULE:FUNCTION")
+    elif runner != PLAIN and runner not in engines.get(artifact.runtime).alternatives:
+        title = runtimes.get(artifact.runtime).title
         raise InputError(
-            f"{directory}: is an ExecuTorch program, which onnxruntime-genai cannot run; expected "
-            "--runner plain"
+            f"{artifact.directory}: is a program for {title}, which {known[runner]} cannot run; "
+            f"expected --runner {PLAIN}"
         )
 
 
 def stock_generate(
-    directory: Path, text: str, max_new_tokens: int, bundled: str | None = None
+    artifact: Artifact, text: str, max_new_tokens: int, composition: str | None = None
 ) -> str:
-    """What the runtime's own stock runner writes after ``text``, greedily.
-
-    ``TextLLMRunner`` for ExecuTorch, ``onnxruntime_genai`` for ONNX. Both check the artifact's
-    hashes first.
+    """What the runtime's stock runner (``Engine.stock``) writes after ``text``, greedily.
 
     Args:
-        directory: An artifact directory with its manifest.
+        artifact: What to run; the hashes of one of ours are checked first.
         text: The whole prompt.
         max_new_tokens: Most tokens to write.
-        bundled: Of a bundle for ONNX, the composition to run; see ``stock_gap``.
+        composition: Of a bundle, the composition to run; see ``Engine.gap``.
 
     Raises:
         InputError: As ``open_runner``, or a composition that the stock runner cannot run.
     """
-    if (gap := stock_gap(directory, bundled)) is not None:
-        raise InputError(f"{directory}: {gap}")
-    runtime, _ = artifact_form(directory)
-    if runtime == "executorch":
-        from caliport.validation.runners import executorch as executorch_runner
-
-        return executorch_runner.generate(directory, text, max_new_tokens)
-    from caliport.validation.runners import onnx as onnx_runner
-
-    adapter = _adapter_file(directory, bundled)
-    return onnx_runner.generate(directory, text, max_new_tokens, adapter)
-
-
-def stock_gap(directory: Path, bundled: str | None) -> str | None:
-    """Why the stock runner cannot run this, or None where it can.
-
-    ``create_text_llm_runner`` takes the name of a method in C++; the Python binding of executorch
-    1.5.1 leaves it out and runs ``forward``.
-    """
-    if bundled is None or artifact_form(directory)[0] != "executorch":
-        return None
-    return (
-        "TextLLMRunner's Python binding runs the method forward alone, the bundle's base; "
-        f"{bundled} was not checked with it"
-    )
+    engine = engines.get(artifact.runtime)
+    if (gap := engine.gap(composition)) is not None:
+        raise InputError(f"{artifact.directory}: {gap}")
+    return engine.generate(artifact, text, max_new_tokens, composition)

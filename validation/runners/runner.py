@@ -1,4 +1,4 @@
-"""One small protocol for everything that turns tokens into logits, and greedy decoding over it."""
+"""The protocol of everything that turns tokens into logits, and greedy decoding with it."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ from collections.abc import Collection
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-
-RUNTIMES = ("executorch", "onnx")
 
 
 @runtime_checkable
@@ -23,7 +21,7 @@ class Runner(Protocol):
     context: int
 
     def prefill(self, tokens: list[int]) -> np.ndarray:
-        """Forget what came before, read ``tokens``; logits after the last, float32 [vocab]."""
+        """Clear the cache, read ``tokens``; logits after the last, float32 [vocab]."""
         ...
 
     def step(self, token: int) -> np.ndarray:
@@ -31,7 +29,7 @@ class Runner(Protocol):
         ...
 
     def reset(self) -> None:
-        """Forget all tokens read so far."""
+        """Clear the cache."""
         ...
 
 
@@ -41,8 +39,8 @@ def greedy(
     """The most likely token at every step, lowest id first among equals.
 
     Returns:
-        At most ``max_new_tokens`` tokens, fewer where the context is full; the token of
-        ``eos_ids`` that ended the text, if one did, is the last.
+        At most ``max_new_tokens`` tokens, fewer where the context is full. If a token of
+        ``eos_ids`` ended the text, it is the last.
     """
     logits = runner.prefill(prompt)
     room = min(max_new_tokens, runner.context - len(prompt))

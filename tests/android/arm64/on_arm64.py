@@ -22,10 +22,10 @@ from caliport.android_harness.runners.kinds import JobRunner, answers, read_runn
 from caliport.android_harness.toolchain.build import build_runner
 from caliport.core.directories import read_manifest
 from caliport.core.errors import InputError
-from caliport.export.api import to_onnx
 from caliport.validation.records.reports import PARITY, ParityReport, read_result
 from caliport.validation.runners.onnx import OnnxRunner
 from tests.android.arm64.machine import arm64_machine, free_port
+from tests.exports import to_onnx
 
 BUILD = ROOT / "build"
 CACHE = BUILD / "runner"

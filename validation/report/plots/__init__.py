@@ -1,1 +1,1 @@
-"""XXX."""
+"""Plots of the report, as SVG."""

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 from caliport.validation.records.budget import Budget, BudgetStage
 from caliport.validation.report.budget_summary import (
     STAGES,
+    changes,
     forms,
     metric_name,
     shown_form,
-    steps,
-    way,
+    stages_of,
 )
-from caliport.validation.report.names import number, plain_log
+from caliport.validation.report.names import number, plain_log, runtime_index
 from caliport.validation.report.plots.drawing import FAIL, INK, LINE, MUTED, SERIES, legend, svg
 
 if TYPE_CHECKING:
@@ -29,16 +29,17 @@ _WRAPPED = {
 }
 _NAMED = 8  # forms that find room to be named at their lines' ends
 _PRECISIONS = {"fp32": SERIES[2], "int8": SERIES[0], "int4": SERIES[1]}
+_MARKERS = "os^Dv"  # by runtime
 _DASHES = {"quantized eager": "-", "artifact": "--", "device": ":"}
 
 
-def task_on_the_way(budget: Budget) -> str:
+def task_of_stages(budget: Budget) -> str:
     """The task metric after each stage: one line that fans out into one a form.
 
     Returns:
         An ``<svg>``; nothing without a task metric, or where the forms share one stage alone.
     """
-    return "" if len(way(budget)) < 2 else _ways(budget, {}, start=0, named=False)
+    return "" if len(stages_of(budget)) < 2 else _ways(budget, {}, start=0, named=False)
 
 
 def task_of_forms(budget: Budget, lost: Mapping[str, str]) -> str:
@@ -51,12 +52,12 @@ def task_of_forms(budget: Budget, lost: Mapping[str, str]) -> str:
     Returns:
         An ``<svg>``; nothing without a task metric.
     """
-    return _ways(budget, lost, start=len(way(budget)) - 1, named=True)
+    return _ways(budget, lost, start=len(stages_of(budget)) - 1, named=True)
 
 
 def kl_of_stages(budget: Budget, lost: Mapping[str, str]) -> str:
     """KL of each stage against the one before, on a logarithmic axis."""
-    found = [step.stage for step in steps(budget) if step.stage.previous is not None]
+    found = [change.stage for change in changes(budget) if change.stage.previous is not None]
     places = _places(found)
     among = forms(budget)
 
@@ -102,7 +103,7 @@ def along_layers(budget: Budget) -> str:
 
 def _ways(budget: Budget, lost: Mapping[str, str], start: int, named: bool) -> str:
     """Lines of the task metric from the ``start``-th stage on, each named or not."""
-    shared = [step.stage for step in way(budget)][start:]
+    shared = [change.stage for change in stages_of(budget)][start:]
     own = [s for s in budget.stages if s.form]
     stages = [s for s in (*shared, *own) if s.task is not None]
     places = _places(stages)
@@ -113,9 +114,10 @@ def _ways(budget: Budget, lost: Mapping[str, str], start: int, named: bool) -> s
         ends = []
         for form in among:
             points = [
-                (places[step.stage.stage], step.stage.task)
-                for step in way(budget, form)[start:]
-                if step.stage.task is not None and (step.stage.form or step.stage is shared[-1])
+                (places[change.stage.stage], change.stage.task)
+                for change in stages_of(budget, form)[start:]
+                if change.stage.task is not None
+                and (change.stage.form or change.stage is shared[-1])
             ]
             if len(points) < 2:
                 continue
@@ -189,7 +191,7 @@ def _look(form: str) -> dict[str, Any]:
     precision = rest.partition("-")[0]
     look = {
         "color": _PRECISIONS.get(precision, SERIES[3]),
-        "marker": "s" if runtime == "onnx" else "o",
+        "marker": _MARKERS[runtime_index(runtime) % len(_MARKERS)],
     }
     return look | ({"markerfacecolor": "none"} if rest.endswith("bundle") else {})
 

@@ -12,7 +12,13 @@ from caliport.validation.records.reports import (
     Point,
     QualityReport,
 )
-from caliport.validation.report.names import METRIC_NAMES, RUNTIMES, plain_log, size
+from caliport.validation.report.names import (
+    METRIC_NAMES,
+    plain_log,
+    runtime_index,
+    runtime_label,
+    size,
+)
 from caliport.validation.report.plots.drawing import INK, LINE, MUTED, SERIES, legend, svg
 
 if TYPE_CHECKING:
@@ -177,7 +183,7 @@ def _spread_bars(
 ) -> str:
     def draw(figure: Figure, axes: Axes) -> None:
         for row, (result, spread) in enumerate(zip(results, spreads, strict=True)):
-            colour = SERIES[0 if result.runtime == "executorch" else 2]
+            colour = SERIES[2 * runtime_index(result.runtime) % len(SERIES)]
             axes.barh(row, scale * spread.median, 0.6, color=LINE if result.noisy else colour)
             ends = [scale * end for end in spread.interval]
             axes.plot(ends, [row, row], color=INK, linewidth=1.6)
@@ -197,7 +203,7 @@ def _name(
 
 
 def _form(item: ArtifactResult | LatencyResult) -> str:
-    return f"{RUNTIMES.get(item.runtime, item.runtime)} {item.form}"
+    return f"{runtime_label(item.runtime)} {item.form}"
 
 
 def _steps(curve: Sequence[Point]) -> str:

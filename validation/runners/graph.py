@@ -1,0 +1,95 @@
+"""The weights that an ONNX graph holds, read back from its files.
+
+Source: ``com.microsoft.MatMulNBits`` and ``GatherBlockQuantized`` in ONNX Runtime's list of
+contributed operators (ContribOperators).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from caliport.export.onnx.layouts import unpack
+from caliport.validation.runners.weights import StoredWeight, matrices_of, requested_weight
+
+if TYPE_CHECKING:
+    from caliport.export.decoder.shipped import ShippedDecoder
+    from caliport.validation.runners.engine import Differing
+
+_PRODUCT, _LOOKUP = "MatMulNBits", "GatherBlockQuantized"
+
+
+def differing_weights(graph: Path, decoder: ShippedDecoder) -> Differing:
+    """Matrices of a graph that are not those of ``decoder``; see ``Engine.differing_weights``."""
+    names = matrices_of(decoder)
+    sizes = {name: decoder.whole.get_parameter(f"{name}.weight").shape[0] for name in names}
+    odd: dict[str, StoredWeight | None] = dict.fromkeys(names)
+    for name, found in stored_weights(graph, sizes):
+        if name in odd and found.equals(requested_weight(decoder.weights, name)):
+            del odd[name]
+        elif name in odd:
+            odd[name] = found
+    return {name: partial(odd.get, name) for name in odd}
+
+
+def stored_weights(graph: Path, sizes: Mapping[str, int]) -> Iterator[tuple[str, StoredWeight]]:
+    """Weights of the quantized products and lookups of a graph, and its float32 matrices.
+
+    Args:
+        graph: ``model.onnx``; its weights lie where it says.
+        sizes: Outputs of each module, to take products of several apart.
+
+    Yields:
+        Module names with what they hold, for the modules that the graph names.
+    """
+    import onnx
+    from onnx import numpy_helper
+
+    model = onnx.load(graph, load_external_data=False).graph
+    tensors = {tensor.name: tensor for tensor in model.initializer}
+
+    def read(name: str) -> np.ndarray:
+        return np.array(numpy_helper.to_array(tensors[name], base_dir=str(graph.parent)))
+
+    for name in tensors:
+        if (module := name.removesuffix(".weight")) != name and module in sizes:
+            yield module, StoredWeight(torch.from_numpy(read(name)), None)
+    for node in model.node:
+        if node.op_type in (_PRODUCT, _LOOKUP):
+            parts = node.input[0].removesuffix(".qdata") if node.op_type == _LOOKUP else node.name
+            data, scale = _numbers(node, read)
+            start = 0
+            for name in parts.split("+"):
+                rows = slice(start, start + sizes.get(name, len(data)))
+                yield name, StoredWeight(data[rows], _narrowed(scale[rows]))
+                start = rows.stop
+
+
+def _numbers(node: Any, read: Callable[[str], np.ndarray]) -> tuple[Tensor, Tensor]:
+    """Integers [out, in] less their zero points, and scales [out, blocks]."""
+    options = {attribute.name: attribute.i for attribute in node.attribute}
+    given = [*node.input, "", ""]
+    quantized, scales, zeros = (
+        (given[0], given[2], given[3]) if node.op_type == _LOOKUP else given[1:4]
+    )
+    bits, block = options["bits"], options["block_size"]
+    scale = torch.from_numpy(read(scales))
+    packed = read(quantized).reshape(len(scale), -1)
+    columns = options.get("K", packed.shape[1] * 8 // bits)
+    data = torch.from_numpy(unpack(packed, bits, columns))
+    if zeros:
+        blocks = scale.numel() // len(scale)
+        zero = torch.from_numpy(unpack(read(zeros).reshape(len(scale), -1), bits, blocks))
+        data = data - zero.repeat_interleave(block, 1)[:, :columns]
+    return data, scale.reshape(len(scale), -1)
+
+
+def _narrowed(scale: Tensor) -> Tensor:
+    """One scale a row where all blocks of every row share theirs."""
+    return scale[:, :1] if bool((scale == scale[:, :1]).all()) else scale
