@@ -23,9 +23,10 @@ def one_line(done: subprocess.CompletedProcess, says: str) -> None:
 def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
     """What makes ``--help`` fast: no library that takes longer to load than typer."""
     code = (
-        "import sys, caliport.cli, contextlib, io\n"
+        "import sys, contextlib, io\n"
+        "from caliport.cli.app import app\n"
         "with contextlib.redirect_stdout(io.StringIO()):\n"
-        "    caliport.cli.app(['--help'], standalone_mode=False)\n"
+        "    app(['--help'], standalone_mode=False)\n"
         "heavy = {'torch', 'transformers', 'numpy', 'onnxruntime', 'pydantic', 'matplotlib'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )
