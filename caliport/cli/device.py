@@ -71,7 +71,7 @@ def validate(
     """Compare artifacts on a device with themselves here; exit code 1 if a gate fails."""
     from caliport.export.artifact import Artifact
     from caliport.export.request import Bundle
-    from caliport.flags.named import named
+    from caliport.flags.named import bundle_of
     from caliport.flags.validate import read_prompts
     from caliport.on_devices.validate import validate_on
     from caliport.show.github import publish
@@ -81,7 +81,7 @@ def validate(
     where = Where(
         tuple(chosen([*(serial or ()), *([abi] if abi else ())])), runner or (), llama_main, timeout
     )
-    parts = Bundle(named("--bundle", bundle or ()), named("--share", share or ()))
+    parts = bundle_of(bundle, share)
     options, asked = Options(threads=threads, precision=precision), read_prompts(prompts, prompt)
     validations = [
         Validation(found, base, None, parts, asked, options)

@@ -9,6 +9,39 @@ from typing import Annotated
 
 import typer
 
+Recipe = Annotated[
+    Path | None, typer.Argument(help="A YAML recipe; without one, use the flags below.")
+]
+NeededRecipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML recipe.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="FIELD=VALUE", help="Override a recipe's field; repeatable."),
+]
+Runs = Annotated[Path, typer.Option("--runs", help="Parent directory of run directories.")]
+BaseOption = Annotated[
+    str | None, typer.Option("--base", help="Base model: Hugging Face directory or hub name.")
+]
+Adapter = Annotated[
+    Path | None, typer.Option("--adapter", help="PEFT LoRA directory that is folded in.")
+]
+Prompt = Annotated[str, typer.Option(help="Prompt template; {input} is replaced by each input.")]
+Out = Annotated[Path | None, typer.Option("--out", help="The directory to write.")]
+Bundle = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--bundle",
+        metavar="NAME=DIR",
+        help="A composition (PEFT LoRA directory) of a bundle, beside its base; repeatable.",
+    ),
+]
+Share = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--share",
+        metavar="NAME=DIR",
+        help="An adapter that compositions of a bundle share, stored once; repeatable.",
+    ),
+]
 BaselineOption = Annotated[
     Path | None,
     typer.Option(

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from caliport.core.errors import InputError
+from caliport.export.request import Bundle
 
 
 def named(flag: str, values: Sequence[str]) -> dict[str, Path]:
@@ -23,3 +24,12 @@ def named(flag: str, values: Sequence[str]) -> dict[str, Path]:
             raise InputError(f"{flag}: found {name} twice, expected each name once")
         found[name] = Path(path)
     return found
+
+
+def bundle_of(compositions: Sequence[str] | None, shared: Sequence[str] | None) -> Bundle:
+    """What ``--bundle NAME=DIR`` and ``--share NAME=DIR`` name together.
+
+    Raises:
+        InputError: See ``named``.
+    """
+    return Bundle(named("--bundle", compositions or ()), named("--share", shared or ()))

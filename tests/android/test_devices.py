@@ -11,6 +11,7 @@ import pytest
 from caliport.android_harness.device.adb import Device
 from caliport.android_harness.device.facts import check_abi, choose, facts, obstacles
 from caliport.core.errors import InputError
+from caliport.export.artifact import Artifact
 from tests.android.daemon import Daemon
 from tests.android.standins import properties
 from tests.commands import caliport
@@ -70,7 +71,7 @@ def test_a_32_bit_device_is_told_apart(phone: Daemon, artifact: Path) -> None:
         found = facts(Device(phone.address))
     finally:
         properties(phone)
-    assert obstacles(found, artifact) == [
+    assert obstacles(found, Artifact.read(artifact)) == [
         "ABI armeabi-v7a: runners are built for arm64-v8a and x86_64"
     ]
     program = artifact / "run"

@@ -163,7 +163,7 @@ def test_an_emulator_runs_from_start_to_stop(android: Path) -> None:
     assert f"AVD {AVD}: runs as emulator-5580" in said(android, "start")
     create("other", IMAGE)
     assert "port 5580: taken" in said(android, "start", "--name", "other", "--port", 5580)
-    assert "emulator emulator-5556: not one that runs; found emulator-5580" in said(
+    assert "emulator emulator-5556: not running; found emulator-5580" in said(
         android, "stop", "emulator-5556"
     )
 

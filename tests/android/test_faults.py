@@ -27,6 +27,7 @@ from caliport.android_harness.device.session import session
 from caliport.android_harness.run import run_job
 from caliport.android_harness.runners.kinds import JobRunner
 from caliport.cli.app import guarded
+from caliport.export.artifact import Artifact
 from tests.android.daemon import Daemon, wait_for
 from tests.android.standins import ANSWER, JOB, properties, runner
 from tests.commands import ENVIRONMENT, ROOT, caliport
@@ -50,7 +51,7 @@ def said(capsys: pytest.CaptureFixture[str]) -> Callable[[Callable[[], object]],
 def job_on(daemon: Daemon, artifact: Path, made: JobRunner, seconds: float = 20) -> Callable:
     def call() -> None:
         with session(Device(daemon.address)) as held:
-            run_job(held, JOB, artifact, made, seconds)
+            run_job(held, JOB, Artifact.read(artifact), made, seconds)
 
     return call
 
@@ -92,7 +93,10 @@ def test_what_a_runner_leaves_running_ends_with_the_session(
 ) -> None:
     leaves = 'setsid sleep 600 & sleep 600 & cp "$(dirname "$0")/answer.json" "$2"'
     with session(Device(phone.address)) as held:
-        assert run_job(held, JOB, artifact, runner(tmp_path, leaves), 20).result == ANSWER
+        assert (
+            run_job(held, JOB, Artifact.read(artifact), runner(tmp_path, leaves), 20).result
+            == ANSWER
+        )
         wait_for(lambda: len(phone.processes("sleep")) == 1)
 
 
@@ -192,7 +196,7 @@ def test_the_device_goes_in_mid_push_and_the_next_session_goes_on(
     (whole,) = store.glob("*.part/model.onnx")
     before = whole.stat().st_ino
     with session(Device(phone.address)) as held:
-        assert run_job(held, JOB, artifact, made, 20).result == ANSWER
+        assert run_job(held, JOB, Artifact.read(artifact), made, 20).result == ANSWER
         (whole,) = store.glob("*/model.onnx")
         assert whole.stat().st_ino == before
 
@@ -285,10 +289,11 @@ from caliport.android_harness.device.adb import Device
 from caliport.android_harness.run import run_job
 from caliport.android_harness.runners.kinds import JobRunner
 from caliport.android_harness.device.session import session
+from caliport.export.artifact import Artifact
 from tests.android.standins import JOB
 with session(Device(sys.argv[1])) as held:
     made = JobRunner("onnx", Path(sys.argv[3]), ("{runner}/run",))
-    run_job(held, JOB, Path(sys.argv[2]), made, 600)
+    run_job(held, JOB, Artifact.read(sys.argv[2]), made, 600)
 """
 
 

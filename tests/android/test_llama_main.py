@@ -12,13 +12,13 @@ import pytest
 from commands import ENVIRONMENT
 from conftest import TEXTS
 
-from caliport.android_harness.runners.job import Job, Prompt, Result, Timing
-from caliport.android_harness.runners.kinds import (
-    answers,
+from caliport.android_harness.runners.executorch import (
     executorch_runner,
     llama_main_flags,
     parse_llama_main,
 )
+from caliport.android_harness.runners.job import Job, Prompt, Result, Timing
+from caliport.android_harness.runners.kinds import answers
 from caliport.core.checkpoints import load_tokenizer, render_prompt
 from caliport.core.errors import InputError
 from caliport.validation.runners.executorch import ExecuTorchRunner, generate

@@ -14,22 +14,21 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from caliport.android_harness import latency
-from caliport.android_harness import texts as llama_device
+from caliport.android_harness import latency, texts
 from caliport.android_harness.device.adb import Device
 from caliport.android_harness.device.facts import Facts, facts
 from caliport.android_harness.device.session import session
-from caliport.android_harness.parity import check, estimated, job_of, subject_of
+from caliport.android_harness.parity import check, estimated, host_reference, job_of
 from caliport.android_harness.run import Ran, run_job
 from caliport.android_harness.runners.kinds import JobRunner, read_runner, row_of
 from caliport.android_harness.toolchain.build import PROGRAM, build_runner
 from caliport.cli.app import app
 from caliport.core.checkpoints import load_tokenizer
 from caliport.core.errors import InputError
-from caliport.export.quantization.choices import Quantization
+from caliport.export.artifact import Artifact
 from caliport.export.reference.folded import eager
-from caliport.flags.validate import references_of
 from caliport.on_devices.where import Where, runner_for
+from caliport.validation.api import Validation, make_references
 from caliport.validation.baseline.baseline import read_baseline
 from caliport.validation.baseline.regression import RegressionLimits, hold_times, hold_to
 from caliport.validation.evaluation.evaluation import make_evaluation
@@ -44,9 +43,10 @@ from caliport.validation.records.reports import (
     read_result,
     write_result,
 )
-from caliport.validation.report.junit import write_junit
+from caliport.validation.report.junit import JUNIT, write_junit
 from caliport.validation.report.page import write_report
 from caliport.validation.report.summary import summary
+from caliport.validation.runners.open import Execution
 from tests.android.daemon import PROJECT, Daemon
 from tests.android.standins import THERMAL, properties
 from tests.conftest import TEXTS
@@ -138,7 +138,7 @@ def test_artifacts_say_on_devices_what_they_say_here(
     for budget in report.budgets:
         assert [stage.stage for stage in budget.stages][-2:] == ["artifact", "device"]
         assert LABEL in budget.stages[-1].label
-    suites = ElementTree.parse(out / "junit.xml").getroot().findall("testsuite")
+    suites = ElementTree.parse(out / JUNIT).getroot().findall("testsuite")
     assert len(suites) == len(found)
     assert all(LABEL in str(suite.get("name")) for suite in suites)
     assert "passed on 6 runs on a device" in (out / "report.html").read_text()
@@ -153,36 +153,35 @@ def test_another_answer_is_lost_at_the_device(
     adapter_dirs: list[Path],
     tmp_path: Path,
 ) -> None:
-    asked = references_of(str(base_dir), adapter_dirs[0], {}, None, "{input}", False)
-    ours, other = artifacts[:2]
-    subject = subject_of(
-        ours,
+    ours, other = map(Artifact.read, artifacts[:2])
+    asked = make_references(Validation(ours, base_dir), adapter_dirs[0])
+    host = host_reference(
+        Execution(ours),
         asked.evaluation,
-        expected=asked.expected(Quantization("int8"), "onnx", 96),
+        expected=asked.expected(ours),
         composition="both",
         metric="rougeL",
-        threads=1,
     )
     # A runner that says the first token of the first answer wrong, after all its logits.
     wrong = tmp_path / "wrong"
     shutil.copytree(runner, wrong)
-    assert subject.answers.generated is not None
-    token = subject.answers.generated[0][0]
+    assert host.answers.generated is not None
+    token = host.answers.generated[0][0]
     (wrong / "run").write_text(
         f'#!/bin/sh\n"${{0%/*}}/{PROGRAM}" "$@" && '
         f'sed -i \'s/"tokens":\\[{token}/"tokens":[{(token + 1) % 384}/\' "$2"\n'
     )
     (wrong / "run").chmod(0o755)
-    job, sound = job_of(subject), read_runner(runner)
+    job, sound = job_of(host), read_runner(runner)
     with session(Device(phone.address)) as held:
         swapped = run_job(held, job, other, sound, 60)
         lied = run_job(held, job, ours, JobRunner("onnx", wrong, ("{runner}/run",)), 60)
     assert lied.runner_sha256 != swapped.runner_sha256
 
     def failed(ran: Ran, same: bool, tie: float | None = None) -> list[str]:
-        assert subject.expected is not None
-        noise = subject.expected.noise if tie is None else {"prefill": np.asarray([tie])}
-        held_to = replace(subject, expected=replace(subject.expected, noise=noise))
+        assert host.expected is not None
+        noise = host.expected.noise if tie is None else {"prefill": np.asarray([tie])}
+        held_to = replace(host, expected=replace(host.expected, noise=noise))
         result, _ = check(held_to, ran, same)
         assert result.passed is not any(not gate.passed for gate in result.gates)
         assert result.lost_at == (None if result.passed else "device")
@@ -194,15 +193,13 @@ def test_another_answer_is_lost_at_the_device(
     assert failed(lied, False, tie=1.0) == []  # as far as a tie reaches, either token is right
 
     # An Arm processor rounds the inputs of 4-bit products otherwise, and may; not so what it holds.
-    how = Quantization("int4")
-    four = subject_of(
-        other,
+    four = host_reference(
+        Execution(other),
         asked.evaluation,
-        expected=asked.expected(how, "onnx", 96),
+        expected=asked.expected(other),
         composition="both",
         metric="rougeL",
-        threads=1,
-        by_token=partial(asked.answers, how, "onnx", rounds="executorch"),
+        by_token=partial(asked.answers, other.quantization, "onnx", rounding="token"),
     )
     with session(Device(phone.address)) as held:
         right, wrong_one = [run_job(held, job_of(four), each, sound, 60) for each in (other, ours)]
@@ -211,7 +208,7 @@ def test_another_answer_is_lost_at_the_device(
     result, _ = check(four, replace(wrong_one, **arm), False)
     assert {"logits", "farthest position"} <= {g.name for g in result.gates if not g.passed}
 
-    result, _ = check(subject, lied, True)
+    result, _ = check(host, lied, True)
     report = ParityReport(
         machine=Machine(cpu="A", cores=1, memory_gb=1, os="Linux"),
         versions={},
@@ -221,8 +218,8 @@ def test_another_answer_is_lost_at_the_device(
     write_result(report, tmp_path / PARITY)
     page = write_report(tmp_path).read_text()
     assert "1 of 1 run on a device failed" in page
-    write_junit(report.devices, tmp_path / "junit.xml")
-    assert 'type="device"' in (tmp_path / "junit.xml").read_text()
+    write_junit(report.devices, tmp_path / JUNIT)
+    assert 'type="device"' in (tmp_path / JUNIT).read_text()
     assert "✕ lost at device" in summary(report)
 
 
@@ -242,22 +239,17 @@ def test_llama_main_is_held_by_its_texts_and_timed(
     model = eager(base_dir, adapter_dirs[0], "fp32")
     words = sorted({word for text in TEXTS for word in text.split()})
     asked = make_evaluation(model, load_tokenizer(base_dir), words, max_new_tokens=2, positions=2)
-    subject = subject_of(
-        artifacts[2],
-        asked,
-        expected=None,
-        composition="both",
-        metric="rougeL",
-        threads=1,
+    host = host_reference(
+        Execution(Artifact.read(artifacts[2])), asked, composition="both", metric="rougeL"
     )
     bench = (
         *("bench", artifacts[2], "--device", phone.address, "--llama-main", program),
         *("--length", 8, "--new-tokens", 4, "--repetitions", 1, "--threads", 1, "--cool", 0),
         *("--out", tmp_path),
     )
-    monkeypatch.setattr(llama_device, "PROMPTS", 2)
+    monkeypatch.setattr(texts, "PROMPTS", 2)
     where = Where((Device(phone.address),), llama_main=program)
-    ((result, _),), troubles = where.check(subject)
+    ((result, _),), troubles = where.check(host)
     assert troubles == []
     assert (result.runner, result.device.kind, result.measures) == ("llama_main", "phone", None)
     assert (result.passed, result.identical, result.examples) == (True, 2, 2)
@@ -269,7 +261,7 @@ def test_llama_main_is_held_by_its_texts_and_timed(
     assert found.peak_bytes is None
 
     program.write_text(f"#!/bin/sh\n{command} | sed '/PyTorchObserver/!s/$/x/'\n")
-    ((result, _),), _ = where.check(subject)
+    ((result, _),), _ = where.check(host)
     assert (result.passed, result.lost_at, result.identical) == (False, "device", 0)
     assert result.gates[0].name == "greedy texts"
     with pytest.raises(InputError, match="expected --llama-main FILE"):

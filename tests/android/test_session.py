@@ -15,6 +15,7 @@ from caliport.android_harness.device.session import session
 from caliport.android_harness.run import run_all, run_job
 from caliport.core.directories import content_hash
 from caliport.core.errors import InputError
+from caliport.export.artifact import Artifact
 from tests.android.daemon import Daemon
 from tests.android.standins import ANSWER, JOB, runner
 
@@ -23,7 +24,9 @@ def test_three_devices_work_at_once(phones: list[Daemon], artifact: Path, tmp_pa
     made = runner(tmp_path, 'sleep 1; cp "$(dirname "$0")/answer.json" "$2"')
     devices = [Device(daemon.address) for daemon in phones]
     started = time.monotonic()
-    found = run_all(dict.fromkeys(devices, JOB), artifact, dict.fromkeys(devices, made), 20)
+    found = run_all(
+        dict.fromkeys(devices, JOB), Artifact.read(artifact), dict.fromkeys(devices, made), 20
+    )
     assert time.monotonic() - started < 8
     assert list(found) == devices
     for device, ran in found.items():
@@ -48,15 +51,22 @@ def test_nothing_is_pushed_twice(
     made = runner(tmp_path)
     device = Device(phone.address)
     with session(device, keep=True) as held:
-        run_job(held, JOB, artifact, made, 20)
-        run_job(held, JOB, artifact, made, 20)
+        run_job(held, JOB, Artifact.read(artifact), made, 20)
+        run_job(held, JOB, Artifact.read(artifact), made, 20)
         # another tree with a file that is there, beside one that is not
         (artifact / "added.json").write_text("{}", encoding="utf-8")
-        run_job(held, JOB, artifact, made, 20)
+        run_job(held, JOB, Artifact.read(artifact), made, 20)
     with session(device) as held:  # another day
-        run_job(held, JOB, artifact, made, 20)
+        run_job(held, JOB, Artifact.read(artifact), made, 20)
     files = [name for name in pushed if name != "file"]
-    assert sorted(files) == ["added.json", "answer.json", "model.onnx", "model.onnx.data", "run"]
+    assert sorted(files) == [
+        "added.json",
+        "answer.json",
+        "genai_config.json",
+        "model.onnx",
+        "model.onnx.data",
+        "run",
+    ]
 
 
 def test_words_are_never_interpreted(phone: Daemon) -> None:

@@ -79,14 +79,8 @@ def test_the_quantized_model_itself_passes(scene: Scene) -> None:
 
 
 def test_fp32_passes_the_tightest_limits(scene: Scene) -> None:
-    findings, _ = check_runner(
-        EagerRunner(scene.composed, "sound"),
-        scene.evaluation,
-        quantized=scene.exact,
-        fp32=scene.fp32,
-        base=scene.base_answers,
-        limits=limits_for("fp32"),
-    )
+    criteria = Criteria(scene.evaluation, scene.fp32, scene.base_answers, limits_for("fp32"))
+    findings, _ = check_runner(EagerRunner(scene.composed, "sound"), criteria, scene.exact)
     assert failed(findings) == []
 
 

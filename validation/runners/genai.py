@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from caliport.core.errors import InputError
-from caliport.validation.runners.onnx import (
+from caliport.validation.runners.genai_files import (
     check_room,
     genai_adapters,
     genai_model,

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path, PurePath
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +13,14 @@ from caliport.core.errors import InputError
 from caliport.export.artifact import Artifact
 from caliport.export.runtime import Rounding
 from caliport.validation.runners.engine import Differing, Engine
+from caliport.validation.runners.genai_files import (
+    CONFIG,
+    check_room,
+    genai_adapters,
+    genai_model,
+    line_of,
+    read_config,
+)
 from caliport.validation.runners.runner import Runner
 
 if TYPE_CHECKING:
@@ -21,7 +28,6 @@ if TYPE_CHECKING:
 
 GENAI = "genai"
 """The word for onnxruntime-genai as a runner."""
-_CONFIG = "genai_config.json"
 _FOLDER = "session.model_external_initializers_file_folder_path"
 
 
@@ -184,87 +190,6 @@ def _generate(
     return [int(token) for token in generator.get_sequence(0)[len(prompt) :]]
 
 
-def check_room(count: int, length: int, context: int) -> None:
-    """Raise ``InputError`` unless ``count`` tokens fit after ``length`` within ``context``."""
-    if not count or length + count > context:
-        raise InputError(
-            f"{count} tokens after {length}; expected 1 to {context - length}, since the "
-            f"artifact's context is {context}"
-        )
-
-
-def genai_model(directory: Path, threads: int | None = None) -> Any:
-    """An ``onnxruntime_genai.Model``; ``threads`` in place of what its configuration says.
-
-    Raises:
-        InputError: The directory is not what its manifest records, or cannot be loaded.
-    """
-    import onnxruntime_genai as genai
-
-    check_recorded(directory)
-    read_config(directory)
-    try:
-        config = genai.Config(str(directory))
-        options = {"log_severity_level": 4}  # errors come as exceptions
-        if threads is not None:
-            options["intra_op_num_threads"] = threads
-        config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
-        return genai.Model(config)
-    except Exception as error:
-        raise InputError(
-            f"{directory}: onnxruntime_genai cannot load it ({line_of(error)})"
-        ) from error
-
-
-def genai_adapters(model: Any, adapter: Path) -> Any:
-    """An ``onnxruntime_genai.Adapters`` with one adapter, named after its file."""
-    import onnxruntime_genai as genai
-
-    adapters = genai.Adapters(model)
-    try:
-        adapters.load(str(adapter), adapter.stem)
-    except Exception as error:
-        raise InputError(f"{adapter}: not an adapter of ONNX Runtime ({line_of(error)})") from error
-    return adapters
-
-
-def read_config(directory: Path) -> dict[str, Any]:
-    """What ``genai_config.json`` says; the files that it names are the directory's own.
-
-    Raises:
-        InputError: No such file, none of a decoder, or one that names a graph that is not there or
-            a path outside the directory.
-    """
-    path = directory / _CONFIG
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        graph = directory / config["model"]["decoder"]["filename"]
-        int(config["model"]["context_length"])
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; expected an ONNX artifact directory") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: not a generation config ({line_of(error)})") from None
-    for field, name in _named_files(config):
-        if PurePath(name).is_absolute() or ".." in PurePath(name).parts:
-            raise InputError(f"{path}: {field} is {name!r}, expected a file of the directory")
-    if not graph.is_file():
-        raise InputError(f"{graph}: no such file, but {_CONFIG} names it as the decoder's graph")
-    assert isinstance(config, dict)
-    return config
-
-
-def _named_files(part: object) -> Iterator[tuple[str, str]]:
-    """Every field of a config, at any depth, that names a file which is opened, and its value."""
-    members = part if isinstance(part, list) else []
-    if isinstance(part, dict):
-        members = list(part.values())
-        for field, value in part.items():
-            if isinstance(value, str) and field.endswith(("filename", "custom_ops_library")):
-                yield field, value
-    for member in members:
-        yield from _named_files(member)
-
-
 def _cache(
     directory: Path, decoder: Mapping[str, Any]
 ) -> tuple[list[str], list[str], tuple[int, ...]]:
@@ -286,13 +211,8 @@ def _cache(
         return past, present, (1, int(decoder["num_key_value_heads"]), 0, int(decoder["head_size"]))
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(
-            f"{directory / _CONFIG}: not of a decoder with keys and values ({line_of(error)})"
+            f"{directory / CONFIG}: not of a decoder with keys and values ({line_of(error)})"
         ) from None
-
-
-def line_of(error: BaseException) -> str:
-    """What an error says, in one line of at most 300 characters."""
-    return " ".join(str(error).split())[:300]
 
 
 def _open(graph: Path, threads: int | None, float_activations: bool) -> Any:

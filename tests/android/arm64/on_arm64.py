@@ -22,6 +22,7 @@ from caliport.android_harness.runners.kinds import JobRunner, answers, read_runn
 from caliport.android_harness.toolchain.build import build_runner
 from caliport.core.directories import read_manifest
 from caliport.core.errors import InputError
+from caliport.export.artifact import Artifact
 from caliport.validation.records.reports import PARITY, ParityReport, read_result
 from caliport.validation.runners.onnx import OnnxRunner
 from tests.android.arm64.machine import arm64_machine, free_port
@@ -132,9 +133,9 @@ def test_arm64_says_what_this_machine_says(
     bad = job.model_copy(update={"prompts": (Prompt(tokens=(384,)),)})
     expected = answers(OnnxRunner(artifact, threads=1), job)
     with session(device) as held:
-        found = run_job(held, job, artifact, runner, SECONDS).result
+        found = run_job(held, job, Artifact.read(artifact), runner, SECONDS).result
         with pytest.raises(InputError, match=r"exit code 2: .* token 384, expected 0 to 383"):
-            run_job(held, bad, artifact, runner, SECONDS)
+            run_job(held, bad, Artifact.read(artifact), runner, SECONDS)
     for answer, prompt in zip(found.answers, asked, strict=True):
         assert answer.tokens == prompt.targets
     assert [a.tokens for a in found.answers] == [a.tokens for a in expected]
