@@ -1,1 +1,1 @@
-"""XXX."""
+"""The command line: a file for each group of commands."""

@@ -1,4 +1,4 @@
-"""The command line. Nothing heavy is imported before a command needs it."""
+"""The command line's main commands; each imports heavy libraries only when it runs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,21 @@ from caliport.cli.device import register as register_on_device
 from caliport.cli.devices import register as register_devices
 from caliport.cli.emulator import register as register_emulators
 from caliport.cli.inspect import register as register_inspecting
-from caliport.cli.options import BaselineOption, DeviceOption, with_baseline
+from caliport.cli.options import (
+    Adapter,
+    BaselineOption,
+    BaseOption,
+    Bundle,
+    DeviceOption,
+    NeededRecipe,
+    Out,
+    Overrides,
+    Prompt,
+    Recipe,
+    Runs,
+    Share,
+    with_baseline,
+)
 from caliport.cli.runner import register as register_runner
 from caliport.core.errors import InputError
 from caliport.recipe.methods import CORRECTED, MERGED, WEIGHTED
@@ -26,47 +40,19 @@ _INTERRUPTED = 130
 app = typer.Typer(
     name="caliport",
     help="Compose LoRA adapters for phones: calibrate the merge, export to ExecuTorch and ONNX, "
-    "prove that accuracy survived.",
+    "check that accuracy survived.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
 
-Recipe = Annotated[Path | None, typer.Argument(help="A recipe; or give the flags below.")]
-NeededRecipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML recipe.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="FIELD=VALUE", help="Override a recipe's field; repeatable."),
-]
-Runs = Annotated[Path, typer.Option("--runs", help="Where run directories are made.")]
-BaseOption = Annotated[
-    str | None, typer.Option("--base", help="Hugging Face directory (or hub name) of the base.")
-]
-Adapter = Annotated[Path | None, typer.Option("--adapter", help="PEFT LoRA directory.")]
-Out = Annotated[Path | None, typer.Option("--out", help="The directory to write.")]
-Bundle = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--bundle",
-        metavar="NAME=DIR",
-        help="A composition of a bundle, over one base; --share NAME=DIR names adapters that "
-        "compositions stand on.",
-    ),
-]
-Share = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--share", metavar="NAME=DIR", help="A single-task adapter that a bundle stores once."
-    ),
-]
-
 
 @app.callback()
 def options(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
-    """Options for every command; ``main`` reads ``--debug`` from the arguments itself."""
+    """Options for every command; ``main`` itself reads ``--debug`` from the arguments."""
 
 
 @app.command()
@@ -76,7 +62,7 @@ def run(
     runs: Runs = Path("runs"),
     baseline: BaselineOption = None,
 ) -> None:
-    """Do everything a recipe says, skipping what is up to date."""
+    """Run all stages of a recipe, skipping those that are up to date."""
     from caliport.run.compose import compose_all
     from caliport.run.export import export_all
     from caliport.run.score import score_all
@@ -111,25 +97,26 @@ def calibrate(
     ] = "lc++",
     weight: Annotated[
         list[float] | None,
-        typer.Option("--weight", help="Of each adapter in a merge; default equal."),
+        typer.Option("--weight", help="Merge weight, once for each --adapter; default equal."),
     ] = None,
     data: Annotated[
-        Path | None, typer.Option(help="JSON Lines with `input` and `output`, to train on.")
+        Path | None, typer.Option(help="Training data: JSON Lines with `input` and `output`.")
     ] = None,
-    prompt: Annotated[str, typer.Option(help="Prompt around each input.")] = "{input}",
+    prompt: Prompt = "{input}",
     steps: Annotated[int, typer.Option(help="Optimizer steps of a correction.", min=1)] = 300,
-    batch_size: Annotated[int, typer.Option(help="Examples a step.", min=1)] = 32,
+    batch_size: Annotated[int, typer.Option(help="Examples per step.", min=1)] = 32,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 5e-4,
-    seed: Annotated[int, typer.Option(help="Random seed of the training.")] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed of training.")] = 0,
     rank: Annotated[
-        list[str] | None, typer.Option("--rank", help="FLix: NAME=RANK of a feature to train.")
+        list[str] | None,
+        typer.Option("--rank", help="FLix: NAME=RANK of a feature to train; repeatable."),
     ] = None,
     features: Annotated[
-        Path | None, typer.Option(help="FLix: features trained earlier; they stay as they are.")
+        Path | None, typer.Option(help="FLix: directory of earlier features, kept frozen.")
     ] = None,
     out: Out = None,
 ) -> None:
-    """Train what a recipe trains, merge and calibrate, and score every method."""
+    """Train a recipe's adapters, merge and calibrate them, and score every method."""
     if recipe is not None:
         from caliport.run.compose import compose_all
         from caliport.run.score import score_all
@@ -177,28 +164,30 @@ def export(
     runtime: Annotated[str | None, typer.Option(help="executorch or onnx.")] = None,
     precision: Annotated[str, typer.Option(help="fp32, int8 or int4.")] = "fp32",
     context: Annotated[
-        int | None, typer.Option(help="Tokens of the cache; default the base's own.", min=1)
+        int | None,
+        typer.Option(help="Key-value cache length in tokens; default the base's.", min=1),
     ] = None,
     bundle: Bundle = None,
     share: Share = None,
     into: Annotated[
         Path | None,
-        typer.Option(help="A finished bundle for onnx, to add --bundle NAME=DIR to."),
+        typer.Option(help="Add the --bundle compositions to this finished onnx bundle."),
     ] = None,
     int8_layer: Annotated[
         list[str] | None,
-        typer.Option(help="A linear layer that int4 keeps at 8 bits; see caliport sensitivity."),
+        typer.Option(help="A layer that int4 keeps at 8 bits; repeatable; see sensitivity."),
     ] = None,
     embedding_bits: Annotated[
-        int | None, typer.Option(help="4 or 8 with int4; default a tied head's, else 8.")
+        int | None,
+        typer.Option(help="4 or 8, for int4; default as the head if tied to it, else 8."),
     ] = None,
     cache_bits: Annotated[
-        int | None, typer.Option(help="8: keys and values in int8, for executorch; default float.")
+        int | None, typer.Option(help="8 for an int8 key-value cache, executorch only.")
     ] = None,
     out: Out = None,
     preflight: Annotated[
         bool,
-        typer.Option("--preflight/--no-preflight", help="Stop if memory or disk are too small."),
+        typer.Option("--preflight/--no-preflight", help="Stop if memory or disk is too small."),
     ] = True,
     push_to_hub: Annotated[
         str | None,
@@ -208,7 +197,7 @@ def export(
         bool, typer.Option("--private", help="Make the repository private if it is new.")
     ] = False,
 ) -> None:
-    """Lower compositions to .pte and .onnx."""
+    """Quantize a base with adapters and lower it to .pte or .onnx."""
     if recipe is not None:
         from caliport.run.export import export_all
 
@@ -223,7 +212,7 @@ def export(
         from caliport.flags.export import add_to_bundle
 
         if any((base, adapter, runtime, out, share)):
-            raise InputError("--into goes with --bundle NAME=DIR alone")
+            raise InputError("--into only goes with --bundle NAME=DIR")
         (added,) = _needed(bundle=bundle)
         add_to_bundle(into, added)
         return
@@ -233,9 +222,9 @@ def export(
 
     base, runtime, target = _needed(base=base, runtime=runtime, out=out)
     if private and push_to_hub is None:
-        raise InputError("--private goes with --push-to-hub REPO_ID alone")
+        raise InputError("--private only goes with --push-to-hub REPO_ID")
     if bundle and adapter is not None:
-        raise InputError("--adapter goes without --bundle; expected --share NAME=DIR")
+        raise InputError("--adapter does not go with --bundle; expected --share NAME=DIR")
     if share and not bundle:
         raise InputError("--share goes with --bundle NAME=DIR")
     how = Quantization(precision, tuple(int8_layer or ()), embedding_bits, cache_bits)
@@ -259,24 +248,24 @@ def validate(
         Path | None,
         typer.Option(help="JSON Lines with `input` and `output`; default a built-in set."),
     ] = None,
-    prompt: Annotated[str, typer.Option(help="Prompt around each input.")] = "{input}",
+    prompt: Prompt = "{input}",
     threads: Annotated[int | None, typer.Option(help="Threads of the runtime.", min=1)] = None,
     precision: Annotated[
-        str | None, typer.Option(help="Of an artifact of another tool: fp32, int8 or int4.")
+        str | None, typer.Option(help="Precision, if another tool made the artifact.")
     ] = None,
     against: Annotated[
         Path | None,
         typer.Option(help="Another artifact to use as the reference in place of fp32."),
     ] = None,
     latency: Annotated[
-        bool, typer.Option("--latency/--no-latency", help="Also measure times and memory.")
+        bool, typer.Option("--latency/--no-latency", help="Also measure latency and memory.")
     ] = True,
     runner: Annotated[
         str | None,
-        typer.Option(help="plain (default), genai for onnxruntime-genai, or MODULE:FUNCTION."),
+        typer.Option(help="plain (default), genai (onnxruntime-genai) or MODULE:FUNCTION."),
     ] = None,
     against_runner: Annotated[
-        str | None, typer.Option(help="The same for the artifact of --against.")
+        str | None, typer.Option(help="Like --runner, for the artifact of --against.")
     ] = None,
     by_layer: Annotated[
         bool, typer.Option("--by-layer", help="Also show the error budget by layer.")
@@ -288,8 +277,7 @@ def validate(
     """Compare artifacts with eager PyTorch; exit code 1 if a gate fails."""
     if recipe.is_dir():
         from caliport.export.artifact import Artifact
-        from caliport.export.request import Bundle as BundleParts
-        from caliport.flags.named import named
+        from caliport.flags.named import bundle_of
         from caliport.flags.validate import read_prompts, validate_one
         from caliport.validation.api import Options, Validation
 
@@ -304,10 +292,8 @@ def validate(
             against_runner=against_runner or "plain",
             by_layer=by_layer,
         )
-        parts = BundleParts(named("--bundle", bundle or ()), named("--share", share or ()))
-        asked = Validation(
-            Artifact.read(recipe), base, adapter, parts, read_prompts(prompts, prompt), options
-        )
+        parts, texts = bundle_of(bundle, share), read_prompts(prompts, prompt)
+        asked = Validation(Artifact.read(recipe), base, adapter, parts, texts, options)
         passed = validate_one(asked, out, latency=latency, baseline=baseline)
     else:
         from caliport.run.validate import validate_all
@@ -336,11 +322,11 @@ def report(
     overrides: Overrides = None,
     runs: Runs = Path("runs"),
 ) -> None:
-    """Write the HTML report again from what a run has measured."""
+    """Rewrite the HTML report from a run's measurements."""
     run_dir = recipe if recipe.is_dir() else _space(recipe, overrides, runs).root
     reports = run_dir / "reports"
     if not reports.is_dir():
-        raise InputError(f"{run_dir}: no reports in it; expected a run directory")
+        raise InputError(f"{run_dir}: has no reports; expected a run directory")
     _show(reports)
 
 
@@ -349,7 +335,7 @@ def init(
     path: Annotated[Path, typer.Argument(help="The file to write.")] = Path("recipe.yaml"),
     recipe: Annotated[
         str | None,
-        typer.Option(help="A recipe of caliport's own, such as llama-3.2-1b or demo."),
+        typer.Option(help="A built-in recipe, such as llama-3.2-1b or demo."),
     ] = None,
 ) -> None:
     """Write a commented recipe to start from."""
@@ -360,7 +346,7 @@ def init(
 
 @app.command()
 def doctor() -> None:
-    """Say what is installed, what would not work and why; exit code 1 if anything would not."""
+    """Show what is installed, what would not work and why; exit code 1 if anything would not."""
     from caliport.cli.doctor import examine
 
     raise typer.Exit(0 if examine() else 1)
@@ -375,22 +361,22 @@ register_runner(app)
 
 
 def main() -> None:
-    """Run the command line; every wrong input ends in one line."""
+    """Run the command line; invalid input ends in a one-line message."""
     debug = "--debug" in sys.argv
     goes_on = "calibrate" in sys.argv or any(a.endswith((".yaml", ".yml")) for a in sys.argv)
     sys.exit(guarded(lambda: app(standalone_mode=False), "caliport --help", debug, goes_on))
 
 
 def guarded(call: Callable[[], Any], usage: str, debug: bool, goes_on: bool = False) -> int:
-    """Call a command so that every wrong input ends in one line; its exit code.
+    """Call a command, report errors as one-line messages and return the exit code.
 
     Args:
         call: The command.
-        usage: What shows how it is called.
-        debug: Let errors that are nobody's input through, with their tracebacks.
-        goes_on: Whether the command keeps what is finished when it is interrupted.
+        usage: The command that shows its usage.
+        debug: Raise internal errors with their tracebacks.
+        goes_on: Whether an interrupted command can be resumed.
     """
-    if not debug:  # libraries log each other's deprecations and every optional part they miss
+    if not debug:  # libraries log deprecations in each other and optional parts that are missing
         logging.disable(logging.WARNING)
         warnings.simplefilter("ignore")
     try:
@@ -402,7 +388,7 @@ def guarded(call: Callable[[], Any], usage: str, debug: bool, goes_on: bool = Fa
     except Exception as error:
         if debug:
             raise
-        shown = getattr(error, "format_message", None)  # click's own errors know how to say it
+        shown = getattr(error, "format_message", None)  # only click's errors have it
         if shown is not None:
             code = _fail(f"{shown()} See {usage}.", 2)
         elif type(error).__name__ == "Abort":
@@ -410,8 +396,8 @@ def guarded(call: Callable[[], Any], usage: str, debug: bool, goes_on: bool = Fa
         else:
             line = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             code = _fail(f"internal error: {line} (--debug shows where)", 3)
-    if code == _INTERRUPTED:  # typer turns Ctrl-C into this code and says nothing
-        _fail(f"interrupted{'; the same command goes on where it stopped' * goes_on}", code)
+    if code == _INTERRUPTED:  # typer turns Ctrl-C into this code without a message
+        _fail(f"interrupted{'; run the same command again to resume' * goes_on}", code)
     return code if isinstance(code, int) else 0
 
 
@@ -429,7 +415,7 @@ def _space(recipe: Path, overrides: list[str] | None, runs: Path) -> Any:
 
 
 def _show(reports: Path, validated: Path | None = None) -> None:
-    """Write the report and show it; a CI job is told too where a recipe was ``validated``."""
+    """Write and show the report; if a recipe was ``validated``, also publish it to a CI job."""
     from caliport.show.github import publish_run
     from caliport.show.tables import show_tables
     from caliport.validation.report.page import write_report
@@ -442,7 +428,7 @@ def _show(reports: Path, validated: Path | None = None) -> None:
 
 
 def _only_main() -> None:
-    """End every process but the main one: what follows is not done together."""
+    """End every process except the main one: the following stages run in one process."""
     from caliport.core.processes import is_main
 
     if not is_main():
@@ -452,11 +438,11 @@ def _only_main() -> None:
 def _needed(**flags: Any) -> tuple[Any, ...]:
     for name, value in flags.items():
         if value is None or value == []:
-            raise InputError(f"--{name} is missing; give it, or a recipe (see --help)")
+            raise InputError(f"--{name} is missing; use it, or a recipe (see --help)")
     return tuple(flags.values())
 
 
 def _no_flags(**flags: Any) -> None:
     for name, value in flags.items():
         if value:
-            raise InputError(f"--{name} goes with flags alone; with a recipe use --set FIELD=VALUE")
+            raise InputError(f"--{name} does not go with a recipe; use --set FIELD=VALUE")

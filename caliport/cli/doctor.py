@@ -1,4 +1,4 @@
-"""What is installed, and what would not work and why."""
+"""``caliport doctor``: check installed packages, memory, disk and what can be imported."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SMALL_DISK = 5e9
 
 
 def abilities() -> dict[str, tuple[str, ...]]:
-    """What each ability needs to import; a package can be installed and still not load."""
+    """Modules that each ability imports; an installed package can still fail to load."""
     runtimes = [get(name) for name in names()]
     return {
         "train and calibrate": ("torch", "transformers", "peft"),
@@ -30,7 +30,7 @@ def abilities() -> dict[str, tuple[str, ...]]:
 
 
 def examine() -> bool:
-    """Print versions, cores, memory and abilities; whether everything would work."""
+    """Print versions, cores, memory and abilities; return whether everything would work."""
     import psutil
 
     from caliport.validation.records.reports import this_machine
@@ -45,7 +45,7 @@ def examine() -> bool:
             requirement.name,
             found or "-",
             str(requirement.specifier),
-            "ok" if right else "[red]not what was tried[/red]",
+            "ok" if right else "[red]untested version[/red]",
         )
         if not right:
             problems.append(
@@ -81,7 +81,7 @@ def examine() -> bool:
 
 
 def _requirements() -> list[Requirement]:
-    """What the installed package declares, extras left out."""
+    """Requirements that the installed package declares, without extras."""
     try:
         declared = metadata.requires("caliport") or []
     except metadata.PackageNotFoundError:

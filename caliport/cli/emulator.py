@@ -1,4 +1,4 @@
-"""The command ``emulator``: Android emulators by the SDK's own tools."""
+"""The commands ``caliport emulator …``: create, start, stop, list and run Android emulators."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ if TYPE_CHECKING:
     from caliport.android_harness.emulator.sdk import Image
 
 emulators = typer.Typer(
-    help="Android emulators by the SDK's own tools: headless, cold, and always ended.",
+    help="Manage headless Android emulators with the SDK's tools.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
 
-Api = Annotated[str, typer.Option(help="Android's API level.")]
+Api = Annotated[str, typer.Option(help="Android API level.")]
 Tag = Annotated[str, typer.Option(help="Kind of image: default, google_apis, aosp_atd, ….")]
-Abi = Annotated[str | None, typer.Option(help="x86_64 or arm64-v8a; this machine's own.")]
-Name = Annotated[str | None, typer.Option(help="The AVD; default caliport-API-TAG-ABI.")]
+Abi = Annotated[str | None, typer.Option(help="x86_64 or arm64-v8a; default the host's.")]
+Name = Annotated[str | None, typer.Option(help="AVD name; default caliport-API-TAG-ABI.")]
 Install = Annotated[
-    bool, typer.Option("--install", help="Let sdkmanager install what is missing of the SDK.")
+    bool, typer.Option("--install", help="Install missing SDK packages with sdkmanager.")
 ]
-Port = Annotated[int | None, typer.Option(help="Console port; default the first free of 5554….")]
-Ram = Annotated[int, typer.Option(help="Memory, MiB.", min=1536, max=8192)]
+Port = Annotated[int | None, typer.Option(help="Console port; default first free from 5554.")]
+Ram = Annotated[int, typer.Option(help="Memory in MiB.", min=1536, max=8192)]
 Accel = Annotated[
-    bool, typer.Option("--accel/--no-accel", help="Use KVM; without, many times slower.")
+    bool, typer.Option("--accel/--no-accel", help="Use KVM; many times slower without it.")
 ]
-Timeout = Annotated[float, typer.Option(help="Seconds that it may take to boot.")]
+Timeout = Annotated[float, typer.Option(help="Maximum boot time in seconds.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -51,7 +51,7 @@ def create(
     name: Name = None,
     install: Install = False,
 ) -> None:
-    """Make an AVD; nothing is done where it is there."""
+    """Create an AVD, unless it exists."""
     _create(name, _image(api, tag, abi), install)
 
 
@@ -66,7 +66,7 @@ def start(
     accel: Accel = True,
     timeout: Timeout = 600,
 ) -> None:
-    """Start an AVD that was made, wiped, and wait until it has booted; it runs until stop."""
+    """Start an existing AVD with wiped data and wait until it has booted; it runs until stop."""
     avd = name or _name(_image(api, tag, abi))
     with _booted(avd, port=port, ram=ram, accelerated=accel, seconds=timeout, keep=True) as one:
         print(one.serial)
@@ -75,20 +75,21 @@ def start(
 @emulators.command()
 def stop(
     serials: Annotated[
-        list[str] | None, typer.Argument(metavar="[SERIAL|AVD]...", help="Default the only one.")
+        list[str] | None,
+        typer.Argument(metavar="[SERIAL|AVD]...", help="Default the only running one."),
     ] = None,
-    every: Annotated[bool, typer.Option("--all", help="All that run.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="Stop all running emulators.")] = False,
 ) -> None:
-    """Stop emulators, and remove what others that died left behind."""
+    """Stop emulators, and clean up after emulators that died."""
     from caliport.android_harness.emulator.emulator import running
 
     found = running()
     seen = ", ".join(one.serial for one in found) or "none"
     if not serials and not every and len(found) > 1:
-        raise InputError(f"emulators: {seen} run; name one, or --all")
+        raise InputError(f"emulators: {seen} are running; name one, or use --all")
     for wanted in serials or ():
         if not any(wanted in (one.serial, one.avd) for one in found):
-            raise InputError(f"emulator {wanted}: not one that runs; found {seen}")
+            raise InputError(f"emulator {wanted}: not running; found {seen}")
     for one in found:
         if not serials or one.serial in serials or one.avd in serials:
             one.stop()
@@ -97,7 +98,7 @@ def stop(
 
 @emulators.command("list")
 def show() -> None:
-    """List the AVDs that were made, and which of them run."""
+    """List the AVDs, and which of them are running."""
     from rich.console import Console
 
     from caliport.android_harness.emulator.emulator import avds, running
@@ -125,7 +126,7 @@ def run(
     accel: Accel = True,
     timeout: Timeout = 600,
 ) -> None:
-    """Make an AVD if need be, start it, run a command with ANDROID_SERIAL set, and stop it.
+    """Create an AVD if needed, start it, run a command with ANDROID_SERIAL set, and stop it.
 
     The exit code is the command's.
     """
@@ -154,7 +155,7 @@ def _name(image: Image) -> str:
 
 
 def _create(name: str | None, image: Image, install: bool) -> str:
-    """The AVD's name, which is there afterwards."""
+    """Create an AVD unless it exists; return its name."""
     from caliport.android_harness.emulator.emulator import create
 
     name = name or _name(image)
@@ -165,7 +166,7 @@ def _create(name: str | None, image: Image, install: bool) -> str:
 
 @contextmanager
 def _booted(avd: str, **how: Any) -> Iterator[Running]:
-    """``booted``, with words and so that this process's end by a signal is an orderly one."""
+    """``booted`` with progress messages, and with an orderly exit on SIGTERM."""
     from caliport.android_harness.emulator.emulator import booted
 
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
@@ -181,5 +182,5 @@ def _until(one: Running) -> str:
 
 
 def _say(line: str) -> None:
-    """Beside standard output, which is the command's."""
+    """Print to standard error: standard output belongs to the command."""
     print(line, file=sys.stderr)

@@ -1,8 +1,8 @@
 """``optimum-cli export caliport``: the export stage as a command of Hugging Face Optimum.
 
-Optimum's ``TasksManager`` says which library and task a checkpoint is for; the export itself is
-``caliport export``. Nothing heavy is imported before the command runs, since ``optimum-cli`` reads
-this file at every start.
+Optimum's ``TasksManager`` determines the library and task of a checkpoint; the export itself is
+``caliport export``. Heavy libraries are imported only when the command runs, since ``optimum-cli``
+imports this file at every start.
 """
 
 from __future__ import annotations
@@ -29,19 +29,25 @@ class CaliportExportCommand(BaseOptimumCLICommand):
 
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
-        """Declare the flags; they mean what they mean to ``caliport export``."""
-        parser.add_argument("-m", "--model", required=True, help="Hugging Face directory or name.")
-        parser.add_argument("--adapter", type=Path, help="PEFT LoRA directory.")
+        """Declare the flags; they mean the same as for ``caliport export``."""
+        parser.add_argument(
+            "-m", "--model", required=True, help="Hugging Face directory or hub name."
+        )
+        parser.add_argument("--adapter", type=Path, help="PEFT LoRA directory to fold in.")
         parser.add_argument("--runtime", required=True, help="executorch or onnx.")
         parser.add_argument("--precision", default="fp32", help="fp32, int8 or int4.")
-        parser.add_argument("--context", type=int, help="Tokens of the cache; default the base's.")
         parser.add_argument(
-            "--no-preflight", action="store_true", help="Go on where memory or disk seem too small."
+            "--context", type=int, help="Key-value cache length in tokens; default the base's."
+        )
+        parser.add_argument(
+            "--no-preflight",
+            action="store_true",
+            help="Continue even if memory or disk seems too small.",
         )
         parser.add_argument("output", type=Path, help="The directory to write.")
 
     def run(self) -> None:
-        """Export, and end as ``caliport export`` does: one line and exit code 2 on bad input."""
+        """Export; as with ``caliport export``, invalid input ends in one line and exit code 2."""
         from caliport.cli.app import guarded
 
         code = guarded(self._export, "optimum-cli export caliport --help", debug=False)
@@ -63,13 +69,13 @@ class CaliportExportCommand(BaseOptimumCLICommand):
 
 
 def check_task(base: str) -> None:
-    """Ask Optimum's ``TasksManager`` what a checkpoint is for.
+    """Check with Optimum's ``TasksManager`` that a checkpoint is for text generation.
 
-    optimum 2.3 infers no task from a local directory, so it is asked about the model class that
-    ``config.json`` names, which it resolves for any transformers model.
+    optimum 2.3 cannot infer a task from a local directory, so the task is inferred from the model
+    class in ``config.json``, which works for any transformers model.
 
     Raises:
-        InputError: No checkpoint, or not one of transformers' text-generation models.
+        InputError: Not a checkpoint, or not one of transformers' text-generation models.
     """
     import transformers
     from optimum.exporters.tasks import TasksManager
@@ -78,8 +84,8 @@ def check_task(base: str) -> None:
         library = TasksManager.infer_library_from_model(base)
     except Exception as error:
         raise InputError(
-            f"{base}: no checkpoint that Optimum knows ({one_line(error)}); expected a Hugging Face "
-            "directory or hub name of a decoder"
+            f"{base}: no checkpoint that Optimum knows ({one_line(error)}); expected a Hugging "
+            "Face directory or hub name of a decoder"
         ) from error
     if library != _LIBRARY:
         raise InputError(f"{base}: a checkpoint of {library}, expected one of {_LIBRARY}")

@@ -1,4 +1,4 @@
-"""The command ``runner``: what runs artifacts on a device."""
+"""The command ``caliport runner build``: build the ONNX runner for devices."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 runners = typer.Typer(
-    help="What runs artifacts on a device.", no_args_is_help=True, rich_markup_mode=None
+    help="Programs that run artifacts on a device.", no_args_is_help=True, rich_markup_mode=None
 )
 
 
@@ -19,24 +19,27 @@ def register(app: typer.Typer) -> None:
 
 @runners.callback()
 def _only() -> None:
-    """Keep ``build`` a word of its own."""
+    """Keep ``build`` a subcommand, although it is the only one."""
 
 
 @runners.command()
 def build(
     target: Annotated[str, typer.Option(help="host, x86_64 or aarch64 (any Linux), or android.")],
     out: Annotated[
-        Path | None, typer.Option("--out", help="The directory; default build/TARGET.")
+        Path | None, typer.Option("--out", help="Directory to write; default build/TARGET.")
     ] = None,
-    cache: Annotated[Path, typer.Option(help="Where headers and compiled parts are kept.")] = Path(
+    cache: Annotated[Path, typer.Option(help="Directory of headers and compiled parts.")] = Path(
         "build/runner"
     ),
-    ndk: Annotated[Path | None, typer.Option(help="Android's NDK, for android.")] = None,
+    ndk: Annotated[
+        Path | None, typer.Option(help="Android NDK directory; only for target android.")
+    ] = None,
     aar: Annotated[
-        Path | None, typer.Option(help="onnxruntime-android-VERSION.aar, for android.")
+        Path | None,
+        typer.Option(help="onnxruntime-android-VERSION.aar; only for target android."),
     ] = None,
 ) -> None:
-    """Build the ONNX runner into a directory that is pushed to a device as it is."""
+    """Build the ONNX runner into a directory that can be pushed to a device."""
     from caliport.android_harness.toolchain.build import build_runner
     from caliport.core.directories import read_manifest
 

@@ -57,7 +57,7 @@ def test_wrong_arguments(arguments: list[str], says: str, tmp_path: Path) -> Non
 def test_init_writes_a_recipe_once(tmp_path: Path) -> None:
     assert caliport("init", cwd=tmp_path).returncode == 0
     assert "compositions:" in (tmp_path / "recipe.yaml").read_text()
-    one_line(caliport("init", cwd=tmp_path), "is there already")
+    one_line(caliport("init", cwd=tmp_path), "already exists")
 
 
 def test_recipe_with_a_typo(tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ def test_onnx_bundle_from_flags_and_one_more(
     assert abs(logits[0] - logits[1]).max() > 0.01 < abs(logits[1] - logits[2]).max()
     done = caliport("export", "--into", "out", "--base", base_dir, cwd=tmp_path)
     assert done.returncode == 2
-    assert "--into goes with --bundle NAME=DIR alone" in done.stderr
+    assert "--into only goes with --bundle NAME=DIR" in done.stderr
     flags = ("validate", "out", "--base", base_dir, "--no-latency")
     done = caliport(*flags, "--bundle", f"second={two}", "--out", "checked", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -95,7 +95,7 @@ def test_onnx_bundle_from_flags_and_one_more(
         (("--bundle", "forward=x"), "found the name 'forward'"),
         (("--bundle", "../up=x"), "found the name '../up'"),
         (("--share", "a=x"), "--share goes with --bundle"),
-        (("--bundle", "a=x", "--adapter", "x"), "--adapter goes without --bundle"),
+        (("--bundle", "a=x", "--adapter", "x"), "--adapter does not go with --bundle"),
     ],
 )
 def test_wrong_bundles_end_in_one_line(

@@ -38,7 +38,7 @@ def test_an_interrupted_calibration_goes_on(
     running.send_signal(signal.SIGINT)
     _, errors = running.communicate(timeout=60)
     assert running.returncode == 130
-    said = "caliport: interrupted; the same command goes on where it stopped"
+    said = "caliport: interrupted; run the same command again to resume"
     assert errors.splitlines()[-1] == said
     assert errors.count("caliport: ") == 1
     assert not (tmp_path / "out" / "lc").exists()

@@ -216,7 +216,7 @@ def test_a_wrong_name_is_refused_before_any_work(name: str, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--private"], "--private goes with --push-to-hub"),
+        (["--private"], "--private only goes with --push-to-hub"),
         (["--push-to-hub", "a/b/c"], "expected OWNER/NAME"),
     ],
 )
