@@ -1,1 +1,1 @@
-"""Recipes: their fields, how they are read, and the names of methods."""
+"""Recipes: their fields, reading and checking them, and the names of methods."""

@@ -9,15 +9,15 @@ from caliport.calibrate.merges.by_loss.registry import WEIGHT_SEARCHES
 from caliport.calibrate.merges.registry import MERGES
 
 SCORED = ("zero-shot", "lora", "multi-step")
-"""Kinds without an adapter of their own; scored for comparison."""
+"""Kinds that produce no adapter; scored for comparison."""
 MERGED = tuple(MERGES)
 """Kinds that need no data."""
 WEIGHTED = tuple(WEIGHT_SEARCHES)
-"""Kinds that choose one weight per adapter by losses."""
+"""Kinds that choose one weight per adapter by its loss on examples."""
 CORRECTED = tuple(CORRECTIONS)
 """Kinds that train a correction on top of the frozen adapters."""
 TRAINED = ("joint", "mixture", "flix")
-"""Kinds that train adapters themselves, from the compositions or from a mixture of data sets."""
+"""Kinds that train adapters, on the compositions or on a mixture of data sets."""
 KINDS = (*SCORED, *MERGED, *WEIGHTED, *CORRECTED, *TRAINED)
 
 _VARIANTS = ("per-layer", "shared", "alone", "int8", "int4", "bundle")
@@ -36,13 +36,13 @@ class Method:
     """A method with its variants.
 
     Attributes:
-        name: As written in a recipe.
+        name: Its name in a recipe.
         kind: One of ``KINDS``.
-        per_layer: One correction per layer instead of one shared by all.
+        per_layer: One correction per layer instead of one shared by all layers.
         shared: One correction for all compositions of the recipe.
-        alone: Without merged LoRAs under the correction.
-        precision: Precision of the weights that the correction is trained through; None: float.
-        bundle: Those weights ship beside the update, not folded with it.
+        alone: The correction without merged LoRAs.
+        precision: Precision of the weights that the correction is trained through; None for float.
+        bundle: These weights ship beside the update instead of being folded with it.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Method:
 
     @property
     def composed(self) -> bool:
-        """Whether it gives one adapter for a composition."""
+        """Whether it produces one adapter for a composition."""
         return self.kind not in SCORED
 
     @property
@@ -65,7 +65,7 @@ class Method:
 
     @property
     def label(self) -> str:
-        """In tables and reports."""
+        """Its name in tables and reports."""
         words = [
             "one per layer" if self.per_layer else "",
             "shared by all compositions" if self.shared else "",
@@ -81,11 +81,11 @@ def parse(name: str) -> Method:
     ``per-layer``, ``shared``, ``alone``, ``int8`` or ``int4``, ``bundle``; corrections only.
 
     Raises:
-        ValueError: Says what is wrong and what would be right.
+        ValueError: The name is invalid; the message says what was expected.
     """
     kinds = [kind for kind in KINDS if name == kind or name.startswith(f"{kind}-")]
     if not kinds:
-        raise ValueError(f"{name!r} is no method; expected one of {', '.join(KINDS)}")
+        raise ValueError(f"{name!r} is not a method; expected one of {', '.join(KINDS)}")
     kind = max(kinds, key=len)
     rest = name.removeprefix(kind)
     found = []

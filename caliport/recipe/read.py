@@ -1,4 +1,4 @@
-"""Read a recipe; a wrong one ends in one line that names the field and what would be right."""
+"""Read and check a recipe; errors are one line that names the field and what was expected."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         overrides: ``field.subfield=value`` with the value in YAML; each replaces a field.
 
     Raises:
-        InputError: One line that names the field, what was found and what would be right.
+        InputError: One line that names the field, what was found and what was expected.
     """
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise InputError(f"{path}: no such recipe; `caliport init` writes one") from None
+        raise InputError(f"{path}: no such recipe; create one with `caliport init`") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not readable as UTF-8 text ({error})") from None
     try:
@@ -55,7 +55,7 @@ def _override(content: dict[str, Any], override: str) -> None:
             place[parent] = {}
         place = place[parent]
         if not isinstance(place, dict):
-            raise InputError(f"--set {override}: {parent} has no fields of its own")
+            raise InputError(f"--set {override}: {parent} has no subfields")
     try:
         place[last] = yaml.safe_load(value)
     except yaml.YAMLError:
@@ -63,7 +63,7 @@ def _override(content: dict[str, Any], override: str) -> None:
 
 
 def _first(error: ValidationError) -> str:
-    """The first problem as one line: field, what was found, what would be right."""
+    """The first problem on one line: field, what was found, what was expected."""
     problem = error.errors()[0]
     field = ".".join(str(part) for part in problem["loc"]) or "recipe"
     if problem["type"] == "extra_forbidden":
@@ -81,7 +81,7 @@ def _first(error: ValidationError) -> str:
 
 
 def _fields(location: tuple[int | str, ...]) -> list[str]:
-    """The names that are right where the last part of ``location`` is wrong."""
+    """The valid names for the last part of ``location``."""
     part: Any = Recipe
     for step in location[:-1]:
         if not (isinstance(part, type) and issubclass(part, BaseModel)):

@@ -1,4 +1,4 @@
-"""The recipe: one YAML file that says everything a run needs."""
+"""The fields of a recipe, the YAML file that configures a run."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class _Part(BaseModel):
 
 
 class TaskFiles(_Part):
-    """A task's own examples: JSON Lines with ``input`` and ``output``, and its prompt."""
+    """A task's examples, JSON Lines with ``input`` and ``output``, and its prompt template."""
 
     train: Path
     validation: Path
@@ -55,15 +55,15 @@ class TaskFiles(_Part):
 
 
 class Paper(_Part):
-    """The paper's sets and models: see ``caliport.data.paper`` and docs/paper_benchmark.md.
+    """The paper's data sets and models: see ``caliport.data.paper`` and docs/paper_benchmark.md.
 
     Attributes:
         dialogsum, persona_chat, ted, sound_natural: The sets' folders in ``data.directory``.
         translation: A sequence-to-sequence model from English for each language.
         tone: A causal language model that changes the tone.
-        cache: Where rewritten texts are kept, for all runs.
-        split: The split that stands as ``validation`` in the run; the paper scores on test.
-        compositional: Most training examples of a composition, each rewritten by a model.
+        cache: File of rewritten texts, shared by all runs.
+        split: The split used as ``validation`` in the run; the paper scores on test.
+        compositional: Maximum training examples of a composition, each rewritten by a model.
     """
 
     dialogsum: Path = Path("dialogsum")
@@ -78,7 +78,7 @@ class Paper(_Part):
 
 
 class Data(_Part):
-    """Where examples come from and how many of each task are used."""
+    """The source of the examples, and how many of each task are used."""
 
     source: Literal["pocket", "multi30k", "paper", "files"]
     directory: Path | None = None
@@ -100,10 +100,10 @@ class Data(_Part):
 
 
 class Train(_Part):
-    """One training: see ``caliport.calibrate.training.loop.TrainSettings``.
+    """Settings of one training: see ``caliport.calibrate.training.loop.TrainSettings``.
 
-    Several learning rates are each tried; the one of lowest loss on ``calibration.tuning`` examples
-    is kept.
+    If there are several learning rates, each is tried and the one with the lowest loss on
+    ``calibration.tuning`` examples is kept.
     """
 
     steps: int = Field(gt=0)
@@ -121,7 +121,7 @@ class Train(_Part):
 
 
 class Shape(_Part):
-    """Shape of a base trained from scratch: see ``calibrate.training.small_base.BaseShape``."""
+    """A base trained from scratch: see ``caliport.calibrate.training.small_base.BaseShape``."""
 
     vocab_size: int = Field(2048, ge=300)
     hidden_size: int = Field(256, gt=0)
@@ -133,7 +133,7 @@ class Shape(_Part):
 
 
 class Base(_Part):
-    """The base model: a checkpoint's ``path``, or ``train`` and ``shape`` for one of our own."""
+    """The base model: a checkpoint's ``path``, or ``train`` and ``shape`` to train one."""
 
     path: str | None = None
     shape: Shape = Shape()
@@ -149,7 +149,7 @@ class Base(_Part):
 
 
 class Lora(_Part):
-    """Shape and training of the single-task adapters that the recipe trains itself."""
+    """Shape and training of the single-task adapters that the recipe trains."""
 
     rank: int = Field(8, gt=0)
     alpha: float = Field(16, gt=0)
@@ -190,9 +190,9 @@ class Calibration(_Part):
     overrides: dict[MethodName, Train] = {}
 
     def training(self, method: Method) -> Train:
-        """How a method is trained: its own entry of ``overrides``, else its kind's field.
+        """How a method is trained: its entry in ``overrides``, or else its kind's field.
 
-        A correction without a field of its own takes the default of the others.
+        A correction without its own field uses the common default.
         """
         kinds = {"lc": self.lc, "lc++": self.lcpp, "scales": self.scales, "joint": self.joint}
         default = Train(steps=300, learning_rate=5e-3)
@@ -204,10 +204,12 @@ class Flix(_Part):
 
     Attributes:
         ranks: Rank of each feature.
-        features: Features of each task and composition; ``train_on`` says which are trained.
-        dropout: Probability that a feature is off for an example of a step.
-        prompt: One prompt for all data sets, with ``{input}``, so that the features alone say what
-            to do; None: each task's own. The mixture's LoRA always reads each task's own.
+        features: Features of each task and composition.
+        train_on: The tasks and compositions to train on.
+        dropout: Probability that a feature is off for one example in one step.
+        prompt: One prompt for all data sets, with ``{input}``, so that only the features determine
+            the task; None for each task's prompt. The mixture's LoRA always uses each task's
+            prompt.
     """
 
     ranks: dict[str, Annotated[int, Field(gt=0)]]
@@ -235,15 +237,15 @@ class Flix(_Part):
 
     @property
     def active_rank(self) -> int:
-        """The most rank that is active at once in a task trained on."""
+        """The highest total rank of active features in a task of ``train_on``."""
         return max(sum(self.ranks[f] for f in self.features[t]) for t in self.train_on)
 
 
 class Judge(_Part):
-    """Who judges answers: an OpenAI-compatible ``endpoint`` and a ``model`` there, or a ``path``.
+    """The model that judges answers: ``endpoint`` (OpenAI-compatible) and ``model``, or ``path``.
 
-    ``key_variable`` names the environment variable with the endpoint's key; see
-    ``caliport.validation.evaluation.judge`` for the rest.
+    ``key_variable`` is the environment variable with the endpoint's key; see
+    ``caliport.validation.evaluation.judge`` for the other fields.
     """
 
     endpoint: str | None = None
@@ -265,9 +267,9 @@ class Judge(_Part):
 class Evaluation(_Part):
     """How methods are scored on the validation split.
 
-    ``quantized`` names methods that are also scored with quantized weights, folded (``int4``) or
-    with the update beside a quantized base (``int4-bundle``). ``judge`` says of every answer in
-    fp32 whether it is right.
+    ``quantized`` lists methods that are also scored with quantized weights, folded (``int4``) or
+    with the update beside a quantized base (``int4-bundle``). ``judge`` decides for every fp32
+    answer whether it is correct.
     """
 
     quantized: dict[
@@ -283,8 +285,8 @@ class Evaluation(_Part):
 class Export(_Part):
     """What is exported: every runtime in every precision.
 
-    ``ship`` says how: ``fold`` makes an artifact of each composition, ``bundle`` one of them all.
-    ``int8_layers`` and ``embedding_bits`` are int4's, ``cache_bits`` is executorch's
+    ``ship`` is ``fold`` for one artifact per composition, ``bundle`` for one artifact with all.
+    ``int8_layers`` and ``embedding_bits`` apply to int4, ``cache_bits`` to executorch
     (``caliport.export.quantization.choices.Quantization``).
     """
 
@@ -299,12 +301,12 @@ class Export(_Part):
 
 
 class Validation(_Part):
-    """How artifacts are checked: see ``caliport.validation.gates.limits`` for what the limits mean.
+    """How artifacts are checked: see ``caliport.validation.gates.limits`` for the limits.
 
     ``runner`` runs the ONNX artifacts: ONNX Runtime itself (``plain``), or onnxruntime-genai.
-    ``baseline`` is a stored one (a file, or a directory with one for each machine) that artifacts
-    are held to as well, within the limits of ``regression``. ``by_layer`` adds residual streams to
-    the error budget.
+    ``baseline`` is a stored baseline (a file, or a directory with one per machine) that artifacts
+    are also compared with, within the limits of ``regression``. ``by_layer`` adds the residual
+    streams to the error budget.
     """
 
     examples: int = Field(32, gt=0)
@@ -318,7 +320,7 @@ class Validation(_Part):
 
 
 class Recipe(_Part):
-    """All of a run. Paths are relative to the directory the command is called from."""
+    """The whole recipe. Paths are relative to the current directory."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     seed: int = 0
@@ -407,7 +409,7 @@ class Recipe(_Part):
 
 
 def prompts_of(recipe: Recipe) -> Mapping[str, str]:
-    """Prompt template of every task and composition the recipe's data knows."""
+    """Prompt template of every task and composition in the recipe's data."""
     if recipe.data.source == "files":
         return {task: files.prompt for task, files in recipe.data.files.items()}
     if recipe.data.source == "multi30k":

@@ -169,7 +169,7 @@ def test_a_feature_is_added_from_the_command_line(run: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("calibration.methods=[lc+]", "'lc+' is no method; expected one of zero-shot"),
+        ("calibration.methods=[lc+]", "'lc+' is not a method; expected one of zero-shot"),
         ("calibration.methods=[lc-bundle]", "-bundle goes with -int8 or -int4"),
         ("calibration.methods=[ties-int4]", "only lc, lc++, scales have variants"),
         ("calibration.methods=[lc-int4-shared]", "in this order"),
