@@ -1,4 +1,4 @@
-"""An export from flags: one artifact, or a bundle that is added to."""
+"""``caliport export`` with flags: export one artifact, or add compositions to a bundle."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def export_one(
     repo_id: str | None = None,
     private: bool = False,
 ) -> None:
-    """Export one artifact into ``out`` and push it to ``repo_id`` where one is given.
+    """Export one artifact into ``out`` and, if ``repo_id`` is given, push it to the hub.
 
     Raises:
-        InputError: An unknown runtime, a name that is no hub repository's, or see ``export_to``.
+        InputError: An unknown runtime, an invalid ``repo_id``, or see ``export_to``.
     """
     from caliport.export.package.hub import check_repo_id, push
 
@@ -44,10 +44,11 @@ def export_one(
 
 
 def bundle_of(runtime: str, compositions: Sequence[str], shared: Sequence[str]) -> Bundle:
-    """The bundle that ``--bundle NAME=DIR`` and ``--share NAME=DIR`` name.
+    """The bundle given by ``--bundle NAME=DIR`` and ``--share NAME=DIR``.
 
     Raises:
-        InputError: A flag that is no ``NAME=DIR``, or shared adapters where the runtime has none.
+        InputError: A flag that is not ``NAME=DIR``, or shared adapters for a runtime that does not
+            support them.
     """
     parts, adapters = named("--bundle", compositions), named("--share", shared)
     if adapters and runtime in names() and not get(runtime).shares_adapters:

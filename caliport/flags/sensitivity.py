@@ -1,4 +1,4 @@
-"""``caliport sensitivity``: which layers lose most at 4 bits."""
+"""``caliport sensitivity``: measure which layers lose most at 4 bits."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ def show_sensitivity(
     share: float,
     out: Path | None,
 ) -> None:
-    """Measure every linear layer at 4 bits; show the most sensitive and which to keep at 8.
+    """Measure every linear layer at 4 bits; show the most sensitive ones and which to keep at 8.
 
     Args:
         base: A Hugging Face directory.
         adapter: A PEFT LoRA directory to fold in first, or None.
         prompts: JSON Lines with ``input`` and ``output``; None for the built-in prompts.
-        prompt: Around each input.
-        share: Bytes to spend on 8 bits, as a share of what all layers take at 4.
+        prompt: Prompt template with ``{input}``.
+        share: Extra bytes allowed for 8 bits, as a share of the bytes of all layers at 4 bits.
         out: A JSON file to write, or None.
 
     Raises:
-        InputError: See ``caliport.export.quantization.sensitivity``; or ``out`` is there already.
+        InputError: See ``caliport.export.quantization.sensitivity``; or ``out`` already exists.
     """
     from caliport.core.checkpoints import load_tokenizer
     from caliport.export.quantization.sensitivity import keep_at_int8, sensitivities
@@ -43,7 +43,7 @@ def show_sensitivity(
     from caliport.validation.evaluation.evaluation import make_evaluation
 
     if out is not None and out.exists():
-        raise InputError(f"{out}: is there already; name a new file")
+        raise InputError(f"{out}: already exists; choose a new file")
     model = eager(base, adapter, "fp32")
     examples = read_jsonl(prompts) if prompts is not None else None
     evaluation = make_evaluation(
@@ -61,9 +61,9 @@ def show_sensitivity(
         done = iter(range(count))
         layers = sensitivities(model, texts, lambda name: advance(next(done), name))
     kept = keep_at_int8(layers, share)
-    table = Table(title="What each layer loses at 4 bits alone")
+    table = Table(title="Loss of each layer at 4 bits")
     table.add_column("layer")
-    table.add_column("KL, nats a token", justify="right")
+    table.add_column("KL, nats per token", justify="right")
     table.add_column("at 8 bits", justify="right")
     for layer in layers[:_SHOWN]:
         table.add_row(
@@ -73,7 +73,7 @@ def show_sensitivity(
         )
     console.print(table)
     if len(layers) > _SHOWN:
-        console.print(f"and {len(layers) - _SHOWN} less sensitive ones")
+        console.print(f"and {len(layers) - _SHOWN} less sensitive layers")
     flags = " ".join(f"--int8-layer {name}" for name in kept)
     console.print(f"within {share:.0%} more bytes: {flags or 'no layer fits'}", soft_wrap=True)
     if out is not None:

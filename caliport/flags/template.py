@@ -1,4 +1,4 @@
-"""``caliport init``: a recipe to start from."""
+"""``caliport init``: write a recipe to start from."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ _ENDING = ".yaml"
 
 
 def recipes() -> list[str]:
-    """Names of the recipes that come with the package."""
+    """Names of the recipes in the package."""
     found = files("caliport").joinpath("recipes").iterdir()
     return sorted(f.name.removesuffix(_ENDING) for f in found if f.name.endswith(_ENDING))
 
 
 def write_template(path: Path, recipe: str | None = None) -> None:
-    """Write a recipe to ``path``, which must not be there yet.
+    """Write a recipe to ``path``, which must not exist.
 
     Args:
-        path: The file.
+        path: The file to write.
         recipe: One of ``recipes()``; None for the template that explains every field.
 
     Raises:
-        InputError: Another recipe, or a file that is there already or cannot be written.
+        InputError: An unknown recipe, or a file that already exists or cannot be written.
     """
     if recipe is None:
         source = files("caliport.flags").joinpath("template.yaml")
@@ -38,7 +38,7 @@ def write_template(path: Path, recipe: str | None = None) -> None:
         with path.open("x", encoding="utf-8") as stream:
             stream.write(text)
     except FileExistsError:
-        raise InputError(f"{path}: is there already; name a new file") from None
+        raise InputError(f"{path}: already exists; choose a new file") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror}") from None
     console.print(f"wrote {path}; next: caliport run {path}")

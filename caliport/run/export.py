@@ -1,4 +1,4 @@
-"""The artifacts of a run."""
+"""Export a run's artifacts, and list them."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from caliport.run.workspace import Workspace, need
 from caliport.stages.export import export_to
 
 ALONE = "base alone"
-"""What stands for a composition where a bundle's base is meant."""
+"""Used instead of a composition's name for a bundle's base."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """What a recipe ships and validates: an artifact, or one part of a bundle.
+    """An item that a recipe ships and validates: an artifact, or one part of a bundle.
 
     ``composition`` is ``ALONE`` for a bundle's base.
     """
@@ -33,17 +33,17 @@ class Row:
 
     @property
     def bundled(self) -> str | None:
-        """The composition to run of a bundle."""
+        """The bundle's composition to run; None for a bundle's base or a fold."""
         return self.composition if self.bundle and self.composition != ALONE else None
 
     @property
     def form(self) -> str:
-        """Names it within its composition."""
+        """Runtime and precision, such as ``onnx-int4``, with ``-bundle`` for a bundle."""
         return form_of(self.runtime, self.precision, self.bundle)
 
 
 def rows_of(space: Workspace) -> Iterator[Row]:
-    """All that a recipe ships, folded artifacts first."""
+    """Everything that a recipe ships, folded artifacts first."""
     recipe = space.recipe
     forms = [(r, p) for r in recipe.export.runtimes for p in recipe.export.precisions]
     if "fold" in recipe.export.ship:
@@ -55,7 +55,7 @@ def rows_of(space: Workspace) -> Iterator[Row]:
 
 
 def export_all(space: Workspace, *, preflight: bool = True) -> None:
-    """Export all compositions in every form that the recipe asks for."""
+    """Export all compositions for every runtime and precision of the recipe."""
     recipe = space.recipe
     adapters = {
         name: need(space.composed(name, best_method(space, name)), "composed adapter", "calibrate")
@@ -77,7 +77,7 @@ def export_all(space: Workspace, *, preflight: bool = True) -> None:
 
 
 def _quantization(space: Workspace, row: Row) -> Quantization:
-    """What the recipe asks for, as far as it concerns this form."""
+    """The recipe's quantization settings that apply to this row."""
     settings, is_int4 = space.recipe.export, row.precision == "int4"
     return Quantization(
         row.precision,
@@ -88,7 +88,7 @@ def _quantization(space: Workspace, row: Row) -> Quantization:
 
 
 def _shared(space: Workspace, row: Row) -> dict[str, Path]:
-    """Single-task adapters of all compositions, where the runtime can share them."""
+    """Single-task adapters of all compositions, if the runtime can share them."""
     if not get(row.runtime).shares_adapters:
         return {}
     tasks = (task for tasks in space.recipe.compositions.values() for task in tasks)

@@ -1,4 +1,4 @@
-"""The run directory and the rule that a stage whose inputs have not changed is skipped."""
+"""The paths in a run directory."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from caliport.recipe.schema import Recipe
 
 @dataclass(frozen=True)
 class Workspace:
-    """A recipe and the directory that its run fills."""
+    """A recipe and its run directory."""
 
     recipe: Recipe
     root: Path
 
     @property
     def data(self) -> Path:
-        """Examples of every task as JSON Lines."""
+        """Directory of every task's examples as JSON Lines."""
         return self.root / "data"
 
     @property
     def base(self) -> Path | str:
-        """The base model: the recipe's own, or what it names."""
+        """The base model: the one trained by the recipe, or its ``base.path``."""
         return self.root / "base" if self.recipe.base.path is None else self.recipe.base.path
 
     def adapter(self, task: str) -> Path:
-        """A single-task adapter: the one that the recipe names, or the one that it trains."""
+        """A single-task adapter: the path in the recipe, or the one trained by it."""
         return self.recipe.adapters[task] or self.root / "adapters" / task
 
     def composed(self, composition: str, method: str) -> Path:
@@ -35,7 +35,7 @@ class Workspace:
         return self.root / "composed" / composition / method
 
     def shared(self, method: str) -> Path:
-        """What a method trains once for all compositions."""
+        """The result of a method that trains once for all compositions."""
         return self.root / "shared" / method
 
     def artifact(self, composition: str, runtime: str, precision: str) -> Path:
@@ -43,7 +43,7 @@ class Workspace:
         return self.root / "artifacts" / composition / f"{runtime}-{precision}"
 
     def bundle(self, runtime: str, precision: str) -> Path:
-        """One exported base with all compositions beside it."""
+        """An exported bundle of all compositions."""
         return self.root / "bundles" / f"{runtime}-{precision}"
 
     @property
@@ -52,15 +52,15 @@ class Workspace:
         return self.root / "reports"
 
     def kept(self, kind: str, *names: str) -> Path:
-        """Where one part of a report waits until the report is put together."""
+        """Path of one part of a report, kept until the report is assembled."""
         return self.root / ".parts" / kind / Path(*names)
 
 
 def need(path: Path, what: str, command: str) -> Path:
-    """``path`` if it is there; otherwise say which command makes it.
+    """Return ``path`` if it exists.
 
     Raises:
-        InputError: It is not there.
+        InputError: It does not exist; the message names the command that makes it.
     """
     if not path.exists():
         raise InputError(f"{path}: no {what} yet; run `caliport {command}` on the recipe first")

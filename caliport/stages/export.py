@@ -1,4 +1,4 @@
-"""The export stage: one artifact, unless it is up to date."""
+"""The export stage: make one artifact, unless it is up to date."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from caliport.stages.stage import hashes_of, stage
 
 
 def export_to(out: Path, title: str, request: Request, *, refuse: bool = True) -> None:
-    """Export one artifact, unless it is up to date, and say before what that needs.
+    """Export one artifact, unless it is up to date, and print its needs before.
 
     Args:
-        out: The directory.
-        title: Shown to the user.
+        out: The artifact directory.
+        title: Name of the work, shown to the user.
         request: What to export.
-        refuse: Stop if memory or disk do not suffice.
+        refuse: Raise an error if memory or disk is too small.
 
     Raises:
         InputError: See ``caliport.export``; too little memory or disk.
     """
     runtimes.get(request.runtime).check(request)
     check_output(out, "export", request.inputs().values())
-    # Say what is needed before any work, but not of what may be skipped.
+    # Print the needs before any work, unless the export may be skipped.
     may_be_skipped = (out / MANIFEST).is_file()
     if not may_be_skipped:
         hashing = Thread(target=_hash_ahead, args=(request.inputs(),), daemon=True)
@@ -56,9 +56,9 @@ def _say_needs(request: Request, out: Path, refuse: bool) -> None:
 
 
 def _hash_ahead(inputs: Mapping[str, Path | str]) -> None:
-    """Hash inputs while libraries are imported, for ``stage``, which tells what is wrong with one.
+    """Hash inputs ahead of ``stage`` while libraries are imported; ``stage`` reports the errors.
 
-    In a daemon thread: a refusal must not wait until all of a large base has been read.
+    Runs in a daemon thread, so that an error need not wait until all of a large base is read.
     """
     with suppress(Exception):
         hashes_of(inputs)

@@ -1,4 +1,4 @@
-"""The rule that a stage whose inputs have not changed is skipped."""
+"""Run a stage, or skip it if its inputs have not changed."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from caliport.core.processes import is_main, wait_until
 from caliport.core.progress import console
 
 Build = Callable[[Path, dict[str, Any], Path], None]
-"""Fills a directory, adds manifest entries, and may keep a checkpoint in the file named last."""
+"""Takes a directory to fill, a dict for manifest entries, and a path for a checkpoint file."""
 
-_UNTIMED = ("export",)  # the same inputs give the same bytes, so there are no times in artifacts
+_UNTIMED = ("export",)  # artifacts are reproducible byte by byte, so they record no times
 
 
 def stage(
@@ -31,18 +31,19 @@ def stage(
     build: Build,
     together: bool = False,
 ) -> None:
-    """Make ``out`` by ``build``, unless it is there already, made from the same inputs.
+    """Make ``out`` with ``build``, unless it exists and was made from the same inputs.
 
     Args:
-        out: The directory.
-        name: The stage, for the manifest.
-        title: What to tell the user.
+        out: The directory to write.
+        name: Name of the stage, for the manifest.
+        title: Name of the work, shown to the user.
         inputs: Files and directories that ``build`` reads.
-        settings: All else that decides the result; dataclasses and models are allowed.
-        build: Fills the directory. Its checkpoint file survives a kill and belongs to these
-            inputs alone.
-        together: ``build`` trains with all processes. Otherwise only the main one builds and the
-            others wait; either way only the main one writes.
+        settings: Everything else that determines the result; may contain dataclasses and pydantic
+            models.
+        build: Fills the directory. Its checkpoint file survives a kill and is only reused for the
+            same inputs and settings.
+        together: ``build`` trains with all processes. Otherwise only the main process builds and
+            the others wait; in both cases only the main process writes.
     """
     check_output(out, name, inputs.values())
     hashes = hashes_of(inputs)
@@ -71,13 +72,13 @@ def stage(
 
 
 def hashes_of(inputs: Mapping[str, Path | str]) -> dict[str, str]:
-    """Content hash of each input, by its label; each path is read once until a stage is made."""
+    """Content hash of each input, by its label; cached by path until a stage has run."""
     return {label: _hash(str(path)) for label, path in inputs.items()}
 
 
 @lru_cache(maxsize=256)
 def _hash(path: str) -> str:
-    """Content hash, once a process for each path; a hub name stands for itself."""
+    """Content hash of a path, cached; a hub name is used instead of its content."""
     return content_hash(Path(path)) if os.path.exists(path) else f"name:{path}"
 
 
