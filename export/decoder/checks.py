@@ -47,7 +47,7 @@ def check_exportable(model: PreTrainedModel, context: int) -> None:
 def _check_decoder(model: PreTrainedModel) -> None:
     config = model.config
     if config.is_encoder_decoder:
-        raise InputError("config.json: is_encoder_decoder is true, expected a decoder alone")
+        raise InputError("config.json: is_encoder_decoder is true, expected a decoder-only model")
     more = sorted(config.sub_configs)
     if getattr(config, "cross_attention_layers", None):
         more.append("cross_attention_layers")

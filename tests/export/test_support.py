@@ -49,7 +49,7 @@ def _longrope() -> PreTrainedModel:
 REFUSED: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {
     "encoder-decoder": (
         lambda: _model("T5ForConditionalGeneration", "T5Config", vocab_size=64, d_model=32),
-        "is_encoder_decoder is true, expected a decoder alone",
+        "is_encoder_decoder is true, expected a decoder-only model",
     ),
     "vision": (
         lambda: _model(
