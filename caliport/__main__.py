@@ -1,5 +1,5 @@
 """``python -m caliport``."""
 
-from caliport.cli.app import main
+from caliport.cli.main import main
 
 main()

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import sys
-import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +18,7 @@ from caliport.cli.options import (
     BaseOption,
     Bundle,
     DeviceOption,
+    ForceOption,
     NeededRecipe,
     Out,
     Overrides,
@@ -34,8 +31,6 @@ from caliport.cli.options import (
 from caliport.cli.runner import register as register_runner
 from caliport.core.errors import InputError
 from caliport.recipe.methods import CORRECTED, MERGED, WEIGHTED
-
-_INTERRUPTED = 130
 
 app = typer.Typer(
     name="caliport",
@@ -61,6 +56,7 @@ def run(
     overrides: Overrides = None,
     runs: Runs = Path("runs"),
     baseline: BaselineOption = None,
+    force: ForceOption = False,
 ) -> None:
     """Run all stages of a recipe, skipping those that are up to date."""
     from caliport.run.compose import compose_all
@@ -115,6 +111,7 @@ def calibrate(
         Path | None, typer.Option(help="FLix: directory of earlier features, kept frozen.")
     ] = None,
     out: Out = None,
+    force: ForceOption = False,
 ) -> None:
     """Train a recipe's adapters, merge and calibrate them, and score every method."""
     if recipe is not None:
@@ -196,6 +193,7 @@ def export(
     private: Annotated[
         bool, typer.Option("--private", help="Make the repository private if it is new.")
     ] = False,
+    force: ForceOption = False,
 ) -> None:
     """Quantize a base with adapters and lower it to .pte or .onnx."""
     if recipe is not None:
@@ -358,52 +356,6 @@ register_devices(app)
 register_on_device(app)
 register_emulators(app)
 register_runner(app)
-
-
-def main() -> None:
-    """Run the command line; invalid input ends in a one-line message."""
-    debug = "--debug" in sys.argv
-    goes_on = "calibrate" in sys.argv or any(a.endswith((".yaml", ".yml")) for a in sys.argv)
-    sys.exit(guarded(lambda: app(standalone_mode=False), "caliport --help", debug, goes_on))
-
-
-def guarded(call: Callable[[], Any], usage: str, debug: bool, goes_on: bool = False) -> int:
-    """Call a command, report errors as one-line messages and return the exit code.
-
-    Args:
-        call: The command.
-        usage: The command that shows its usage.
-        debug: Raise internal errors with their tracebacks.
-        goes_on: Whether an interrupted command can be resumed.
-    """
-    if not debug:  # libraries log deprecations in each other and optional parts that are missing
-        logging.disable(logging.WARNING)
-        warnings.simplefilter("ignore")
-    try:
-        code = call()
-    except InputError as error:
-        code = _fail(str(error), 2)
-    except KeyboardInterrupt:
-        code = _INTERRUPTED
-    except Exception as error:
-        if debug:
-            raise
-        shown = getattr(error, "format_message", None)  # only click's errors have it
-        if shown is not None:
-            code = _fail(f"{shown()} See {usage}.", 2)
-        elif type(error).__name__ == "Abort":
-            code = _INTERRUPTED
-        else:
-            line = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-            code = _fail(f"internal error: {line} (--debug shows where)", 3)
-    if code == _INTERRUPTED:  # typer turns Ctrl-C into this code without a message
-        _fail(f"interrupted{'; run the same command again to resume' * goes_on}", code)
-    return code if isinstance(code, int) else 0
-
-
-def _fail(message: str, code: int) -> int:
-    print(f"caliport: {message}", file=sys.stderr)
-    return code
 
 
 def _space(recipe: Path, overrides: list[str] | None, runs: Path) -> Any:

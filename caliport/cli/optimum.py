@@ -14,6 +14,7 @@ from pathlib import Path
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 from caliport.core.errors import InputError, one_line
+from caliport.core.outputs import replace_anything
 
 _LIBRARY = "transformers"
 _TASK = "text-generation"
@@ -44,11 +45,16 @@ class CaliportExportCommand(BaseOptimumCLICommand):
             action="store_true",
             help="Continue even if memory or disk seems too small.",
         )
+        parser.add_argument(
+            "--force",
+            action="store_true",
+            help="Replace the output even if caliport did not make it.",
+        )
         parser.add_argument("output", type=Path, help="The directory to write.")
 
     def run(self) -> None:
         """Export; as with ``caliport export``, invalid input ends in one line and exit code 2."""
-        from caliport.cli.app import guarded
+        from caliport.cli.main import guarded
 
         code = guarded(self._export, "optimum-cli export caliport --help", debug=False)
         if code:
@@ -60,6 +66,8 @@ class CaliportExportCommand(BaseOptimumCLICommand):
         from caliport.flags.export import export_one
 
         given = self.args
+        if given.force:
+            replace_anything()
         if given.context is not None and given.context < 1:
             raise InputError(f"--context is {given.context}, expected at least 1")
         check_task(given.model)

@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from caliport.core.outputs import replace_anything
+
 Recipe = Annotated[
     Path | None, typer.Argument(help="A YAML recipe; without one, use the flags below.")
 ]
@@ -40,6 +42,22 @@ Share = Annotated[
         "--share",
         metavar="NAME=DIR",
         help="An adapter that compositions of a bundle share, stored once; repeatable.",
+    ),
+]
+
+
+def _force(value: bool) -> bool:
+    if value:
+        replace_anything()
+    return value
+
+
+ForceOption = Annotated[
+    bool,
+    typer.Option(
+        "--force",
+        help="Replace the output even if caliport did not make it. Inputs are never replaced.",
+        callback=_force,
     ),
 ]
 BaselineOption = Annotated[

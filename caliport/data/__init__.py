@@ -1,1 +1,1 @@
-"""Data sets of Caliport: the embedded pocket grammar, Multi30k, and JSON Lines files."""
+"""Data sets: the built-in pocket grammar, Multi30k, the paper's sets, and JSON Lines files."""

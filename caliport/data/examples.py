@@ -1,4 +1,4 @@
-"""One training or validation example, and the JSON Lines file form it is kept in."""
+"""Training and validation examples, and reading and writing them as JSON Lines."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ FIELDS = ("input", "output")
 
 @dataclass(frozen=True)
 class Example:
-    """The text a task is given (without any prompt) and the text it has to answer.
+    """A task's input text (without any prompt) and its target text.
 
-    ``features`` are FLix's, where an example names its own.
+    ``features`` are the FLix features of this example, if it has its own.
     """
 
     input: str
@@ -27,10 +27,10 @@ class Example:
 def read_jsonl(path: str | Path) -> list[Example]:
     """Read examples from a JSON Lines file: one object per line with "input" and "output".
 
-    "features" may be a list of names. Blank lines are skipped and further fields are ignored.
+    "features" may be a list of names. Blank lines are skipped and other fields are ignored.
 
     Raises:
-        InputError: the file is missing, unreadable, not UTF-8 or without examples, or a line is
+        InputError: The file is missing, unreadable, not UTF-8 or without examples, or a line is
             not such an object. The message is one line that names the file and the line.
     """
     try:
@@ -57,7 +57,7 @@ def write_jsonl(path: str | Path, examples: Iterable[Example]) -> None:
     """Write examples to a UTF-8 JSON Lines file that `read_jsonl` reads back unchanged.
 
     Raises:
-        InputError: the file cannot be written, or a text holds a lone surrogate.
+        InputError: The file cannot be written, or a text contains a lone surrogate.
     """
     rows = [
         {"input": e.input, "output": e.output} | ({"features": e.features} if e.features else {})

@@ -1,4 +1,4 @@
-"""Loader of a Multi30k directory: captions of images and their translations.
+"""Examples from a Multi30k directory: captions of images and their translations.
 
 Multi30k (Elliott et al. 2016, "Multi30K: Multilingual English-German Image Descriptions", with
 French and Czech added by the WMT multimodal shared tasks) has two parts that describe the same
@@ -8,8 +8,8 @@ training and validation files it is so, character for character, for every image
 
 The tasks follow from that: `describe` gives the other four captions and asks for part 1's sentence,
 `translate_*` gives that sentence and asks for its translation, and the composition `describe_*`
-gives the four captions and asks for the translation. The answer of a composition is thus exactly
-the translation of the answer of `describe`.
+gives the four captions and asks for the translation. So the answer of a composition is exactly the
+translation of the answer of `describe`.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ PROMPTS: dict[str, str] = {
         for code, name in LANGUAGES.items()
     },
 }
-"""The instruction of each task and composition, with the place "{input}" for its text."""
+"""The prompt of each task and composition, with "{input}" in place of its text."""
 
 
 def examples(
@@ -52,13 +52,13 @@ def examples(
     """`count` examples (None: all) of a task or composition in an order that the seed determines.
 
     With the same split and seed, the examples of two tasks come from the same images in the same
-    order, as long as both tasks can use them. `describe` and its compositions leave out an image
-    whose English sentence is none of its five captions, since no caption could be held out for it,
-    and one where a second caption equals the sentence, since the answer would stand in the input
-    (15 of the 29,000 training images). Captions are compared by their letters and digits alone.
+    order, as long as both tasks can use them. `describe` and its compositions skip an image whose
+    English sentence is none of its five captions, since no caption could be held out for it, and
+    one where a second caption equals the sentence, since the input would contain the answer (15 of
+    the 29,000 training images). Captions are compared by their letters and digits only.
 
     Raises:
-        InputError: the task or the split is unknown, the count is negative or more than there are,
+        InputError: The task or the split is unknown, the count is negative or more than there are,
             or a file of the directory is missing, damaged, not UTF-8 or not aligned with the
             others. The message is one line that names the file.
     """
@@ -102,7 +102,7 @@ def examples(
 
 
 def _others(sentence: str, captions: tuple[str, ...], rng: random.Random) -> list[str]:
-    """The four captions other than the sentence, shuffled; none where it is not exactly one."""
+    """The four captions other than the sentence, shuffled; none unless exactly one equals it."""
     key = _letters(sentence)
     others = [caption for caption in captions if _letters(caption) != key]
     if len(others) != CAPTIONS - 1:
@@ -112,7 +112,7 @@ def _others(sentence: str, captions: tuple[str, ...], rng: random.Random) -> lis
 
 
 def _letters(text: str) -> str:
-    """The text's letters and digits, so that releases tokenized in other ways still match."""
+    """The text's letters and digits, so that differently tokenized releases still match."""
     folded = unicodedata.normalize("NFKC", text).casefold()
     return "".join(character for character in folded if character.isalnum())
 
@@ -147,7 +147,7 @@ def _read_aligned(path: Path, expected: int) -> list[str]:
 
 
 def _read_lines(path: Path) -> list[str]:
-    """The lines of a text file, unpacked where its name ends with .gz, without outer blanks."""
+    """The stripped lines of a text file, decompressed if its name ends in .gz."""
     try:
         data = path.read_bytes()
         if path.suffix == ".gz":

@@ -6,7 +6,7 @@ data set that is read here from a local copy (docs/paper_benchmark.md says what 
 - `summarize`: DialogSum, a dialogue and its summary;
 - `reply`: Synthetic Persona Chat, two consecutive utterances of different speakers;
 - `translate_*`: TED Talks, an English sentence and its translation;
-- `tone_*`: Sound Natural, a message and the same in another tone.
+- `tone_*`: Sound Natural, a message and its version in another tone.
 
 A composition has the main task's inputs; its target is the main task's target, translated or
 rewritten by a model (`caliport.data.rewriting`), as in the paper.
@@ -25,7 +25,7 @@ from caliport.data.examples import Example
 from caliport.data.published import Row, find, read_lines, read_rows
 
 Rewrite = Callable[[str, Sequence[str]], list[str]]
-"""Gives each English text in a form: a code of LANGUAGES or a tone of TONES."""
+"""Rewrites English texts in a form: a code of LANGUAGES or a tone of TONES."""
 
 LANGUAGES = {"es": "Spanish", "fr": "French", "de": "German"}
 TONES = ("professional", "casual", "witty", "paraphrase")
@@ -34,7 +34,7 @@ AUXILIARY_TASKS = tuple(f"translate_{code}" for code in LANGUAGES) + tuple(
     f"tone_{tone}" for tone in TONES
 )
 TASKS = MAIN_TASKS + AUXILIARY_TASKS
-# The form that an auxiliary task asks for is the end of its name.
+# An auxiliary task's name ends in the form that it asks for.
 COMPOSITIONS: dict[str, tuple[str, str]] = {
     f"{main}_{auxiliary.partition('_')[2]}": (main, auxiliary)
     for main in MAIN_TASKS
@@ -47,15 +47,15 @@ SIZES: dict[str, tuple[int, int, int]] = {
     "ted": (196_026, 4_231, 5_571),
     "sound_natural": (2_245, 321, 642),
 }
-"""Examples of each set in the paper's table, by SPLITS."""
+"""Number of examples of each set in the paper's table, in the order of SPLITS."""
 
-# How the published files of each split are called.
+# Names of each split's published files.
 _STEMS = {
     "train": ("train",),
     "validation": ("validation", "valid", "val", "dev", "eval"),
     "test": ("test",),
 }
-# Marks of a missing translation; the second is the first after the release's tokenizer.
+# Markers of a missing translation; the second is the first one as tokenized in the release.
 _MISSING = ("__NULL__", "_ _ NULL _ _")
 _REFERENCES = ("summary", "summary1", "summary2", "summary3")
 
@@ -69,7 +69,7 @@ def _prompts() -> dict[str, str]:
     for code, language in LANGUAGES.items():
         prompts[f"translate_{code}"] = f"Translate the following text from English to {language}"
         added = f"translate it from English to {language}"
-        # The full stop of the first one alone is the paper's.
+        # Only the first prompt ends with a full stop, as in the paper.
         prompts[f"summarize_{code}"] = f"{mains['summarize']} and {added}."
         prompts[f"reply_{code}"] = f"{mains['reply']} and {added}"
     for tone in TONES:
@@ -80,10 +80,10 @@ def _prompts() -> dict[str, str]:
 
 
 PROMPTS: dict[str, str] = _prompts()
-"""The instruction of each task and composition, with the place "{input}" for its text.
+"""The prompt of each task and composition, with "{input}" in place of its text.
 
-Those of the compositions are the paper's; it does not print those of the single tasks, nor what
-stands between an instruction and its text.
+The instructions of the compositions are the paper's; it does not print those of the single tasks,
+nor what separates an instruction from its text.
 """
 
 
@@ -91,7 +91,7 @@ def set_of(task: str) -> str:
     """The key in SIZES of the set that a task or composition reads.
 
     Raises:
-        InputError: the task is unknown.
+        InputError: The task is unknown.
     """
     if task not in PROMPTS:
         raise InputError(f"found the task {task!r}; use one of: {', '.join(PROMPTS)}")
@@ -111,18 +111,18 @@ def examples(
     """`count` examples of a task or composition in an order that the seed determines.
 
     With the same arguments, a main task and its compositions have the same inputs in the same
-    order, except that an input is left out where the model that makes the target wrote nothing.
+    order, except that an input is left out if the model that makes its target wrote nothing.
 
     Args:
         directory: The local copy of the set that `set_of` names.
         task: One of TASKS or COMPOSITIONS.
         split: One of SPLITS.
-        count: None for as many as in the paper, or all where there are fewer.
-        seed: Of the order.
-        rewrite: Makes the targets of compositions, and of tone tasks where the files have none.
+        count: None for as many as in the paper, or all if there are fewer.
+        seed: Random seed of the order.
+        rewrite: Makes the targets of compositions, and of tone tasks if the files have none.
 
     Raises:
-        InputError: the task or the split is unknown, the count is negative or more than there
+        InputError: The task or the split is unknown, the count is negative or more than there
             are, a file is missing, damaged, too large or of another form, or a target must be
             made and `rewrite` is None. The message is one line that names the file.
     """
@@ -157,10 +157,10 @@ def examples(
 def _rewritten(
     inputs: list[str], sources: list[str], task: str, form: str, rewrite: Rewrite | None
 ) -> list[Example]:
-    """The inputs, each with its source in a form; those for which nothing is written go."""
+    """The inputs with their rewritten sources as targets, without those the model left empty."""
     if rewrite is None:
         raise InputError(
-            f"{task}: its targets are made by a model and none is given; "
+            f"{task}: a model must make its targets, but none is given; "
             f"name one in data.paper.{'translation' if form in LANGUAGES else 'tone'}"
         )
     targets = [target.strip() for target in rewrite(form, sources)]
@@ -192,7 +192,7 @@ def _dialogsum(root: Path, split: str, form: str) -> list[tuple[str, str | None]
 
 
 def _persona_chat(root: Path, split: str, form: str) -> list[tuple[str, str | None]]:
-    """An utterance and the one that answers it, by the other speaker."""
+    """An utterance and the other speaker's answer."""
     stems = [
         name
         for stem in _STEMS[split]
@@ -201,7 +201,7 @@ def _persona_chat(root: Path, split: str, form: str) -> list[tuple[str, str | No
     path = find(root, stems, (".csv",))
     pairs: list[tuple[str, str | None]] = []
     for row in read_rows(path):
-        # Some conversations may be empty, and some lines may be no speaker's.
+        # Some conversations are empty, and some lines have no speaker.
         if not row.fields.get("Best Generated Conversation", "missing"):
             continue
         before: tuple[str, str] | None = None
@@ -237,7 +237,7 @@ def _ted(root: Path, split: str, code: str) -> list[tuple[str, str | None]]:
 
 
 def _ted_table(path: Path, code: str) -> list[tuple[str, str | None]]:
-    """Two columns of the table; its texts are tokenized and have HTML's escapes, undone here."""
+    """Two columns of the table, with its tokenization and HTML escapes undone."""
     lines = read_lines(path)
     head = next(lines, "").rstrip("\r\n").split("\t")
     for name in ("en", code):
@@ -260,7 +260,7 @@ def _ted_table(path: Path, code: str) -> list[tuple[str, str | None]]:
 
 
 def _ted_aligned(english: Path, other: Path) -> list[tuple[str, str | None]]:
-    """Line by line; a pair with a blank side is left out, as corpora of this form have them."""
+    """Pairs of lines; pairs with a blank side, which such corpora contain, are left out."""
     sides = [[line.strip() for line in read_lines(path)] for path in (english, other)]
     if len(sides[0]) != len(sides[1]):
         raise InputError(
@@ -271,7 +271,7 @@ def _ted_aligned(english: Path, other: Path) -> list[tuple[str, str | None]]:
 
 
 def _sound_natural(root: Path, split: str, tone: str) -> list[tuple[str, str | None]]:
-    """A message, and its target where the file has a column for the tone."""
+    """A message, and its target if the file has a column for the tone."""
     path = find(root, _STEMS[split], (".tsv", ".csv", ".json", ".jsonl"))
     return [
         (_message(row), row.text(tone) if tone in row.fields else None) for row in read_rows(path)
@@ -279,7 +279,7 @@ def _sound_natural(root: Path, split: str, tone: str) -> list[tuple[str, str | N
 
 
 def _message(row: Row) -> str:
-    """The message as it is sent, which starts with a capital."""
+    """The message with a capital first letter."""
     text = row.text("original" if "original" in row.fields else "Rephrased Content")
     return text[:1].upper() + text[1:]
 

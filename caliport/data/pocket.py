@@ -3,8 +3,8 @@
 Two people settle on a plan (who, what, where, when, why). Each chat has a one-sentence summary and
 the reply of the last listener, both with translations into Spanish, French and German and in four
 tones. The tasks mirror in miniature the benchmark of "Efficient Compositional Multi-tasking for
-On-device Large Language Models" (arXiv 2507.16083): two main tasks times seven auxiliary tasks are
-14 compositions. The grammar, its sentences and its translations are this project's own.
+On-device Large Language Models" (arXiv 2507.16083): two main tasks times seven auxiliary tasks give
+14 compositions. The grammar, its sentences and its translations were written for this project.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ AUXILIARY_TASKS = tuple(f"translate_{code}" for code in LANGUAGES) + tuple(
     f"tone_{tone}" for tone in TONES
 )
 TASKS = MAIN_TASKS + AUXILIARY_TASKS
-# The form of the answer that an auxiliary task asks for is the end of its name.
+# An auxiliary task's name ends in the form of the answer that it asks for.
 COMPOSITIONS: dict[str, tuple[str, ...]] = {
     f"{main}_{auxiliary.partition('_')[2]}": (main, auxiliary)
     for main in MAIN_TASKS
     for auxiliary in AUXILIARY_TASKS
 }
-# Three at once, as in the paper's analysis: the casual summary, in Spanish.
+# Three tasks at once, as in the paper's analysis: the casual summary, in Spanish.
 COMPOSITIONS["summarize_casual_es"] = ("summarize", "tone_casual", "translate_es")
 SPLITS = ("train", "validation")
 
@@ -61,7 +61,7 @@ def _prompts() -> dict[str, str]:
         task = f"tone_{tone}"
         single[task] = f"Change the tone of the following text to {tone}"
         added[task] = f"change its tone to {tone}"
-    # "Paraphrase" is no adjective: as a tone's name it would not read as English.
+    # "Paraphrase" is not an adjective, so the prompt for tones would not be English.
     single["tone_paraphrase"] = "Paraphrase the following text"
     added["tone_paraphrase"] = "paraphrase it"
     composed = {
@@ -73,7 +73,7 @@ def _prompts() -> dict[str, str]:
 
 
 PROMPTS: dict[str, str] = _prompts()
-"""The instruction of each task and composition, with the place "{input}" for its text."""
+"""The prompt of each task and composition, with "{input}" in place of its text."""
 
 _PLANS = tuple(
     (activity, place, group)
@@ -90,15 +90,15 @@ _VALIDATION_STEP = 10
 _VALIDATION_FACTS = _FACTS // _VALIDATION_STEP
 
 CHAT_COUNT = _FACTS * _VARIANTS
-"""How many distinct chats there are."""
+"""Number of distinct chats."""
 
 
 @dataclass(frozen=True)
 class Chat:
-    """One chat: its facts, its text, and whom and with what the reply answers.
+    """One chat: its facts, its text, and what the reply answers.
 
-    `reply_to` is the last speaker; `item` is what that speaker asked for, or None where the chat
-    ends on the agreement to meet.
+    `reply_to` is the last speaker; `item` is what that speaker asked for, or None if the chat ends
+    with the agreement to meet.
     """
 
     first: str
@@ -145,7 +145,7 @@ def chat(index: int) -> Chat:
     """The chat of an index in range(CHAT_COUNT); distinct indexes give distinct texts.
 
     Raises:
-        InputError: the index is outside of that range.
+        InputError: The index is outside that range.
     """
     if not 0 <= index < CHAT_COUNT:
         raise InputError(f"chat {index} does not exist; give an index from 0 to {CHAT_COUNT - 1}")
@@ -164,7 +164,7 @@ def answer(one: Chat, task: str) -> Example:
     """The example that a chat gives for a main task or a composition.
 
     Raises:
-        InputError: the task is none of those.
+        InputError: The task is neither.
     """
     main, form = task, "en"
     if task in COMPOSITIONS:
@@ -179,11 +179,11 @@ def examples(task: str, split: str, count: int, seed: int) -> list[Example]:
     """`count` examples of a single task or composition, determined by split, count and seed.
 
     All tasks draw the same chats for the same arguments. Training and validation never share a
-    chat, nor a summary; a reply has fewer facts, so that the same reply can occur in both. The
-    translation and tone tasks take summaries and replies in turn.
+    chat, nor a summary; a reply has fewer facts, so the same reply can occur in both. The
+    translation and tone tasks alternate between summaries and replies.
 
     Raises:
-        InputError: the task or the split is unknown, or the count is negative or too large.
+        InputError: The task or the split is unknown, or the count is negative or too large.
     """
     if task not in PROMPTS:
         raise InputError(f"found the task {task!r}; use one of: {', '.join(PROMPTS)}")
@@ -208,7 +208,7 @@ def examples(task: str, split: str, count: int, seed: int) -> list[Example]:
 
 
 def split_of(index: int) -> str:
-    """The split that the chat of this index belongs to; it depends on the chat's facts alone."""
+    """The split of the chat with this index; it depends only on the chat's facts."""
     return "train" if index % _FACTS % _VALIDATION_STEP else "validation"
 
 
@@ -223,10 +223,10 @@ def _index(split: str, draw: int) -> int:
 
 
 def _scatter(facts: int) -> int:
-    """A fixed permutation of range(_FACTS), so that neighbours have unlike facts.
+    """A fixed permutation of range(_FACTS), so that neighbours have different facts.
 
-    A Feistel network permutes the numbers of 24 bits; walking its cycle until the number is in
-    range permutes the range.
+    A Feistel network permutes 24-bit numbers; following its cycle until a number is in range
+    permutes the range.
     """
     while True:
         left, right = divmod(facts, 4096)
@@ -241,11 +241,11 @@ def _scatter(facts: int) -> int:
 def _write(
     shape: Shape, option: int, people: tuple[str, str], *, plan: int, time: int, reason: int
 ) -> Chat:
-    """Fill a shape: the option chooses its wording and what it turns down."""
+    """Fill a shape: the option chooses its wording and the rejected proposal."""
     activity, place, group = _PLANS[plan]
     others = [each for each in GROUPS[group][1] if each != place]
     other_activities = [each for each in _ACTIVITIES if each != activity]
-    # The chosen time is never the one turned down: the distance is 1, 5, 9 or 13 of 16.
+    # The chosen time is never the rejected one: they differ by 1, 5, 9 or 13 of 16.
     no_time = TIMES[(time + 1 + option // 2 * 4) % len(TIMES)]
     why = REASONS[reason].en
     lines = []
@@ -280,7 +280,7 @@ def _write(
 
 
 def _say(why: str) -> str:
-    """The reason as a sentence of its own, as someone says it in the chat."""
+    """The reason as a complete sentence of the chat."""
     clause = why.removeprefix("because ")
     return f"We should {why.removeprefix('to ')}." if clause == why else _capital(clause) + "."
 

@@ -1,4 +1,4 @@
-"""Tables of texts as data sets publish them (CSV, TSV, JSON, JSON Lines), read within bounds."""
+"""Read published tables of texts (CSV, TSV, JSON, JSON Lines), with limits on their size."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from typing import Any
 
 from caliport.core.errors import InputError
 
-# More than the largest published file (TED's training table, 0.8 GB), less than fills a disk.
+# Larger than the largest published file (TED's training table, 0.8 GB), but still a safe limit.
 LARGEST_FILE = 4 << 30
 LARGEST_LINE = 1 << 20
-# A JSON list is decoded as a whole.
+# Smaller for a JSON list, which is decoded at once.
 LARGEST_JSON = 64 << 20
 
 
 @dataclass(frozen=True)
 class Row:
-    """One record of a table: its fields by name, and where it stands, for messages."""
+    """One record of a table: its fields by name, and its position, for messages."""
 
     fields: Mapping[str, Any]
     where: str
 
     def text(self, name: str) -> str:
-        """A field's text without outer blanks.
+        """A field's text, stripped.
 
         Raises:
-            InputError: The field is missing, no string or blank.
+            InputError: The field is missing, not a string or blank.
         """
         value = self.fields.get(name)
         if not isinstance(value, str) or not value.strip():
@@ -40,10 +40,10 @@ class Row:
 
 
 def find(root: Path, stems: Sequence[str], suffixes: Sequence[str]) -> Path:
-    """The first of the files that is there.
+    """The first of the files that exists.
 
     Raises:
-        InputError: None is.
+        InputError: None of them exists.
     """
     names = [stem + suffix for stem in stems for suffix in suffixes]
     for name in names:
@@ -56,7 +56,7 @@ def read_rows(path: Path) -> Iterator[Row]:
     """The records of a file, by its suffix: .csv, .tsv, .jsonl, or .json for a list of objects.
 
     Raises:
-        InputError: Unreadable, too large, not UTF-8, or not of that form.
+        InputError: The file is unreadable, too large, not UTF-8, or not in that format.
     """
     if path.suffix == ".json":
         yield from _json_rows(path)
@@ -69,13 +69,13 @@ def read_rows(path: Path) -> Iterator[Row]:
 
 
 def read_lines(path: Path) -> Iterator[str]:
-    """The lines of a UTF-8 file with their newlines, a line of memory at a time.
+    """The lines of a UTF-8 file with their newlines, read one at a time.
 
-    Only the newline byte ends a line: `str.splitlines` would also cut at other separators.
+    Only the newline byte ends a line: `str.splitlines` would also split at other separators.
 
     Raises:
-        InputError: Unreadable, not UTF-8, over `LARGEST_FILE` bytes, or a line over
-            `LARGEST_LINE`.
+        InputError: The file is unreadable, not UTF-8 or over `LARGEST_FILE` bytes, or a line is
+            over `LARGEST_LINE` bytes.
     """
     try:
         size = path.stat().st_size
@@ -115,7 +115,7 @@ def _csv_rows(path: Path, delimiter: str) -> Iterator[Row]:
             continue
         if len(cells) != len(head):
             raise InputError(f"{where}: found {len(cells)} columns, the first line has {len(head)}")
-        # A quote that is never closed would take in the lines below.
+        # A quote that is never closed would include the lines below.
         if delimiter == "\t" and any("\n" in cell for cell in cells):
             raise InputError(f'{where}: found a line break in a field; close or double its "')
         yield Row(dict(zip(head, cells, strict=True)), where)

@@ -1,9 +1,9 @@
-"""The targets of the paper's compositional sets: texts translated, or rewritten in a tone.
+"""Make the targets of the paper's compositional sets: translate texts or change their tone.
 
-Translation is by a sequence-to-sequence model a language (the paper: OpusMT), tone by a causal
-language model (the paper: RedPajama-INCITE-Base-3B tuned for tone). Whatever was written once is
-kept in a JSON Lines file by the content that it depends on, so that a killed run goes on where it
-stopped and several runs share the work.
+One sequence-to-sequence model per language translates (the paper: OpusMT), and a causal language
+model changes the tone (the paper: RedPajama-INCITE-Base-3B tuned for tone). Results are cached in a
+JSON Lines file by everything they depend on, so a killed run resumes and several runs share the
+work.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# How the paper's tone model was tuned to be asked (llm-toys), and what it ends its answer with.
+# The prompts that the paper's tone model was tuned on (llm-toys), and the end of its answers.
 _TUNED = "### Instruction:\n{task}\n\n### Input:\n{input}\n\n### Response:\n"
 _TUNED_TONE = "Change the tone of the following Input sentence to {tone}."
 _TUNED_PARAPHRASE = "Generate a paraphrase for the following Input sentence."
 _MARK = "###"
-# How a model with a chat template is asked.
+# Prompts for a model with a chat template.
 _CHAT_TONE = "Change the tone of the following text to {tone}. Answer with the new text alone.\n"
 _CHAT_PARAPHRASE = "Paraphrase the following text. Answer with the new text alone.\n"
-# How OpusMT models of several languages call them, in a token before the text.
+# Language codes of multilingual OpusMT models, in a token before the text.
 _CODES = {"es": ("es", "spa"), "fr": ("fr", "fra"), "de": ("de", "deu")}
-_VERSION = 1  # goes up when the same model would be asked in another way
+_VERSION = 1  # increase when prompts or decoding change
 
 Write = Callable[[list[str]], list[str]]
 """Rewrites a batch of texts."""
@@ -48,15 +48,15 @@ Write = Callable[[list[str]], list[str]]
 
 @dataclass(frozen=True)
 class Rewriter:
-    """Rewrites English texts in a form, by the models of a recipe; call it as a function.
+    """Rewrites English texts in a form with a recipe's models; call it as a function.
 
     Attributes:
-        translation: A sequence-to-sequence model from English, by the code of its language: a
-            Hugging Face directory, or a hub name where a hub can be reached.
-        tone: A causal language model, likewise, or None.
-        cache: JSON Lines file that keeps what was written; it is made where it is missing.
-        batch_size: Texts a pass; a kill loses at most so many.
-        max_new_tokens: Longest result, in tokens.
+        translation: Sequence-to-sequence models from English, by the code of the language: a
+            Hugging Face directory, or a hub name if a hub can be reached.
+        tone: A causal language model, given likewise, or None.
+        cache: JSON Lines file of results; created if it is missing.
+        batch_size: Texts per pass; a kill loses at most this many.
+        max_new_tokens: Maximum length of a result in tokens.
     """
 
     translation: Mapping[str, str]
@@ -66,12 +66,13 @@ class Rewriter:
     max_new_tokens: int = 256
 
     def __call__(self, form: str, texts: Sequence[str]) -> list[str]:
-        """Each text in a form: a code of LANGUAGES or a tone of TONES, decoded greedily or by the
-        beams of the model's own generation settings, never sampled.
+        """Rewrite each text in a form: a code of LANGUAGES or a tone of TONES.
+
+        Decoding is greedy or uses beams as in the model's generation settings; never sampled.
 
         Raises:
             InputError: The form is unknown or has no model, a model cannot be loaded, a text is
-                longer than it takes, or the cache is damaged, in use or not writable.
+                too long for it, or the cache is damaged, in use or not writable.
         """
         if form not in (*LANGUAGES, *TONES):
             raise InputError(
@@ -95,7 +96,7 @@ class Rewriter:
     def _fill(
         self, write: Write, missing: Mapping[str, str], stream: BinaryIO, form: str
     ) -> dict[str, str]:
-        """Rewrite what is missing, the longest first, and append each batch to the cache."""
+        """Rewrite the missing texts, the longest first, and append each batch to the cache."""
         order = sorted(missing, key=lambda key: len(missing[key]), reverse=True)
         written: dict[str, str] = {}
         with progress(f"writing {form}", len(order)) as advance:
@@ -109,15 +110,15 @@ class Rewriter:
 
 
 def translator(path: str, code: str, max_new_tokens: int) -> Write:
-    """A function that translates a batch from English by a sequence-to-sequence model.
+    """A function that translates a batch from English with a sequence-to-sequence model.
 
     Args:
         path: Hugging Face directory, or hub name. Only safetensors are read.
-        code: Of LANGUAGES; asked for by a token where the model knows several languages.
-        max_new_tokens: Longest translation.
+        code: A code of LANGUAGES; selected by a token if the model is multilingual.
+        max_new_tokens: Maximum length of a translation in tokens.
 
     Raises:
-        InputError: Not loadable. The function itself raises it for a text that is too long.
+        InputError: The model cannot be loaded. The function raises it for a text that is too long.
     """
     import torch
 
@@ -145,17 +146,19 @@ def translator(path: str, code: str, max_new_tokens: int) -> Write:
 
 
 def tone_changer(path: str, tone: str, max_new_tokens: int) -> Write:
-    """A function that rewrites a batch in a tone by a causal language model.
+    """A function that rewrites a batch in a tone with a causal language model.
 
-    A model with a chat template is asked in a user's turn, any other as the paper's was tuned.
+    A model with a chat template is prompted in a user's turn, any other one with the prompt that
+    the paper's model was tuned on.
 
     Args:
         path: Hugging Face directory, or hub name. Only safetensors are read.
-        tone: Of TONES.
-        max_new_tokens: Longest result; half of the model's context at most.
+        tone: One of TONES.
+        max_new_tokens: Maximum length of a result in tokens, and at most half of the model's
+            context.
 
     Raises:
-        InputError: Not loadable. The function itself raises it for a text that is too long.
+        InputError: The model cannot be loaded. The function raises it for a text that is too long.
     """
     import torch
 
@@ -197,7 +200,7 @@ def _tone_prompt(tokenizer: PreTrainedTokenizerBase, tone: str, text: str) -> li
     return list(tokenizer.encode(_TUNED.replace("{task}", task).replace("{input}", text)))
 
 
-# The last model of each kind stays loaded, since several tasks in turn ask for it.
+# The last model of each kind stays loaded, since several tasks use it one after the other.
 @lru_cache(maxsize=1)
 def _translation_model(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     import torch
@@ -222,7 +225,7 @@ def _tone_model(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     from transformers import AutoConfig
 
     model = load_base(path)
-    # A translation model loads as a causal one too, with some of its weights at random.
+    # A translation model also loads as a causal one, with some random weights.
     if AutoConfig.from_pretrained(path, trust_remote_code=False).is_encoder_decoder:
         raise InputError(f"{path}: a sequence-to-sequence model, expected a causal language model")
     tokenizer = load_tokenizer(path, model)
@@ -237,7 +240,7 @@ def _device() -> str:
 
 
 def _check_lengths(rows: list[list[int]], texts: list[str], most: int, path: str) -> None:
-    """A text cut short would give a wrong target in silence."""
+    """Refuse texts that are too long: truncating them would silently give wrong targets."""
     for row, text in zip(rows, texts, strict=True):
         if len(row) > most:
             raise InputError(
@@ -265,7 +268,7 @@ def _padded(
 
 @lru_cache(maxsize=16)
 def _identity(model: str) -> str:
-    """What a directory holds; a hub name stands for itself."""
+    """A directory's content hash; a hub name is used as it is."""
     return content_hash(Path(model)) if os.path.exists(model) else f"name:{model}"
 
 
@@ -275,7 +278,7 @@ def _key(content: list[Any]) -> str:
 
 @contextmanager
 def _opened(cache: Path) -> Iterator[BinaryIO]:
-    """The cache for appending, ours alone, without the part of a line that a kill left."""
+    """Open the cache for appending, locked, and drop a partial line that a kill left."""
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
         with cache.open("a+b") as stream:

@@ -26,7 +26,7 @@ from caliport.android_harness.device.facts import choose
 from caliport.android_harness.device.session import session
 from caliport.android_harness.run import run_job
 from caliport.android_harness.runners.kinds import JobRunner
-from caliport.cli.app import guarded
+from caliport.cli.main import guarded
 from caliport.export.artifact import Artifact
 from tests.android.daemon import Daemon, wait_for
 from tests.android.standins import ANSWER, JOB, properties, runner

@@ -69,7 +69,7 @@ LAUNCH = """
     import caliport.calibrate.corrections, caliport.calibrate.merges
     caliport.calibrate.merges.__path__.append("merges")
     caliport.calibrate.corrections.__path__.append("corrections")
-    from caliport.cli.app import main
+    from caliport.cli.main import main
     main()
 """
 
@@ -128,7 +128,7 @@ def test_a_new_merge_and_a_new_correction_are_one_file_each(
     text = (
         textwrap.dedent(LAUNCH)
         .replace("main()\n", "")
-        .replace("from caliport.cli.app import main", "from caliport.recipe.methods import parse")
+        .replace("from caliport.cli.main import main", "from caliport.recipe.methods import parse")
     )
     (tmp_path / "launch.py").write_text(text + textwrap.dedent(check))
     done = launch(

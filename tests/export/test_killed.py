@@ -85,7 +85,7 @@ import torch, torchao, transformers
 torch.set_num_threads(1)
 
 def export(runtime, out, context):
-    from caliport.cli.app import guarded, app
+    from caliport.cli.main import app, guarded
     flags = ["--base", sys.argv[2], "--runtime", runtime, "--context", str(context)]
     command = ["export", *flags, "--out", str(out)]
     return guarded(lambda: app(command, standalone_mode=False), "", False)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from caliport.calibrate.training.small_base import BaseShape, build_model, build_tokenizer
-from caliport.cli.app import app, guarded
+from caliport.cli.main import app, guarded
 from caliport.core.errors import InputError
 from caliport.export.artifact import Artifact
 from caliport.validation.runners.executorch import ExecuTorchRunner
