@@ -1,1 +1,1 @@
-"""Comparisons that take minutes to hours; each is one command."""
+"""Benchmarks that take minutes to hours; each is one command."""

@@ -1,4 +1,4 @@
-"""Tables of benchmarks stand between marks of a document."""
+"""Put a benchmark's tables between markers in a document."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from caliport.core.errors import InputError
 
 
 def put(name: str, text: str, path: Path) -> None:
-    """Replace what stands between the marks of a benchmark; all else in the file stays.
+    """Replace the text between a benchmark's markers; the rest of the file is unchanged.
 
     Args:
-        name: Of the benchmark, as it is in the marks.
-        text: What to put there.
+        name: Name of the benchmark in the markers.
+        text: The new text.
         path: The document.
 
     Raises:
-        InputError: The file has no such marks.
+        InputError: The file does not have the markers.
     """
     start, end = f"<!-- {name}: tables -->", f"<!-- {name}: end -->"
     before = path.read_text(encoding="utf-8")
@@ -29,7 +29,7 @@ def put(name: str, text: str, path: Path) -> None:
 
 
 def markdown(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A table whose columns but the first hold numbers."""
+    """A Markdown table; all columns except the first are aligned as numbers."""
     lines = [f"| {' | '.join(map(str, row))} |" for row in (heads, *rows)]
     rule = f"|{'|'.join(['---', *['---:'] * (len(heads) - 1)])}|"
     return "\n".join([lines[0], rule, *lines[1:]])

@@ -1,1 +1,1 @@
-"""The two ways of an ExecuTorch bundle, measured: a method each, and adapters as inputs."""
+"""Benchmark of ExecuTorch bundles: one method per composition against adapters as inputs."""

@@ -1,11 +1,11 @@
-"""Many compositions in one ExecuTorch program: a method each, or adapters as inputs.
+"""Compare two ways to bundle compositions for ExecuTorch: one method each, or inputs.
 
     python -m benchmarks.bundles run --scale 1b --out runs/bundles
 
-makes random adapters and fourteen LC++ compositions, on top of their merged adapters and alone,
-exports one folded artifact and a bundle of each family by each way, and lets them run in turns. A
-finished export is kept, so a killed run goes on with the same command (``--again`` makes all
-anew). ``--scale tiny`` takes a minute or two.
+makes random adapters and fourteen LC++ compositions, with and without merged adapters, exports one
+folded artifact and a bundle of each family in each way, and measures them in turns. Finished
+exports are kept, so the same command resumes a killed run (``--again`` exports everything again).
+``--scale tiny`` takes a minute or two.
 """
 
 from __future__ import annotations
@@ -38,27 +38,27 @@ _HELP = (__doc__ or "").partition("\n")[0]
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=_HELP)
 console = Console()
 
-Document = Annotated[Path, typer.Option("--results", help="Where the tables go.")]
+Document = Annotated[Path, typer.Option("--results", help="Document that gets the tables.")]
 Pairs = Annotated[list[str], typer.Option(metavar="NAME=DIR")]
 
 
 @app.command()
 def run(
-    out: Annotated[Path, typer.Option(help="Where artifacts and results go.")],
+    out: Annotated[Path, typer.Option(help="Directory for artifacts and results.")],
     scale: Annotated[str, typer.Option(help=f"One of {', '.join(SHAPES)}.")] = "1b",
     checkpoint: Annotated[Path | None, typer.Option(help="Default runs/llama-SCALE.")] = None,
-    compositions: Annotated[int, typer.Option(help="In every bundle.")] = len(COMPOSITIONS),
-    used: Annotated[int, typer.Option(help="How many of them run.")] = 3,
-    again: Annotated[bool, typer.Option(help="Export anew what is finished.")] = False,
-    threads: Annotated[int, typer.Option(help="Of every export and artifact.")] = 2,
-    context: Annotated[int, typer.Option(help="Tokens of the cache.")] = 2048,
-    prompt: Annotated[int, typer.Option(help="Tokens of the prefill.")] = 128,
-    new_tokens: Annotated[int, typer.Option(help="Tokens written after it.")] = 64,
-    rounds: Annotated[int, typer.Option(help="Turns of every artifact.")] = 5,
+    compositions: Annotated[int, typer.Option(help="Number in a bundle.")] = len(COMPOSITIONS),
+    used: Annotated[int, typer.Option(help="Number of compositions to run.")] = 3,
+    again: Annotated[bool, typer.Option(help="Also repeat finished exports.")] = False,
+    threads: Annotated[int, typer.Option(help="Threads of exports and artifacts.")] = 2,
+    context: Annotated[int, typer.Option(help="Cache length in tokens.")] = 2048,
+    prompt: Annotated[int, typer.Option(help="Prompt length in tokens.")] = 128,
+    new_tokens: Annotated[int, typer.Option(help="Tokens to decode.")] = 64,
+    rounds: Annotated[int, typer.Option(help="Rounds of measurement.")] = 5,
     results: Document = Path("docs/results.md"),
     write: Annotated[bool, typer.Option(help="Put the tables into --results.")] = True,
 ) -> None:
-    """Make the artifacts, run them, and write the tables."""
+    """Export the artifacts, run them, and write the tables."""
     if scale not in SHAPES:
         raise typer.BadParameter(f"{scale!r}; expected one of {', '.join(SHAPES)}")
     if not 2 <= used <= compositions <= len(COMPOSITIONS):
@@ -109,7 +109,7 @@ def tables(
     results: Document = Path("docs/results.md"),
     write: Annotated[bool, typer.Option(help="Put the tables into --results.")] = True,
 ) -> None:
-    """Write the tables of a run that is over."""
+    """Write the tables of a finished run."""
     try:
         record = Results.model_validate_json((out / RESULTS).read_text(encoding="utf-8"))
     except (OSError, ValidationError) as error:

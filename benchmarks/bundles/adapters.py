@@ -1,9 +1,9 @@
 """Random adapters and compositions in the form that Learnable Calibration publishes.
 
 Nine single-task LoRAs of rank 32 with α = 16 on q, k, v, o, gate, up and down, and fourteen
-compositions of two of them: the LC++ correction of rank 4, one for all layers, on top of their
-linear merge, and the same correction with no merge underneath (arXiv 2507.16083, Eq. 5 and 7 and
-the ablation without LoRAs). Only the numbers are made up.
+compositions of two of them: the LC++ correction of rank 4, one for all layers, added to their
+linear merge, and the same correction without the merge (arXiv 2507.16083, Eq. 5 and 7 and the
+ablation without LoRAs). Only the numbers are random.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ AUXILIARIES = (*LANGUAGES, *TONES)
 ADAPTERS = (*MAINS, *AUXILIARIES)
 COMPOSITIONS = {f"{main}_{form}": (main, form) for main in MAINS for form in AUXILIARIES}
 FAMILIES = ("merged", "alone")
-_STD = 0.05  # of B; with α/r = 1/2 a typical ΔW is a tenth of weights drawn with 0.02
+_STD = 0.05  # for B; with α/r = 1/2, ΔW is about a tenth of weights with std 0.02
 
 
 def write_adapters(checkpoint: Path, out: Path, compositions: Sequence[str], seed: int = 0) -> None:
     """Write ``out/adapters/NAME`` and ``out/FAMILY/NAME``, PEFT LoRA directories.
 
-    Holds three adapters at most. ``out`` appears whole or not at all.
+    At most three adapters are in memory. ``out`` appears complete or not at all.
 
     Args:
         checkpoint: The base.
-        out: The directory to appear.
-        compositions: Names in ``COMPOSITIONS``; the adapters are those that they need.
-        seed: Of all numbers.
+        out: The directory to write.
+        compositions: Names in ``COMPOSITIONS``; only the adapters that they need are written.
+        seed: Random seed.
     """
     settings = {"compositions": list(compositions), "seed": seed, "rank": RANK, "alpha": ALPHA}
     with new_directory(out, "adapters", {"base": content_hash(checkpoint)}, settings) as (part, _):
@@ -62,13 +62,13 @@ def write_adapters(checkpoint: Path, out: Path, compositions: Sequence[str], see
 
 
 def needed(compositions: Sequence[str]) -> list[str]:
-    """The adapters that some compositions are made of."""
+    """The adapters that the given compositions are made of."""
     used = {task for name in compositions for task in COMPOSITIONS[name]}
     return [name for name in ADAPTERS if name in used]
 
 
 def linear_shapes(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
-    """(out, in) of every linear layer but the head."""
+    """(out, in) of every linear layer except the head."""
     head = model.get_output_embeddings()
     return {
         name: (module.out_features, module.in_features)
@@ -78,7 +78,7 @@ def linear_shapes(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
 
 
 def _random(shapes: Mapping[str, tuple[int, int]], seed: int) -> LowRankUpdate:
-    """A LoRA with A as PEFT begins it and B normal, its α/r inside B."""
+    """A LoRA with A initialized as in PEFT and B normal, with α/r inside B."""
     draw = torch.Generator().manual_seed(seed)
     a, b = {}, {}
     for name, (rows, width) in shapes.items():
@@ -88,7 +88,7 @@ def _random(shapes: Mapping[str, tuple[int, int]], seed: int) -> LowRankUpdate:
 
 
 def _corrected(composition: Composition, seed: int) -> LowRankUpdate:
-    """The composition with an LC++ correction whose P2, zero at the start, is random."""
+    """The composition with an LC++ correction; its P2, which training starts at 0, is random."""
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
         correction = LCPlusPlus({"it": composition})

@@ -1,4 +1,4 @@
-"""The artifacts: one folded, and a bundle of each family by each way."""
+"""Export the artifacts: one fold, and a bundle of each family in each way."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from caliport.validation.records.reports import file_sizes
 FOLDED = "folded"
 WAYS = ("methods", "inputs")
 RUNS = (FOLDED, "methods", "cached", "inputs")
-"""What runs of each family; ``cached`` are the methods, with packed weights shared."""
+"""Runs of each family; ``cached`` are the methods with shared packed weights."""
 ARTIFACTS = (FOLDED, *(f"{family}-{way}" for family in FAMILIES for way in WAYS))
 SHOWN = ("executorch", "torch", "torchao", "transformers")
 
@@ -29,19 +29,19 @@ def way_of(artifact: str) -> str:
 
 
 def family_of(artifact: str) -> str:
-    """One of ``FAMILIES``; the folded artifact is of the first."""
+    """One of ``FAMILIES``; the folded artifact belongs to the first."""
     return artifact.partition("-")[0] if artifact != FOLDED else FAMILIES[0]
 
 
 def artifact_of(family: str, run: str) -> str:
-    """The artifact that is run."""
+    """The artifact that a run uses."""
     return FOLDED if run == FOLDED else f"{family}-{run.replace('cached', 'methods')}"
 
 
 def command(
     artifact: str, checkpoint: Path, adapters: Path, compositions: Sequence[str], context: int
 ) -> list[str]:
-    """What exports an artifact but for ``--out``."""
+    """The command that exports an artifact, without ``--out``."""
     family, way = family_of(artifact), way_of(artifact)
     common = ["--base", str(checkpoint), "--precision", "int4", "--context", str(context)]
     caliport = [sys.executable, "-m", "caliport", "export", *common, "--runtime", "executorch"]
@@ -71,16 +71,16 @@ def export(
     context: int,
     threads: int,
 ) -> Export:
-    """Make and measure one artifact; a finished one of the same settings is kept.
+    """Export and measure one artifact; a finished one with the same settings is kept.
 
     Args:
-        artifact: In ``ARTIFACTS``; becomes ``out / artifact``.
-        checkpoint: A directory of ``write_checkpoint``.
-        adapters: A directory of ``write_adapters``.
-        compositions: What the bundle holds.
+        artifact: One of ``ARTIFACTS``, written to ``out / artifact``.
+        checkpoint: A directory from ``write_checkpoint``.
+        adapters: A directory from ``write_adapters``.
+        compositions: The compositions of the bundle.
         out: The directory of the run.
-        context: Tokens of the cache.
-        threads: What PyTorch and OpenMP are told to use.
+        context: Cache length in tokens.
+        threads: Threads of PyTorch and OpenMP.
 
     Raises:
         InputError: The exporter failed.
@@ -113,11 +113,10 @@ def export(
 
 
 def parts_of(artifact: str, out: Path, folded: int) -> dict[str, int]:
-    """Bytes by part: the base with its program, the adapters, the matrices of the compositions,
-    and all else, which is their programs.
+    """Bytes by part: base with its program, adapters, compositions' matrices, their programs.
 
     Args:
-        artifact: In ``ARTIFACTS``.
+        artifact: One of ``ARTIFACTS``.
         out: The directory of the run.
         folded: Bytes of the folded program.
     """

@@ -1,8 +1,9 @@
-"""The other way to bundle: one method that takes A and B of a composition as inputs.
+"""The alternative way to bundle: one method that takes a composition's A and B as inputs.
 
 ``forward(tokens, input_pos, A, B, …)`` in the order of the manifest's ``lowering.inputs``; A is
-[1, R, in] and B [1, out, R], float32. Adapters and corrections lie in files beside the program, and
-the host makes A and B of them when it switches. All compositions of one program have its R.
+[1, R, in] and B [1, out, R], float32. Adapters and corrections are stored in files beside the
+program, and the host computes A and B from them when it switches. All compositions of a program
+have the same R.
 """
 
 from __future__ import annotations
@@ -62,12 +63,12 @@ def to_inputs(
 
     Args:
         base: A Hugging Face directory of a decoder.
-        compositions: A PEFT LoRA directory for each name, all of the same ranks.
-        out: The artifact directory to appear; ``adapters/NAME.safetensors`` in it hold 8-bit
-            rows, ``compositions/NAME.safetensors`` float16.
-        adapters: PEFT LoRA directories that compositions may stand on.
-        precision: Of the base.
-        context: Tokens of the key-value cache.
+        compositions: PEFT LoRA directories by name, all with the same ranks.
+        out: The artifact directory to write; its ``adapters/NAME.safetensors`` have 8-bit rows,
+            ``compositions/NAME.safetensors`` float16 values.
+        adapters: PEFT LoRA directories of adapters that compositions may contain.
+        precision: Precision of the base.
+        context: Cache length in tokens.
     """
     inputs = {"base": content_hash(base)}
     inputs |= {name: content_hash(path) for name, path in {**adapters, **compositions}.items()}
@@ -79,7 +80,7 @@ def to_inputs(
 
 
 class _AsInputs(ExecuTorch):
-    """ExecuTorch with the terms of compositions as inputs of one method."""
+    """ExecuTorch with compositions' terms as inputs of one method."""
 
     def __init__(self, compositions: Mapping[str, Path], adapters: Mapping[str, Path]) -> None:
         self._compositions, self._adapters = compositions, adapters
@@ -154,13 +155,13 @@ def _lower(
 
 
 class _Linear(nn.Linear):
-    """Takes its terms for no part of itself: executorch 1.5.1 joins all that ``nn.Linear`` does."""
+    """A subclass, so that executorch 1.5.1 does not take its terms for a part of ``nn.Linear``."""
 
 
 def _with_inputs(
     linears: Mapping[str, nn.Module], layers: Layers, ranks: Mapping[str, int]
 ) -> Callable[..., Any]:
-    """``torch.export.export`` of a decoder whose linear layers also get terms from inputs."""
+    """``torch.export.export`` for a decoder whose linear layers also add terms from inputs."""
     plain = torch.export.export
 
     def export(decoder: nn.Module, args: Any, *, dynamic_shapes: Any, strict: bool) -> Any:
@@ -173,7 +174,7 @@ def _with_inputs(
             return found
 
         def add(index: int, _: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            # XNNPACK packs a product's right factor at every call: that is the small one here.
+            # XNNPACK packs a product's right factor at every call, so it is the small one here.
             inner = torch.bmm(given[2 * index], inputs[0].transpose(1, 2))
             return output + torch.bmm(given[2 * index + 1], inner).transpose(1, 2)
 
@@ -192,7 +193,7 @@ def _with_inputs(
 
 
 def _by_layer(lowered: Lowered, linears: Mapping[str, nn.Module]) -> Lowered:
-    """Name the inputs after their layers, so that each layer that is repeated gets its own."""
+    """Name the inputs after their layers, so that each repeated layer gets its own."""
     program = lowered.program
     specs = [s for s in program.graph_signature.input_specs if s.kind == InputKind.USER_INPUT][2:]
     names = [f"model.{name}.{side}" for name in linears for side in "AB"]
@@ -200,15 +201,15 @@ def _by_layer(lowered: Lowered, linears: Mapping[str, nn.Module]) -> Lowered:
         spec.target = name
     signature = program.module_call_graph[0].signature
     assert signature is not None
-    signature.inputs = signature.inputs[:2]  # the graph has no others by their old names
+    signature.inputs = signature.inputs[:2]  # the others were renamed in the graph
     return lowered
 
 
 class Factors:
-    """The terms of compositions as inputs, made from an artifact's files and kept.
+    """Compositions' terms as inputs, computed from an artifact's files and cached.
 
     Args:
-        directory: Of ``to_inputs``.
+        directory: An artifact directory from ``to_inputs``.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -217,7 +218,7 @@ class Factors:
         self._kept: dict[str, list[Tensor]] = {}
 
     def of(self, name: str) -> list[Tensor]:
-        """What stands in the program's inputs after tokens and position."""
+        """The program's inputs after tokens and position."""
         if name not in self._kept:
             self._kept[name] = self._made(name)
         return self._kept[name]
@@ -238,7 +239,7 @@ class Factors:
 
 
 def _save_rows(update: LowRankUpdate, path: Path) -> None:
-    """An adapter as 8-bit rows, the integers that ``caliport.export.executorch.bundle`` ships."""
+    """Save an adapter as 8-bit rows, with the integers of ``caliport.export.executorch.bundle``."""
     tensors = {}
     for module in update.modules:
         for side, matrix in (("A", update.a[module]), ("B", update.b[module])):
@@ -254,7 +255,7 @@ def _rows(matrix: Tensor, start: int, stop: int) -> Tensor:
 
 
 def _save_own(composed: Composed, path: Path) -> None:
-    """A composition's own terms, equal ones once, and which adapters it stands on."""
+    """Save a composition's own terms, equal ones once, and the names of its adapters."""
     assert composed.own is not None
     tensors: dict[str, Tensor] = {}
     places: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""What the benchmark measures, as it stands in ``results.json``."""
+"""The measurements in ``results.json``."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from caliport.validation.records.record import Machine, Record
 
 
 class Way(Record):
-    """One artifact as it ran.
+    """Measurements of one artifact.
 
     Attributes:
-        load: Seconds from opening the program to the first token of its first composition, each.
-        memory: Most resident bytes with the first composition, after its first turn.
-        more: The same beyond that for each further composition used, in the order of use.
-        prefill, decode: Tokens a second in each turn.
-        cold: Seconds to the first token of a composition that was not used before, each.
-        warm: The same of one used before, each.
+        load: Seconds from opening the program to the first token of its first composition, of each
+            load.
+        memory: Peak resident bytes with the first composition, after its first turn.
+        more: Additional bytes for each further composition used, in the order of use.
+        prefill, decode: Tokens per second in each turn.
+        cold: Seconds to the first token of a composition on its first use, of each.
+        warm: Seconds to the first token of a composition on later uses, of each.
     """
 
     load: list[float]
@@ -28,11 +29,11 @@ class Way(Record):
 
 
 class Parity(Record):
-    """Logits after the prompt by the two ways of one family, over the compositions that ran.
+    """Agreement of the logits after the prompt between the two ways of one family.
 
     Attributes:
-        difference: The largest of |methods - inputs| over the largest of |inputs|.
-        cosine: The smallest.
+        difference: Maximum of |methods - inputs| over the maximum of |inputs|.
+        cosine: The lowest cosine over the compositions that ran.
     """
 
     difference: float
@@ -40,17 +41,17 @@ class Parity(Record):
 
 
 class Results(Record):
-    """All that a run found.
+    """All results of a run.
 
     Attributes:
-        parameters: Of the checkpoint.
-        context, prompt_tokens, new_tokens, threads: What was asked for.
-        compositions: How many each bundle holds.
-        versions: Of packages.
-        exports: By artifact.
+        parameters: Number of the checkpoint's parameters.
+        context, prompt_tokens, new_tokens, threads: The run's settings.
+        compositions: Number of compositions in each bundle.
+        versions: Versions of packages.
+        exports: Exports by artifact.
         parts: Bytes by artifact and part: ``base``, ``adapters``, ``own``, ``programs``, ``total``.
-        ways: By family and ``exporting.RUNS``.
-        parity: By family.
+        ways: Measurements by family and ``exporting.RUNS``.
+        parity: Parity by family.
     """
 
     machine: Machine

@@ -1,7 +1,7 @@
-"""An artifact of a bundle in a process of its own, which answers every line.
+"""A worker process that loads an artifact and answers every input line with a measurement.
 
-The first answer comes unasked: what loading took. A line names a composition and is answered with a
-turn of it; ``logits NAME`` with the logits after the prompt.
+The first output line is the time to load. A line that names a composition is answered with a turn
+of it; ``logits NAME`` with the logits after the prompt.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ class Turn(NamedTuple):
     """One turn of a composition.
 
     Attributes:
-        switch: Seconds until the first token of a prompt of one token.
-        prefill: Seconds to read the prompt.
+        switch: Seconds to the first token of a one-token prompt.
+        prefill: Seconds to prefill the prompt.
         decode: Seconds for the tokens after the first.
-        memory: The most resident bytes so far, beyond those before the program was loaded.
+        memory: Peak resident bytes so far, minus those before the program was loaded.
     """
 
     switch: float
@@ -37,7 +37,7 @@ class Turn(NamedTuple):
 
 
 def inputs_of(way: str, directory: Path) -> Callable[[str], tuple[str, list[Any]]]:
-    """The method of a composition and what it takes beside tokens and position."""
+    """The method of a composition, and its inputs besides tokens and position."""
     if way in ("methods", "cached"):
         return lambda name: (name, [])
     if way == "folded":
@@ -54,8 +54,8 @@ class Held:
     Args:
         way: ``folded``, ``methods``, ``cached`` (methods that share packed weights) or ``inputs``.
         directory: Holds ``model.pte``.
-        threads: Of ExecuTorch's pool.
-        first: The composition to load with it.
+        threads: Threads of ExecuTorch's pool.
+        first: The composition to load first.
     """
 
     def __init__(self, way: str, directory: Path, threads: int, first: str) -> None:
@@ -75,11 +75,11 @@ class Held:
 
     @property
     def memory(self) -> int:
-        """The most resident bytes so far, beyond those before loading."""
+        """Peak resident bytes so far, minus those before loading."""
         return _resident("VmHWM") - self._before
 
     def turn(self, name: str, prompt: list[int], new_tokens: int) -> Turn:
-        """Switch to a composition, read the prompt and write ``new_tokens`` tokens."""
+        """Switch to a composition, prefill the prompt and decode ``new_tokens`` tokens."""
         start = time.perf_counter()
         self.forward(name, prompt[:1], 0)
         switched = time.perf_counter()
@@ -91,7 +91,7 @@ class Held:
         return Turn(switched - start, first - switched, over - first, self.memory)
 
     def forward(self, name: str, tokens: list[int], position: int) -> Any:
-        """Logits of the last of some tokens, float32 [vocab]."""
+        """Logits of the last token, float32 [vocab]."""
         import torch
 
         method, more = self._inputs_of(name)
@@ -100,10 +100,11 @@ class Held:
 
 
 def share_packed_weights() -> None:
-    """Let XNNPACK pack weights of equal keys once, which executorch 1.5.1 leaves off.
+    """Make XNNPACK pack weights with equal keys once, which is off by default in executorch 1.5.1.
 
-    C++ has ``executorch::runtime::set_option`` for it and Python nothing, so the library is called.
-    An option is 64 bytes of key and a variant: 256 bytes of value, and its type, 0 for a bool.
+    C++ has ``executorch::runtime::set_option`` for it but Python has nothing, so the library is
+    called directly. An option is 64 bytes of key and a variant: 256 bytes of value, and its type,
+    0 for a bool.
     """
     import executorch.extension.pybindings as bindings
 
@@ -124,9 +125,9 @@ def _resident(field: str = "VmRSS") -> int:
 def work(
     way: str, directory: Path, first: str, threads: int, prompt_tokens: int, new_tokens: int
 ) -> None:
-    """Load an artifact and answer.
+    """Load an artifact and answer input lines.
 
-    ExecuTorch prints to the standard output too; so its becomes the standard error.
+    ExecuTorch also prints to standard output; its output is redirected to standard error.
     """
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

@@ -1,4 +1,4 @@
-"""The tables of ``results.json`` as Markdown."""
+"""Render ``results.json`` as Markdown tables."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ _PARTS = {"adapters": "adapters", "own": "corrections", "programs": "programs", 
 
 
 def render(results: Results) -> str:
-    """All tables with the words that they need."""
+    """All tables with their explanations."""
     return "\n\n".join(_parts(results))
 
 
 def added(results: Results, artifact: str) -> float:
-    """What the compositions add beyond base and adapters, over the folded program."""
+    """Bytes that compositions add to base and adapters, relative to the folded program."""
     parts = results.parts[artifact]
     return (parts["own"] + parts["programs"]) / parts["base"]
 
 
 def whole(results: Results, artifact: str) -> float:
-    """The whole bundle over the folded program."""
+    """Bytes of the whole bundle relative to the folded program."""
     return results.parts[artifact]["total"] / results.parts[artifact]["base"]
 
 
@@ -48,15 +48,15 @@ def _parts(results: Results) -> Iterable[str]:
     yield _sizes(results)
     for family in results.ways:
         yield _speeds(results, family)
-    yield "Logits after the prompt by methods against those by inputs: " + "; ".join(
-        f"{_FAMILIES[family]}, apart by {found.difference:.3f} of the largest at most, cosine "
+    yield "Logits after the prompt, methods against inputs: " + "; ".join(
+        f"{_FAMILIES[family]}, largest difference {found.difference:.3f} of the largest, cosine "
         f"{found.cosine:.5f}"
         for family, found in results.parity.items()
     )
 
 
 def _sizes(results: Results) -> str:
-    """Bytes by part, and what the export took."""
+    """Bytes by part, and time and memory of the export."""
     rows = []
     for name in ARTIFACTS:
         parts, made = results.parts[name], results.exports[name]
@@ -78,7 +78,7 @@ def _sizes(results: Results) -> str:
 
 
 def _speeds(results: Results, family: str) -> str:
-    """How one family runs."""
+    """Speed and memory of one family."""
     ways = results.ways[family]
     units: tuple[tuple[str, Callable[[Way], float | None], str], ...] = (
         ("load", lambda w: _median(w.load), "{:.1f} s"),

@@ -1,4 +1,4 @@
-"""Artifacts are loaded once, in a process each, and take turns with their compositions."""
+"""Measure artifacts in turns, each loaded once in its own process."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from benchmarks.export.turns import PAUSE, Course, Process, cosine
 
 
 class Runner(Process):
-    """A process that holds an artifact.
+    """A worker process with an artifact.
 
     Attributes:
-        loaded: Seconds it took to load and to use the first composition.
+        loaded: Seconds to load and to use the first composition.
         cold: The first turns of its compositions, in order.
         warm: All later turns.
     """
@@ -35,7 +35,7 @@ class Runner(Process):
         self.warm: list[Turn] = []
 
     def turn(self, name: str) -> None:
-        """Let it have a turn of a composition."""
+        """Run one turn of a composition."""
         turn = Turn(*self.ask(f"turn {name}"))
         if name in self.cold:
             self.warm.append(turn)
@@ -43,11 +43,11 @@ class Runner(Process):
             self.cold[name] = turn
 
     def logits(self, name: str) -> np.ndarray:
-        """After the prompt, float32 [vocab]."""
+        """Logits after the prompt, float32 [vocab]."""
         return np.array(self.ask(f"logits {name}"), np.float32)
 
     def way(self, course: Course) -> Way:
-        """What was measured."""
+        """The measurements."""
         memory = [turn.memory for turn in self.cold.values()]
         return Way(
             load=[self.loaded],
@@ -63,16 +63,16 @@ class Runner(Process):
 def run(
     family: str, out: Path, compositions: Sequence[str], course: Course
 ) -> tuple[dict[str, Way], Parity]:
-    """Load what runs of a family, use every composition once, then the first two in turns.
+    """Load the artifacts of a family, use every composition once, then the first two in turns.
 
     Args:
-        family: Of ``adapters.FAMILIES``.
+        family: One of ``adapters.FAMILIES``.
         out: The directory of the run.
-        compositions: Those that are used; a folded artifact has the first alone.
-        course: What is done in a turn, and how often.
+        compositions: The compositions to use; a folded artifact only has the first.
+        course: The work of a turn, and the number of turns.
 
     Returns:
-        What was measured by ``exporting.RUNS``, and how far methods and inputs are apart.
+        Measurements by ``exporting.RUNS``, and the parity of methods and inputs.
     """
     draw = random.Random(0)
     runners: dict[str, Runner] = {}
@@ -99,7 +99,7 @@ def run(
 
 
 def loads(family: str, out: Path, first: str, course: Course) -> dict[str, list[float]]:
-    """Seconds that loading takes, three times by ``exporting.RUNS``, with nothing else loaded."""
+    """Seconds to load, three times by ``exporting.RUNS``, with nothing else loaded."""
     found: dict[str, list[float]] = {name: [] for name in RUNS}
     for _ in range(3):
         for name, seconds in found.items():

@@ -1,1 +1,1 @@
-"""Our exports of a Llama of the 1B shape beside those of the peers, in one run."""
+"""Benchmark of caliport's exporters against other tools, on a Llama of the 1B shape."""

@@ -1,14 +1,14 @@
-"""Our exports of a Llama of the 1B shape beside those of the peers, as a table of ratios.
+"""Compare caliport's exports of a Llama of the 1B shape with other exporters ("peers").
 
     python -m benchmarks.export setup
     python -m benchmarks.export checkpoint --out runs/llama-1b
     python -m benchmarks.export run --checkpoint runs/llama-1b --out runs/export-benchmark
 
-Every exporter runs as the command that its own documents give, in an environment of its own, one
-after the other. A finished export is kept, so a killed run goes on with the same command (ours too,
-whatever changed in our code: ``--again --only caliport-onnx`` exports anew); how fast the artifacts
-run is measured every time, with all of them in turns. ``--scale tiny`` makes a checkpoint with
-which all of this takes minutes.
+Every exporter runs as the command in its own documentation, in its own environment, one after the
+other. Finished exports are kept, so the same command resumes a killed run (also after changes to
+caliport's code: ``--again --only caliport-onnx`` exports again); the speed of all artifacts is
+measured in turns every time. ``--scale tiny`` makes a checkpoint with which all of this takes
+minutes.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, help=_HELP)
 console = Console()
 
 Only = Annotated[list[str] | None, typer.Option("--only", help="An exporter; repeatable.")]
-Peers = Annotated[Path, typer.Option(help="Where the peers' environments are.")]
-Document = Annotated[Path, typer.Option("--results", help="Where the tables go.")]
+Peers = Annotated[Path, typer.Option(help="Directory of the peers' environments.")]
+Document = Annotated[Path, typer.Option("--results", help="Document that gets the tables.")]
 
 
 @app.command()
 def checkpoint(
-    out: Annotated[Path, typer.Option(help="The directory to appear.")],
+    out: Annotated[Path, typer.Option(help="The directory to write.")],
     scale: Annotated[str, typer.Option(help=f"One of {', '.join(SHAPES)}.")] = "1b",
-    seed: Annotated[int, typer.Option(help="Of weights and tokenizer.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of weights and tokenizer.")] = 0,
 ) -> None:
     """Write a Llama-3.2-1B-shaped checkpoint with random weights."""
     if scale not in SHAPES:
@@ -58,27 +58,27 @@ def checkpoint(
 
 @app.command()
 def setup(only: Only = None, peers: Peers = PEERS) -> None:
-    """Make the peers' virtual environments with pip; finished ones are left as they are."""
+    """Create the peers' virtual environments with pip; finished ones are kept."""
     for name in _chosen(only):
         console.print(f"{name}: {'installed' if install(name, peers) else 'nothing to do'}")
 
 
 @app.command()
 def run(
-    checkpoint: Annotated[Path, typer.Option(help="A directory of `checkpoint`.")],
-    out: Annotated[Path, typer.Option(help="Where artifacts and results go.")],
+    checkpoint: Annotated[Path, typer.Option(help="A directory from `checkpoint`.")],
+    out: Annotated[Path, typer.Option(help="Directory for artifacts and results.")],
     only: Only = None,
-    again: Annotated[bool, typer.Option(help="Export anew what is finished.")] = False,
-    threads: Annotated[int, typer.Option(help="Of every export and artifact.")] = 2,
-    context: Annotated[int, typer.Option(help="Tokens of the cache.")] = 2048,
-    prompt: Annotated[int, typer.Option(help="Tokens of the prefill.")] = 128,
-    new_tokens: Annotated[int, typer.Option(help="Tokens written after it.")] = 64,
-    rounds: Annotated[int, typer.Option(help="Turns of every artifact.")] = 7,
+    again: Annotated[bool, typer.Option(help="Also repeat finished exports.")] = False,
+    threads: Annotated[int, typer.Option(help="Threads of exports and artifacts.")] = 2,
+    context: Annotated[int, typer.Option(help="Cache length in tokens.")] = 2048,
+    prompt: Annotated[int, typer.Option(help="Prompt length in tokens.")] = 128,
+    new_tokens: Annotated[int, typer.Option(help="Tokens to decode.")] = 64,
+    rounds: Annotated[int, typer.Option(help="Rounds of measurement.")] = 7,
     peers: Peers = PEERS,
     results: Document = Path("docs/results.md"),
     write: Annotated[bool, typer.Option(help="Put the tables into --results.")] = True,
 ) -> None:
-    """Export with every exporter, run what they made, and write the tables."""
+    """Export with every exporter, run the artifacts, and write the tables."""
     names = _chosen(only)
     check_installed(names, peers)
     manifest = read_manifest(checkpoint)
@@ -131,7 +131,7 @@ def tables(
     results: Document = Path("docs/results.md"),
     write: Annotated[bool, typer.Option(help="Put the tables into --results.")] = True,
 ) -> None:
-    """Write the tables of a run that is over."""
+    """Write the tables of a finished run."""
     _show(read_results(out / RESULTS), results if write else None)
 
 
@@ -143,7 +143,7 @@ def _chosen(only: list[str] | None) -> list[str]:
 
 
 def _show(record: Results, document: Path | None) -> None:
-    """Print the tables and put them where they belong."""
+    """Print the tables and put them into the document."""
     console.print(Markdown(render(record)))
     if document is not None:
         write_tables(record, document)

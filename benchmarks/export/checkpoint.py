@@ -1,4 +1,4 @@
-"""A checkpoint of the shape of Llama-3.2-1B with random weights, written tensor by tensor.
+"""Write a checkpoint with the shape of Llama-3.2-1B and random weights, tensor by tensor.
 
 Nothing is downloaded and the same seed gives the same bytes. At most one tensor is in memory.
 """
@@ -33,9 +33,9 @@ _STD = 0.02
 
 @dataclass(frozen=True)
 class Shape:
-    """Shape of a Llama decoder with tied embeddings; the defaults are Llama-3.2-1B's.
+    """Shape of a Llama decoder with tied embeddings; the defaults are those of Llama-3.2-1B.
 
-    ``reserved`` rows of the embedding are special tokens, as in Llama's own vocabulary.
+    ``reserved`` rows of the embedding are special tokens, as in Llama's vocabulary.
     """
 
     vocab: int = 128256
@@ -56,13 +56,13 @@ SHAPES = {
 
 
 def write_checkpoint(shape: Shape, out: Path, seed: int = 0) -> int:
-    """Write a Hugging Face directory; ``out`` appears whole or not at all.
+    """Write a Hugging Face directory; ``out`` appears complete or not at all.
 
     Args:
-        shape: Of the model.
-        out: The directory to appear: ``config.json``, ``generation_config.json``,
+        shape: Shape of the model.
+        out: The directory to write: ``config.json``, ``generation_config.json``,
             ``model.safetensors`` in bfloat16, ``tokenizer.json``, ``tokenizer_config.json``.
-        seed: Of the weights and of the text that the tokenizer is trained on.
+        seed: Random seed of the weights and of the tokenizer's training text.
 
     Returns:
         The number of parameters; tied ones count once.
@@ -84,7 +84,7 @@ def write_checkpoint(shape: Shape, out: Path, seed: int = 0) -> int:
 
 
 def tensor_shapes(shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and sizes of the checkpoint's tensors, in the order of the file."""
+    """Names and shapes of the checkpoint's tensors, in the order of the file."""
     inner, narrow = shape.heads * shape.head_dim, shape.key_value_heads * shape.head_dim
     yield "model.embed_tokens.weight", (shape.vocab, shape.hidden)
     for layer in range(shape.layers):
@@ -109,7 +109,7 @@ def _count(sizes: tuple[int, ...]) -> int:
 
 
 def _write_weights(tensors: dict[str, tuple[int, ...]], path: Path, seed: int) -> None:
-    """A safetensors file: the header's length, the header, and the tensors one after the other."""
+    """Write a safetensors file: the header's length, the header, and the tensors in order."""
     import torch
 
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -128,7 +128,7 @@ def _write_weights(tensors: dict[str, tuple[int, ...]], path: Path, seed: int) -
 
 
 def _random(sizes: tuple[int, ...], draw: torch.Generator) -> Iterator[torch.Tensor]:
-    """Norms are 1, all else is normal; a large matrix comes in pieces of its rows."""
+    """Yield a tensor in slices of rows: 1 for norms, normally distributed otherwise."""
     import torch
 
     if len(sizes) == 1:
@@ -166,7 +166,7 @@ def _tokenizer(shape: Shape, seed: int) -> Tokenizer:
 
 
 def _texts(words: int, seed: int) -> Iterator[str]:
-    """Lines of ``words`` invented words; a word's frequency falls with its rank."""
+    """Lines of ``words`` invented words, with frequencies that fall with a word's rank."""
     draw = random.Random(seed)
     syllables = [c + v + e for c in "bcdfgklmnprstvz" for v in "aeiou" for e in ("", "n", "r", "s")]
     lexicon: dict[str, None] = {}
@@ -179,7 +179,7 @@ def _texts(words: int, seed: int) -> Iterator[str]:
 
 
 def _settings(shape: Shape, tokenizer: Tokenizer) -> dict[str, dict[str, Any]]:
-    """The JSON files beside the weights, in the form that Llama's own have."""
+    """The JSON files beside the weights, in the format of Llama's files."""
     begin, end, turn = (tokenizer.token_to_id(token) for token in (BEGIN, END, TURN))
     ids = {"bos_token_id": begin, "eos_token_id": [end, turn]}
     config = {

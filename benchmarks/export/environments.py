@@ -1,4 +1,4 @@
-"""A virtual environment for each peer, since they pin libraries that ours cannot have."""
+"""A virtual environment for each peer, since peers pin versions that conflict with ours."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ print(json.dumps({name: metadata.version(name) for name in sys.argv[1:]}))
 
 
 def install(name: str, peers: Path) -> bool:
-    """Make a peer's environment with pip; nothing is done where it is finished.
+    """Create a peer's environment with pip, unless it is finished.
 
     Args:
-        name: In ``EXPORTERS``.
+        name: One of ``EXPORTERS``.
         peers: The directory of all environments.
 
     Returns:
@@ -49,20 +49,20 @@ def check_installed(names: Sequence[str], peers: Path) -> None:
     """Check that every peer of ``names`` has its environment.
 
     Raises:
-        InputError: One has not.
+        InputError: An environment is missing.
     """
     missing = [
         name for name in names if EXPORTERS[name].installs and not (peers / name / _READY).is_file()
     ]
     if missing:
         raise InputError(
-            f"{peers}: no environment of {', '.join(missing)}; `python -m benchmarks.export setup` "
-            "makes them"
+            f"{peers}: no environment for {', '.join(missing)}; create them with `python -m "
+            "benchmarks.export setup`"
         )
 
 
 def installed(name: str, peers: Path) -> dict[str, str]:
-    """Versions of the packages of an exporter that the tables name."""
+    """Versions of an exporter's packages that the tables show."""
     command = [interpreter(name, peers), "-c", _VERSIONS, *EXPORTERS[name].shown]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     found: dict[str, str] = json.loads(done.stdout)

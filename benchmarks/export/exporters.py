@@ -1,4 +1,4 @@
-"""The exporters: what each needs installed, and the command that a reader would type."""
+"""The exporters: the packages that each needs, and the command that a user would type."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ TORCH = "torch==2.13.0"
 
 @dataclass(frozen=True)
 class Job:
-    """One export: from which checkpoint to which directory, with how much context.
+    """One export: checkpoint, output directory and context length.
 
-    ``work`` is a directory for what is made on the way; ``python`` the exporter's interpreter.
+    ``work`` is a directory for intermediate files, ``python`` the exporter's interpreter.
     """
 
     checkpoint: Path
@@ -28,16 +28,16 @@ class Job:
 
 @dataclass(frozen=True)
 class Exporter:
-    """A way from the checkpoint to an artifact.
+    """A tool that exports the checkpoint to an artifact.
 
     Attributes:
-        title: In the tables.
+        title: Its name in the tables.
         runtime: ``executorch`` or ``onnx``.
-        installs: Arguments of one ``pip install`` after the other; empty means our environment.
-            The first is always torch by its exact version, so that no other is ever resolved.
-        shown: Packages whose versions the tables name.
+        installs: Arguments of each ``pip install``, in order; empty for caliport's environment.
+            The first is always torch with an exact version, so that pip resolves no other.
+        shown: Packages whose versions the tables show.
         command: The command to measure.
-        prepare: What is done before, unmeasured.
+        prepare: Preparation that is not measured.
     """
 
     title: str
@@ -49,7 +49,7 @@ class Exporter:
 
 
 def interpreter(name: str, peers: Path) -> str:
-    """The Python that an exporter runs under."""
+    """The Python interpreter that an exporter runs in."""
     return str(peers / name / "bin" / "python") if EXPORTERS[name].installs else sys.executable
 
 
@@ -81,7 +81,7 @@ def _export_llm(job: Job) -> list[str]:
 
 
 def _meta_checkpoint(job: Job) -> None:
-    """Meta's form of the weights; settings for XNNPACK, in groups of 32 as all have here."""
+    """Convert the weights to Meta's format; write settings for XNNPACK with groups of 32."""
     from benchmarks.export.meta import CHECKPOINT, PARAMETERS, write_meta
 
     write_meta(job.checkpoint, job.work)
@@ -122,9 +122,10 @@ def _model_builder(job: Job) -> list[str]:
 
 
 def _short_context(job: Job) -> None:
-    """The checkpoint under a configuration of the wanted context.
+    """Link the checkpoint with a config of the requested context.
 
-    The builder has no option for it and else writes rotary tables for all positions of the base.
+    The builder has no option for it and otherwise writes rotary tables for all of the base's
+    positions.
     """
     view = job.work / "checkpoint"
     view.mkdir()
@@ -157,7 +158,7 @@ EXPORTERS: dict[str, Exporter] = {
                 "torchao==0.18.0",
                 "accelerate==1.15.0",
             ),
-            # what it asks for stands above, in the versions that work together
+            # its requirements are listed above, in versions that work together
             ("--no-deps", "optimum-executorch==1.1.0"),
         ),
         shown=("optimum-executorch", "executorch", "torch", "torchao", "transformers"),
@@ -200,7 +201,7 @@ EXPORTERS: dict[str, Exporter] = {
 
 
 def fresh(directory: Path) -> Path:
-    """An empty directory in place of whatever was there."""
+    """Create an empty directory; an existing one is removed first."""
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     return directory

@@ -1,4 +1,4 @@
-"""One export: prepared, measured, and kept."""
+"""Run one export: prepare and measure it, or keep a finished one."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from caliport.validation.records.reports import file_sizes
 def export(
     name: str, checkpoint: Path, out: Path, context: int, threads: int, peers: Path
 ) -> tuple[Export, bool]:
-    """Make and measure one artifact; a finished one of the same settings is kept.
+    """Export and measure one artifact; a finished one with the same settings is kept.
 
     Args:
-        name: In ``EXPORTERS``.
-        checkpoint: A directory of ``write_checkpoint``.
-        out: The directory of the run; ``NAME`` in it is the artifact, ``NAME.json`` what it took,
-            ``NAME.log`` what the exporter printed.
-        context: Tokens of the cache.
-        threads: What PyTorch and OpenMP are told to use.
+        name: One of ``EXPORTERS``.
+        checkpoint: A directory from ``write_checkpoint``.
+        out: The directory of the run; ``NAME`` in it is the artifact, ``NAME.json`` the
+            measurements, ``NAME.log`` the exporter's output.
+        context: Cache length in tokens.
+        threads: Threads of PyTorch and OpenMP.
         peers: The directory of the peers' environments.
 
     Returns:
-        What it took, and whether that is new.
+        The measurements, and whether the export was made now.
 
     Raises:
         InputError: The exporter failed.
@@ -64,6 +64,6 @@ def export(
 
 
 def _environment(threads: int) -> dict[str, str]:
-    """Our variables without our modules and without a network to ask."""
+    """This process's environment variables, without its modules and with networking disabled."""
     ours = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     return {**ours, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}

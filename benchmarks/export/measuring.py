@@ -1,4 +1,4 @@
-"""Wall time and peak memory of a command with everything it starts."""
+"""Measure wall time and peak memory of a command and its descendants."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _TAIL = 2000
 
 @dataclass(frozen=True)
 class Usage:
-    """What a command took: wall seconds, and resident bytes of its processes at their highest."""
+    """Wall time in seconds, and peak resident bytes of all processes of a command."""
 
     seconds: float
     peak_bytes: int
@@ -30,20 +30,20 @@ def measured(
     cwd: Path | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> Usage:
-    """Run a command to its end.
+    """Run a command to its end and measure it.
 
-    Memory is read ten times a second from ``/proc``: the sum of what all processes of the tree
-    hold, and the peak that the kernel keeps of each (``VmHWM``), which no reading misses. The
-    largest of all is the peak. Mapped pages of files count as long as they are resident.
+    Memory is read ten times a second from ``/proc``: the resident memory of all processes of the
+    tree together, and the kernel's peak of each process (``VmHWM``), which cannot be missed between
+    readings. The largest value is the peak. Mapped file pages count while they are resident.
 
     Args:
         command: Program and arguments.
-        log: Where its output goes.
+        log: File for its output.
         cwd: Directory to run in.
-        environment: All of its variables; default ours.
+        environment: All of its environment variables; default those of this process.
 
     Raises:
-        InputError: It failed; the end of its output is in the message.
+        InputError: It failed; the message contains the end of its output.
     """
     start = time.perf_counter()
     with log.open("wb") as stream:
@@ -54,7 +54,7 @@ def measured(
         try:
             code = process.wait()
         finally:
-            process.kill()  # when this process is interrupted, so is that one
+            process.kill()  # if this process is interrupted
             seconds = time.perf_counter() - start
             peak = watch.stop()
     if code:
@@ -64,7 +64,7 @@ def measured(
 
 
 class _Watch(threading.Thread):
-    """Reads the memory of a process and its descendants until it is told to stop."""
+    """Reads the memory of a process and its descendants until it is stopped."""
 
     def __init__(self, pid: int) -> None:
         super().__init__(daemon=True)
@@ -74,7 +74,7 @@ class _Watch(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        """Keep the highest reading."""
+        """Record the highest reading."""
         while not self._over.wait(_INTERVAL):
             readings = [_memory(pid) for pid in _tree(self._pid)]
             together = sum(now for now, _ in readings)
@@ -88,7 +88,7 @@ class _Watch(threading.Thread):
 
 
 def _tree(pid: int) -> list[int]:
-    """The process and all that descend from it."""
+    """The process and all its descendants."""
     import psutil
 
     try:
@@ -98,7 +98,7 @@ def _tree(pid: int) -> list[int]:
 
 
 def _memory(pid: int) -> tuple[int, int]:
-    """Resident bytes of a process, now and at their highest; zeros once it has ended."""
+    """Current and peak resident bytes of a process; zeros once it has ended."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
     except OSError:

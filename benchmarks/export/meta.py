@@ -1,8 +1,8 @@
-"""The checkpoint in Meta's form, which ExecuTorch's own ``export_llm`` reads.
+"""Convert the checkpoint to Meta's format, which ExecuTorch's ``export_llm`` reads.
 
-ExecuTorch's converters go from torchtune or for other models, so this does what they would do for
-a Llama: other names, and the rows of queries and keys in the order of Meta's rotary embedding,
-which turns neighbouring values where transformers turns the two halves of a head.
+ExecuTorch's converters are for torchtune or other models, so this does the same for a Llama: rename
+tensors, and reorder the rows of queries and keys for Meta's rotary embedding, which rotates
+neighbouring values where transformers rotates the two halves of a head.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def write_meta(checkpoint: Path, out: Path) -> None:
     """Write ``consolidated.00.pth`` and ``params.json`` into ``out``; tied weights stay tied.
 
     Args:
-        checkpoint: A directory of ``write_checkpoint``.
-        out: A directory, made if need be.
+        checkpoint: A directory from ``write_checkpoint``.
+        out: The directory to write to; created if needed.
     """
     import torch
     from safetensors.torch import load_file
@@ -61,7 +61,7 @@ def write_meta(checkpoint: Path, out: Path) -> None:
 
 
 def interleave(weight: Tensor, heads: int) -> Tensor:
-    """Rows [head, half, pair] in the order [head, pair, half]; ``weight`` is [rows, columns]."""
+    """Reorder rows from [head, half, pair] to [head, pair, half]; ``weight`` is [rows, columns]."""
     rows, columns = weight.shape
     halves = weight.view(heads, 2, rows // heads // 2, columns)
     return halves.transpose(1, 2).reshape(rows, columns)

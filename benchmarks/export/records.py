@@ -1,4 +1,4 @@
-"""What the benchmark measures, as it stands in ``results.json``."""
+"""The measurements in ``results.json``."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class Export(Record):
     Attributes:
         exporter: Its name in ``EXPORTERS``.
         checkpoint: Key of the checkpoint it was made from.
-        context: Tokens of the cache that it was asked for.
-        threads: Threads it was given.
-        seconds, peak_bytes: Wall time, and resident memory of the process tree at its highest.
+        context: Requested cache length in tokens.
+        threads: Number of threads of the export.
+        seconds, peak_bytes: Wall time, and peak resident memory of the process tree.
         files: Bytes of every file of the artifact.
-        versions: Of the packages that matter, in the exporter's own environment.
+        versions: Versions of the relevant packages in the exporter's environment.
     """
 
     exporter: str
@@ -36,13 +36,13 @@ class Export(Record):
 
 
 class Speed(Record):
-    """How fast an artifact runs.
+    """Speed of an artifact.
 
     Attributes:
-        exporter: Whose artifact.
-        variant: How it was run, such as ``as written``; empty where there is one way.
-        prefill, decode: Tokens a second in each round.
-        cosine: Of its logits after the prompt with those of the float32 checkpoint.
+        exporter: The exporter that made it.
+        variant: How it was run, such as ``as written``; empty if there is only one way.
+        prefill, decode: Tokens per second in each round.
+        cosine: Cosine of its logits after the prompt with those of the float32 checkpoint.
     """
 
     exporter: str
@@ -53,12 +53,12 @@ class Speed(Record):
 
 
 class Results(Record):
-    """All that a run found.
+    """All results of a run.
 
     Attributes:
-        parameters: Of the checkpoint.
-        context, prompt_tokens, new_tokens, threads: What was asked for.
-        versions: Of the environment that ran the artifacts.
+        parameters: Number of the checkpoint's parameters.
+        context, prompt_tokens, new_tokens, threads: The run's settings.
+        versions: Package versions of the environment that ran the artifacts.
     """
 
     machine: Machine
@@ -73,28 +73,28 @@ class Results(Record):
 
 
 def write_record(record: Record, path: Path) -> None:
-    """Write a record as JSON; the file appears whole or not at all."""
+    """Write a record as JSON; the file appears complete or not at all."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
     partial.replace(path)
 
 
 def read_results(path: Path) -> Results:
-    """Read ``results.json`` back.
+    """Read ``results.json``.
 
     Raises:
-        InputError: Missing, or not what this benchmark wrote.
+        InputError: The file is missing or was not written by this benchmark.
     """
     try:
         return Results.model_validate_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file; `python -m benchmarks.export run` first") from None
+        raise InputError(f"{path}: no such file; run `python -m benchmarks.export run`") from None
     except ValidationError as error:
         raise InputError(f"{path}: not results of this benchmark ({error})") from None
 
 
 def read_export(path: Path) -> Export | None:
-    """A finished export, or None where there is none that can be read."""
+    """Read a finished export; None if it is missing or unreadable."""
     try:
         return Export.model_validate_json(path.read_text(encoding="utf-8"))
     except (OSError, ValidationError):

@@ -1,7 +1,7 @@
-"""An artifact in a process of its own, which answers every line with the times of one turn.
+"""A worker process that loads an artifact and answers every input line with one turn's times.
 
-A turn reads the prompt and writes tokens greedily: ``prefill`` is the time to the first token,
-``decode`` that of the others.
+A turn prefills the prompt and decodes tokens greedily: ``prefill`` is the time to the first token,
+``decode`` the time of the others.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Turn(NamedTuple):
-    """Seconds of a turn."""
+    """Times of a turn, in seconds."""
 
     prefill: float
     decode: float
@@ -39,17 +39,17 @@ class Loaded(Protocol):
 
 
 def prompt_of(length: int) -> list[int]:
-    """Token ids that every byte-level vocabulary of ours has."""
+    """Token ids that every byte-level vocabulary of this benchmark has."""
     draw = random.Random(0)
     return [draw.randrange(256) for _ in range(length)]
 
 
 class ExecuTorchProgram:
-    """A ``.pte`` with ``forward(tokens, position)``, ours or another's.
+    """A ``.pte`` with ``forward(tokens, position)``, by caliport or another exporter.
 
     Args:
-        directory: Holds the one ``.pte``.
-        threads: Of ExecuTorch's pool.
+        directory: Directory with a single ``.pte``.
+        threads: Threads of ExecuTorch's pool.
     """
 
     def __init__(self, directory: Path, threads: int) -> None:
@@ -60,7 +60,7 @@ class ExecuTorchProgram:
         portable_lib._unsafe_reset_threadpool(threads)
         (program,) = directory.glob("*.pte")
         self._module = portable_lib._load_for_executorch(str(program))
-        # one number, or the position of every token
+        # a single number, or the position of every token
         positions = self._module.method_meta("forward").input_tensor_meta(1).sizes()
         self._every = positions[0] > 1
 
@@ -84,11 +84,11 @@ class ExecuTorchProgram:
         count = len(tokens) if self._every else 1
         inputs = [torch.tensor([tokens]), torch.arange(position, position + count)]
         out = self._module.forward(inputs, clone_outputs=False)[0]
-        return out.reshape(-1, out.shape[-1])[-1]  # some give the logits of every token
+        return out.reshape(-1, out.shape[-1])[-1]  # some programs return all tokens' logits
 
 
 class GenaiDirectory:
-    """A directory that ``onnxruntime_genai`` runs, as its own configuration says."""
+    """A directory that ``onnxruntime_genai`` runs with the directory's own configuration."""
 
     def __init__(self, directory: Path, threads: int) -> None:
         import onnxruntime_genai as genai
@@ -132,9 +132,9 @@ LOADERS: dict[str, Callable[[Path, int], Loaded]] = {
 
 
 def work(runtime: str, directory: Path, threads: int, prompt_tokens: int, new_tokens: int) -> None:
-    """Load an artifact, write its logits to our output, and answer every line with a turn.
+    """Load an artifact, print its logits, and answer every input line with a turn.
 
-    The runtimes print to the standard output too; so theirs becomes the standard error.
+    The runtimes also print to standard output; their output is redirected to standard error.
     """
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

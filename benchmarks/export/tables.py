@@ -1,4 +1,4 @@
-"""The tables of ``results.json``, as Markdown between two marks of docs/results.md."""
+"""Render ``results.json`` as Markdown tables between two markers in docs/results.md."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ _PROGRAMS = (".pte", ".ptd", ".onnx", ".data")
 
 
 def write_tables(results: Results, path: Path) -> None:
-    """Replace what stands between the marks; all else in the file stays.
+    """Replace the text between the markers; the rest of the file is unchanged.
 
     Raises:
-        InputError: The file has no such marks.
+        InputError: The file does not have the markers.
     """
     put("export", render(results), path)
 
 
 def render(results: Results) -> str:
-    """All tables with the words that they need."""
+    """All tables with their explanations."""
     return "\n\n".join(_parts(results))
 
 
@@ -48,8 +48,8 @@ def _parts(results: Results) -> Iterable[str]:
     yield (
         "Each number is a ratio to caliport's for the same runtime: time, memory and size above 1 "
         "are more than ours, rates above 1 are faster. Size is of the program and its weights. "
-        "The last column is no ratio but the cosine of the logits after the prompt with those of "
-        "the float32 checkpoint."
+        "The last column is not a ratio but the cosine of the logits after the prompt with those "
+        "of the float32 checkpoint."
     )
     for runtime in _OURS:
         table = _table(results, runtime)
@@ -71,7 +71,7 @@ def _title(name: str) -> str:
 
 
 def _table(results: Results, runtime: str) -> str:
-    """One row an artifact and way to run it; empty without exports of the runtime."""
+    """One row per artifact and way to run it; empty without exports for the runtime."""
     exports = {n: e for n, e in results.exports.items() if EXPORTERS[n].runtime == runtime}
     ours = exports.get(_OURS[runtime])
     our_speeds = {speed.variant: speed for speed in _speeds(results, _OURS[runtime])}
@@ -91,7 +91,7 @@ def _speeds(results: Results, name: str) -> list[Speed]:
 
 
 def _made(export: Export, ours: Export | None) -> list[str]:
-    """What the export took and what it gave."""
+    """Time and peak memory of the export, and size of the artifact."""
     units: tuple[tuple[Callable[[Export], float], str], ...] = (
         (lambda e: e.seconds, "{:.0f} s"),
         (lambda e: e.peak_bytes / 1e9, "{:.1f} GB"),
@@ -101,7 +101,7 @@ def _made(export: Export, ours: Export | None) -> list[str]:
 
 
 def _ran(speed: Speed | None, run_as: Mapping[str, Speed]) -> list[str]:
-    """How fast it ran, beside ours run the same way, and how true."""
+    """Its speed relative to caliport's artifact run the same way, and its cosine."""
     if speed is None:
         return ["", "", ""]
     ours = run_as.get(speed.variant)
@@ -116,7 +116,7 @@ def _ran(speed: Speed | None, run_as: Mapping[str, Speed]) -> list[str]:
 
 
 def program_bytes(export: Export) -> int:
-    """Bytes of what a runtime loads; tokenizers and configurations are left out."""
+    """Bytes of the files that a runtime loads, without tokenizers and configurations."""
     return sum(size for name, size in export.files.items() if name.endswith(_PROGRAMS))
 
 

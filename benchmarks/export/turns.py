@@ -1,7 +1,6 @@
-"""Every artifact is loaded once in a process of its own, and then they take turns.
+"""Measure artifacts in turns, each loaded once in its own process.
 
-Taking turns in a new order each round gives every artifact the same share of whatever else the
-machine does.
+The order changes every round, so that other load on the machine affects all artifacts alike.
 """
 
 from __future__ import annotations
@@ -30,12 +29,12 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 WRITTEN = "as written"
-PAUSE = 0.2  # seconds, in which the threads of the last one stop spinning
+PAUSE = 0.2  # seconds, until the threads of the previous artifact stop spinning
 
 
 @dataclass(frozen=True)
 class Course:
-    """What every artifact has to do: threads, tokens of the prompt and after it, turns."""
+    """The work of every artifact: threads, prompt tokens, decoded tokens, turns."""
 
     threads: int
     prompt: int
@@ -49,13 +48,13 @@ def speeds(
     """Run the artifacts of these exporters; ONNX also with the same session options for all.
 
     Args:
-        names: In ``EXPORTERS``; the artifact of each is ``out / name``.
-        checkpoint: What they were made from.
+        names: Names in ``EXPORTERS``; the artifact of each is ``out / name``.
+        checkpoint: The checkpoint they were made from.
         out: The directory of the run.
-        course: What they have to do.
+        course: The work to do.
 
     Returns:
-        What was measured, and why the artifacts that are not in it cannot be run.
+        The measurements, and the errors of artifacts that cannot be run.
     """
     places: dict[tuple[str, str], Path] = {}
     for name in names:
@@ -91,13 +90,13 @@ def speeds(
 
 
 class Process:
-    """A process of ours that answers lines with JSON.
+    """A worker process that answers lines with JSON.
 
     Args:
-        module: What it runs.
-        arguments: Of the module.
-        artifact: What it holds, for its log and for messages.
-        threads: What OpenMP is told to use.
+        module: The module that it runs.
+        arguments: Arguments of the module.
+        artifact: Its artifact, for its log and for messages.
+        threads: Threads of OpenMP.
     """
 
     def __init__(self, module: str, arguments: Sequence[str], artifact: Path, threads: int) -> None:
@@ -114,26 +113,26 @@ class Process:
             )
 
     def ask(self, line: str) -> Any:
-        """Write a line and read the answer."""
+        """Send a line and read the answer."""
         assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # the missing answer says more
+        with contextlib.suppress(BrokenPipeError):  # reading the answer gives a better error
             self._process.stdin.write(f"{line}\n")
             self._process.stdin.flush()
         return self.answer()
 
     def answer(self) -> Any:
-        """Read an answer; a process that has ended instead is stopped.
+        """Read an answer.
 
         Raises:
-            InputError: It has ended.
+            InputError: The process has ended instead.
         """
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
             self.stop()
             said = self._log.read_text(encoding="utf-8", errors="replace").split("\n")
-            last = next((line for line in reversed(said) if line.strip()), "nothing was said")
-            raise InputError(f"{self._artifact}: {last} (all of it is in {self._log})")
+            last = next((line for line in reversed(said) if line.strip()), "no output")
+            raise InputError(f"{self._artifact}: {last} (full output in {self._log})")
         return json.loads(line)
 
     def stop(self) -> None:
@@ -143,11 +142,11 @@ class Process:
 
 
 class Worker(Process):
-    """A process that holds an artifact.
+    """A worker process with an artifact.
 
     Attributes:
-        logits: After the prompt.
-        turns: Those it has had.
+        logits: Logits after the prompt.
+        turns: Times of its turns so far.
     """
 
     def __init__(self, runtime: str, directory: Path, course: Course) -> None:
@@ -158,12 +157,12 @@ class Worker(Process):
         self.turns: list[Turn] = []
 
     def turn(self) -> None:
-        """Let it have a turn."""
+        """Run one turn."""
         self.turns.append(Turn(*self.ask("go")))
 
 
 def take_turns(workers: Mapping[tuple[str, str], Worker], rounds: int) -> None:
-    """Rounds of one turn each, in a new order every time."""
+    """Run rounds of one turn for each worker, in a new order every round."""
     draw = random.Random(0)
     for _ in range(rounds):
         for name in draw.sample(list(workers), len(workers)):
@@ -186,9 +185,9 @@ def reference_logits(checkpoint: Path, prompt: list[int]) -> NDArray[np.float32]
 
 
 def with_threads(artifact: Path, threads: int) -> Path:
-    """A directory of the same files whose session options are the number of threads alone.
+    """A copy of a directory whose only session option is the number of threads.
 
-    The files are hard links: ONNX Runtime follows no symbolic link out of the directory.
+    The files are hard links: ONNX Runtime does not follow symbolic links out of the directory.
     """
     copy = artifact.with_name(f"{artifact.name}.threads")
     shutil.rmtree(copy, ignore_errors=True)
@@ -202,5 +201,5 @@ def with_threads(artifact: Path, threads: int) -> Path:
 
 
 def cosine(one: NDArray[np.float32], other: NDArray[np.float32]) -> float:
-    """Of the angle between two vectors."""
+    """Cosine of the angle between two vectors."""
     return float(one @ other / np.linalg.norm(one) / np.linalg.norm(other))

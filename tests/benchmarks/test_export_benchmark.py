@@ -129,7 +129,7 @@ def test_torch_is_always_pinned() -> None:
 def test_environments_are_asked_for(tmp_path: Path) -> None:
     check_installed(["caliport-onnx"], tmp_path)
     assert not install("caliport-onnx", tmp_path), "ours is there"
-    with pytest.raises(InputError, match="no environment of model-builder"):
+    with pytest.raises(InputError, match="no environment for model-builder"):
         check_installed(["caliport-onnx", "model-builder"], tmp_path)
 
 
