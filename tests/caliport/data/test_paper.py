@@ -192,7 +192,7 @@ def test_tones_are_written_by_the_model(root: Path) -> None:
     assert sorted(found, key=str) == [
         Example(f'Are you "there" {n}?', f'casual: Are you "there" {n}?') for n in range(3)
     ]
-    with pytest.raises(InputError, match="tone_casual: its targets are made by a model and none"):
+    with pytest.raises(InputError, match="tone_casual: a model must make its targets, but none"):
         examples(directory, "tone_casual", "validation", None, 0)
 
 
