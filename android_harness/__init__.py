@@ -1,1 +1,1 @@
-"""The same proof on a device over adb: devices, sessions, runners, parity and latency."""
+"""The same checks on a device over adb: devices, sessions, runners, parity and latency."""

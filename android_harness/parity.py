@@ -243,15 +243,15 @@ def estimated(host: np.ndarray, rows: Sequence[Row]) -> np.ndarray:
     """
     found = host.astype(np.float64)
     for logits, row in zip(found, rows, strict=True):
-        ids, told = list(row.ids), np.asarray(row.logits)
+        ids, known = list(row.ids), np.asarray(row.logits)
         others = np.ones(len(logits), dtype=bool)
         others[ids] = False
-        left = 1 - float(np.exp(told - row.logsumexp).sum())
+        left = 1 - float(np.exp(known - row.logsumexp).sum())
         if others.any() and left > _RESOLVED:
             rest = logits[others]
             ours = rest.max() + np.log(np.exp(rest - rest.max()).sum())
-            logits[others] = np.minimum(rest + row.logsumexp + np.log(left) - ours, told[-1])
-        logits[ids] = told
+            logits[others] = np.minimum(rest + row.logsumexp + np.log(left) - ours, known[-1])
+        logits[ids] = known
     return found
 
 

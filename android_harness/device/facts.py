@@ -1,4 +1,4 @@
-"""What each device is, which of them to use, and what would run there."""
+"""A device's properties, choosing one, and whether an artifact fits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a runner on a device is asked and what it answers: one JSON file each way.
+"""The job of a runner on a device and its result: one JSON file each.
 
 Any program that reads ``Job`` and writes ``Result`` can be the runner. It is started as
 ``RUNNER job.json result.json`` in the directory that holds the job; every path in the job is
@@ -96,7 +96,7 @@ class Row(Record):
         ids: The tokens of the largest logits, largest first, lowest id first among equals.
         logits: Theirs.
         mean: Of all logits, in float64: a checksum.
-        logsumexp: ln Σ exp of all logits, so that probabilities can be told.
+        logsumexp: ln Σ exp of all logits, from which probabilities follow.
     """
 
     ids: tuple[int, ...]

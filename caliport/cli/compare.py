@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _DEVICE_THREADS = 4  # the fast cores of most phones
 
 baselines = typer.Typer(
-    help="What later runs are held to: caliport validate --baseline FILE.",
+    help="Stored results that later runs are compared with: caliport validate --baseline FILE.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )

@@ -12,7 +12,7 @@ from caliport.core.directories import MANIFEST
 from caliport.on_devices.where import SECONDS, Where, chosen
 
 on_device = typer.Typer(
-    help="The same proof on a device, over adb.", no_args_is_help=True, rich_markup_mode=None
+    help="The same checks on a device, over adb.", no_args_is_help=True, rich_markup_mode=None
 )
 
 

@@ -1,4 +1,4 @@
-"""The command ``devices``: what adb sees, and what would run there."""
+"""The command ``devices``: what adb sees, and which artifacts fit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a validation leaves for a CI job: a summary, annotations, and outputs of the step."""
+"""Results for a CI job: a summary, annotations, and outputs of the step."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def _append(variable: str, text: str) -> None:
 
 
 def _in_repository(path: Path) -> str:
-    """Relative to the checked-out repository, as annotations want it, where it lies in there."""
+    """Relative to the checked-out repository, as annotations want it, where it is inside it."""
     root = Path(os.environ.get("GITHUB_WORKSPACE") or Path.cwd()).resolve()
     found = path.resolve()
     return found.relative_to(root).as_posix() if found.is_relative_to(root) else str(path)

@@ -14,6 +14,6 @@ def artifact(tmp_path: Path) -> Path:
     directory = tmp_path / "it's $(touch pwned); an artifact"
     (directory / "sub folder").mkdir(parents=True)
     (directory / "model.onnx").write_bytes(b"model")
-    (directory / "genai_config.json").write_bytes(b"{}")
+    (directory / "genai_config.json").write_bytes(b'{"model": {}}')
     (directory / "sub folder" / "model.onnx.data").write_bytes(os.urandom(100_000))
     return directory

@@ -1,4 +1,4 @@
-"""What later runs are held to: accuracy, sizes and ratios of one run, in a file to be committed.
+"""Baselines that later runs are compared with: accuracy, sizes and ratios of one run, to commit.
 
 A baseline holds no time and no rate. Speed is the decode rate over that of the same run's fp32
 artifact in the same runtime, and the share of the machine's memory bandwidth that decoding reaches:
@@ -143,7 +143,7 @@ def baseline_of(reports: Path) -> Baseline:
 
     Raises:
         InputError: A report is not valid, there is no artifact, or one failed a gate that is not
-            itself against a baseline: what is broken is nothing to hold others to.
+            itself against a baseline: a broken run is no baseline.
     """
     parity = read_result(ParityReport, reports / PARITY)
     if not parity.artifacts:

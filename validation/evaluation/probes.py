@@ -27,7 +27,7 @@ class Probes:
     """What every model is fed beside the prompts.
 
     Attributes:
-        sweep: Short sequences, all of one length, that together hold every token of a small
+        sweep: Short sequences, all of one length, that together contain every token of a small
             vocabulary and evenly spaced ones of a large one. So short, many of them meet no
             rounding edge at all in a small model.
         full: As many tokens as the context holds, or the first 1024 of a longer one.

@@ -29,8 +29,7 @@ class Limits:
         kl: Lowering: mean KL from the quantized eager model, nats, that is always allowed.
         kl_times: Lowering: or so many times the KL that rounding alone makes (see
             ``caliport.validation.gates.rounding``), if that is more.
-        apart: Lowering: a position this many times farther off than rounding explains is not
-            explained by it.
+        apart: Lowering: multiple of rounding noise still treated as noise, at each position.
         unexplained: Lowering: share of positions that rounding does not explain.
         farthest: Lowering: distance of the farthest position over the farthest that rounding
             alone makes.
@@ -38,7 +37,7 @@ class Limits:
             allowed, since a tie has no right answer.
         flips_times: Lowering: or so many times the flips that rounding alone makes, if more.
         adapter_ratio: The artifact's KL from the composition over its KL from the base. 0 is the
-            composition itself, over 1 is nearer to the base: the adapter is not in there.
+            composition itself; over 1 is nearer to the base: the adapter is missing.
         margin: Quantization: points (0 to 100) of the task metric that may be lost against fp32.
         quantization_kl: Quantization, where no references are given: mean KL from fp32, nats.
         stock: Share of prompts where the stock runner writes the same text as ours.
@@ -214,7 +213,7 @@ def adapter_gate(adapter: AdapterEffect, lowered: bool, limits: Limits) -> Gate:
 
     Args:
         adapter: The distances.
-        lowered: Whether the lowering gates passed; decides which stage a failure is put down to.
+        lowered: Whether the lowering gates passed; decides which stage a failure is attributed to.
         limits: Of the precision.
     """
     passed, stage = True, "adapter"

@@ -100,7 +100,7 @@ class Child:
 
 
 def cores_for(threads: int) -> tuple[int, ...]:
-    """As many cores as threads to hold a process to, hyper-threads of one core apart if possible.
+    """As many cores as threads to pin a process to, hyper-threads of one core apart if possible.
 
     Empty where the system has no way to (macOS), or this process may use fewer.
     """

@@ -2,7 +2,7 @@
 
 It reads lines of JSON and answers each with one: first the job, then anything, for a turn.
 An error that a user can fix is answered as ``{"error": ...}``, and the process ends, as it does
-when there are no more lines. Nothing heavy is imported before the process is held to its cores,
+when there are no more lines. Nothing heavy is imported before the process is pinned to its cores,
 since libraries make their threads when they are imported.
 """
 

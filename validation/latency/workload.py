@@ -80,10 +80,10 @@ class Timings:
 
 @dataclass(frozen=True)
 class Conditioned:
-    """What a result says of the place that it was measured in.
+    """What all results of one machine or device have in common.
 
     Attributes:
-        pinned: Whether processes were held to cores.
+        pinned: Whether processes were pinned to cores.
         noise: Why nothing measured there can be compared; None where it can.
         bandwidth_gbs: Read bandwidth, GB (1e9 bytes) a second; None where it was not measured.
     """

@@ -1,4 +1,4 @@
-"""The records of an error budget: what each stage between the adapters and the artifact lost."""
+"""The records of an error budget: accuracy at each stage from the adapters to the artifact."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ StageName = Literal["exact sum", "merge", "calibration", "quantized eager", "art
 
 
 class BudgetStage(Record):
-    """What one stage says to the prompts of a composition.
+    """One stage's answers to the prompts of a composition, measured.
 
     The exact sum is the base with the unmerged sum of the single-task adapters, in fp32; the merge
     is the method's without its correction; calibration is the composed adapter that ships. These
@@ -19,7 +19,7 @@ class BudgetStage(Record):
     quantized eager model, artifact and maybe device.
 
     Attributes:
-        stage: Where it stands on the way.
+        stage: Which one.
         label: For people, such as ``linear merge`` or ``int4, as ONNX Runtime rounds``.
         form: Of the artifact that it belongs to, such as ``onnx-int4`` or ``onnx-int4-bundle``;
             empty for a stage that all share.

@@ -1,4 +1,4 @@
-"""The records of a device: what it is, and whether an artifact says on it what it says here."""
+"""The records of a device: its properties, and how an artifact computes there."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class DeviceUsed(Record):
     """What a result was measured on.
 
     Attributes:
-        serial: What adb names it.
+        serial: What adb calls it.
         kind: ``phone``; ``emulator`` for a virtual machine; ``linux`` for what stands in for a
             phone: anything that is not Android, or runs a program that no phone could.
         model: Of the maker.
@@ -32,7 +32,7 @@ class DeviceUsed(Record):
 
     @property
     def label(self) -> str:
-        """What must stand beside it wherever it is shown; empty for a phone."""
+        """What must be shown with it everywhere; empty for a phone."""
         return {
             "phone": "",
             "emulator": "emulated CPU: times are no results",
@@ -67,14 +67,14 @@ class DeviceResult(Record):
         path: Of the artifact, as in reports.
         runner: What ran it, its version included; ``runner_sha256`` is of its files.
         runtime_version: Of ONNX Runtime or ExecuTorch there; ``host_version`` here. None where the
-            runner does not say.
+            runner does not report it.
         exact: Whether processor and version are the host's, so that no rounding is allowed.
         threads: Of the runtime.
         examples: Number of prompts.
         identical: Prompts with the host's answer, token by token.
-        ties: Further ones that leave it where the host itself was nearer a tie than rounding.
-        measures: Device against host. What the device does not tell of its logits is filled in, see
-            ``caliport.android_harness.parity.estimated``; None for a runner that tells only text.
+        ties: Others that differ first where the host itself was nearer a tie than rounding.
+        measures: Device against host. Logits that the device does not report are estimated, see
+            ``caliport.android_harness.parity.estimated``; None for a runner that reports only text.
         seconds: From starting the runner until its end.
         lost_at: ``device`` where a gate failed.
         notes: What was not checked, and why.

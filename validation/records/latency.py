@@ -1,4 +1,4 @@
-"""Records of ``latency.json``: times and memory of artifacts, and how the machine was meanwhile."""
+"""Records of ``latency.json``: times and memory of artifacts, and the machine's state meanwhile."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class LatencyResult(Record):
         files: Bytes of each file; ``bytes`` is their sum.
         bundle: Whether it is one of several compositions over one base.
         threads: Of the runtime.
-        pinned: Whether its process was held to as many cores as threads.
+        pinned: Whether its process was pinned to as many cores as threads.
         repetitions: Rounds; a round's time is the median of the answers of one turn.
         load_seconds: In a fresh process, files in the page cache, libraries imported: from opening
             to the first token read.
@@ -105,7 +105,7 @@ class LatencyResult(Record):
 
 
 class Conditions(Record):
-    """How the machine was while artifacts took their turns.
+    """The machine's state while artifacts took their turns.
 
     Attributes:
         calibration: Seconds of the same reading of memory before every turn.
@@ -146,10 +146,10 @@ class DeviceConditions(Record):
     Attributes:
         device: Which.
         runners: SHA-256 of what ran artifacts, by its name and version.
-        airplane: Whether it was in airplane mode; None where it does not say.
+        airplane: Whether it was in airplane mode; None where it does not report it.
         screen: Android's wakefulness, such as ``Awake``; None likewise.
-        celsius, thermal: As cool it was to be before each turn.
-        cool_seconds: The longest that it was given to cool, before each turn.
+        celsius, thermal: How cool it had to be before each turn.
+        cool_seconds: The longest to wait for that, before each turn.
         order: Of the artifacts in each round, drawn from the report's seed.
         states: Before each turn in that order, and after the last.
     """
@@ -188,7 +188,7 @@ class LatencyReport(Record):
 
     Attributes:
         seed: Of the order of the turns.
-        cores: To which the processes were held; none where the system has no way to.
+        cores: That the processes were pinned to; none where the system has no way to.
         bandwidth_gbs: Highest rate of reading memory with as many threads, GB (1e9 bytes) a second;
             None on a device.
         cache_bytes: The processor's last-level cache; None where the system does not say.

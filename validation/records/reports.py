@@ -140,7 +140,7 @@ class ParitySample(Record):
 
 
 class Findings(Record):
-    """A runner held against eager models. Measures are None where logits were not finite.
+    """A runner compared with eager models. Measures are None where logits were not finite.
 
     Attributes:
         lowering: Runner against the quantized eager model, all positions.
@@ -206,12 +206,12 @@ class ArtifactResult(Findings):
 
 
 class BaselineUse(Record):
-    """Which baseline a run was held to.
+    """The baseline that a run was compared with.
 
     Attributes:
-        file: Where it lies.
+        file: Its path.
         machine, versions: What it was made on.
-        notes: What makes it another one than this run's, and what was not held to it.
+        notes: How its machine and versions differ from this run's, and what was not compared.
     """
 
     file: str

@@ -1,4 +1,4 @@
-"""Modules of an audit put together by layer or by component, for tables and plots."""
+"""Modules of an audit grouped by layer or by component, for tables and plots."""
 
 from __future__ import annotations
 

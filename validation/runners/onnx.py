@@ -249,7 +249,7 @@ def _read_adapter(path: Path) -> Any:
 
 
 def _without_rounding(graph: Path) -> bytes:
-    """The graph with every ``MatMulNBits`` told to multiply in float32 (accuracy level 0)."""
+    """The graph with every ``MatMulNBits`` set to multiply in float32 (accuracy level 0)."""
     import onnx
 
     model = onnx.load(graph, load_external_data=False)
