@@ -31,11 +31,11 @@ if TYPE_CHECKING:
     from caliport.validation.records.reports import MethodResult
 
 _SAMPLES = 6
-_BYTES_A_VALUE = 2  # adapters are counted at 16 bit, as in the paper
+_BYTES_PER_VALUE = 2  # adapters are counted at 16 bit, as in the paper
 
 
 def score_all(space: Workspace) -> None:
-    """Score each method by itself, so that a killed run repeats one at most; then the report."""
+    """Score every method, each in a stage of its own, and write the quality report."""
     for composition, tasks in space.recipe.compositions.items():
         for method in expanded_methods(space, tasks):
             for variant in variants_of(space, method):
@@ -97,7 +97,7 @@ def score_method(space: Workspace, composition: str, method: str, variant: str) 
 
 
 def judge_method(space: Workspace, composition: str, method: str) -> None:
-    """Ask the recipe's judge about every answer that a method wrote with fp32 weights."""
+    """Let the recipe's judge rate every answer of a method with fp32 weights."""
     recipe = space.recipe
     settings = recipe.evaluation.judge
     assert settings is not None
@@ -132,7 +132,7 @@ def judge_method(space: Workspace, composition: str, method: str) -> None:
         (partial / "judge.json").write_text(json.dumps(content))
 
     inputs = {"score": scored, "examples": space.data / f"{composition}.validation.jsonl"}
-    # How long to wait and how often to try does not change what the judge says.
+    # Timeout and retries do not change the judgement.
     asked = settings.model_dump(mode="json", include={"endpoint", "model", "path"})
     out = space.kept("judged", composition, method)
     title = f"{composition}: judgement of {method}"
@@ -195,9 +195,9 @@ def _score_chain(
     examples: list[Example],
     title: str,
 ) -> Score:
-    """One pass a task, each with its own adapter and prompt, on what the one before wrote.
+    """One pass per task, each with its own adapter and prompt, on the output of the pass before.
 
-    The loss is that of the last pass on the reference, given what the earlier ones wrote.
+    The loss is the last pass's on the reference, given the outputs of the earlier passes.
     """
     from caliport.data.examples import Example
 
@@ -276,7 +276,7 @@ def _method(space: Workspace, composition: str, name: str, score: dict[str, Any]
         weighted_rouge=score["weighted_rouge"],
         judge=_judged(space, composition, name),
         parameters=parameters,
-        bytes=_BYTES_A_VALUE * parameters,
+        bytes=_BYTES_PER_VALUE * parameters,
         passes=len(space.recipe.compositions[composition]) if name == "multi-step" else 1,
         seconds=seconds_of(manifest),
         quantized={
@@ -287,7 +287,7 @@ def _method(space: Workspace, composition: str, name: str, score: dict[str, Any]
 
 
 def _curves(space: Workspace) -> dict[str, list[Any]]:
-    """Training curves of all that the run trained, from the manifests."""
+    """Training curves of everything that the run trained, from the manifests."""
     from caliport.validation.records.reports import Point
 
     places = {"base": space.root / "base"}
