@@ -52,7 +52,7 @@ class OnnxCosts:
 
 
 def _in_nodes(part: Part, form: Form) -> int:
-    from caliport.export.onnx.layouts import lookup_layout, product_layout
+    from caliport.export.onnx.graph.layouts import lookup_layout, product_layout
 
     rows, columns = part.shape
     product = product_layout(rows, columns, "int8" if form.endswith("int8") else "int4")

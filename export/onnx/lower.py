@@ -1,8 +1,8 @@
 """Lower a decoder to an ONNX graph for ONNX Runtime on CPU that onnxruntime_genai can run.
 
-A skeleton of the decoder is traced (``caliport.export.onnx.trace``) and its layers are repeated
-(``caliport.export.onnx.repeat``); the weights are added last, from files
-(``caliport.export.onnx.weights``). One graph serves prefill, chunked prefill and decode steps: it
+A skeleton of the decoder is traced (``graph/trace.py``) and its layers are repeated
+(``graph/repeat.py``); the weights are added last, from files
+(``graph/weights.py``). One graph serves prefill, chunked prefill and decode steps: it
 takes any number of tokens after any number of cached ones.
 
 Quantized products are ``MatMulNBits`` both in 8 and in 4 bits. The alternative for 8 bits,
@@ -27,10 +27,10 @@ from caliport.export.decoder.parts import cache_shape
 from caliport.export.decoder.shipped import ShippedDecoder, every, group
 from caliport.export.decoder.skeleton import CannotRepeat
 from caliport.export.onnx.files import GENAI_CONFIG, GRAPH, WEIGHTS
-from caliport.export.onnx.fuse import fuse_between_layers, fuse_inside_layers
-from caliport.export.onnx.repeat import PAST, PRESENT, repeat
-from caliport.export.onnx.trace import LOGITS, MASK, POSITIONS, TOKENS, trace
-from caliport.export.onnx.weights import write_weights
+from caliport.export.onnx.graph.fuse import fuse_between_layers, fuse_inside_layers
+from caliport.export.onnx.graph.repeat import PAST, PRESENT, repeat
+from caliport.export.onnx.graph.trace import LOGITS, MASK, POSITIONS, TOKENS, trace
+from caliport.export.onnx.graph.weights import write_weights
 
 if TYPE_CHECKING:
     import onnx_ir

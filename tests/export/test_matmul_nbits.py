@@ -10,7 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from caliport.export.onnx.layouts import Layout, lookup_layout, product_layout, unpack, unsigned
+from caliport.export.onnx.graph.layouts import (
+    Layout,
+    lookup_layout,
+    product_layout,
+    unpack,
+    unsigned,
+)
 from caliport.export.quantization.choices import row_scale_block
 from caliport.export.reference.activations import quantize_blocks
 

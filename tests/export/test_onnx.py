@@ -32,7 +32,7 @@ from caliport.core.checkpoints import eos_ids, load_base, load_tokenizer, render
 from caliport.core.directories import read_manifest
 from caliport.core.errors import InputError
 from caliport.export.onnx import lower as lowering
-from caliport.export.onnx.layouts import unpack
+from caliport.export.onnx.graph.layouts import unpack
 from caliport.export.quantization.choices import PRECISIONS
 from caliport.export.quantization.tensors import dequantize, quantized_weight
 from caliport.export.reference.activations import in_blocks, quantize_blocks

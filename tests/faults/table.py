@@ -157,7 +157,12 @@ def _quantize_by(monkeypatch: pytest.MonkeyPatch, name: str, function: Callable[
 
 def _groups_doubled(monkeypatch: pytest.MonkeyPatch) -> None:
     _quantize_by(monkeypatch, "hqq", _in_doubled_groups)
-    for module in ("quantization.tensors", "decoder.skeleton", "onnx.layouts", "decoder.stored"):
+    for module in (
+        "quantization.tensors",
+        "decoder.skeleton",
+        "onnx.graph.layouts",
+        "decoder.stored",
+    ):
         monkeypatch.setattr(f"caliport.export.{module}.GROUP_SIZE", _BLOCK)
 
 

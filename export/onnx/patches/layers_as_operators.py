@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from caliport.core.patching import check_tested, swapped, swapped_here
-from caliport.export.onnx.layouts import Layout
-from caliport.export.onnx.operators import OURS, symbolic
+from caliport.export.onnx.graph.layouts import Layout
+from caliport.export.onnx.graph.operators import OURS, symbolic
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

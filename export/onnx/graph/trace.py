@@ -12,11 +12,11 @@ from caliport.core.errors import InputError, one_line
 from caliport.core.patching import quiet
 from caliport.export.decoder.parts import cache_shape
 from caliport.export.decoder.skeleton import Layers, marked, skeleton
-from caliport.export.onnx.decoder import Decoder
-from caliport.export.onnx.operators import furnish, mark
+from caliport.export.onnx.graph.decoder import Decoder
+from caliport.export.onnx.graph.operators import furnish, mark
+from caliport.export.onnx.graph.rotary import Rotary
 from caliport.export.onnx.patches import check_releases
 from caliport.export.onnx.patches.layers_as_operators import layers_as_operators
-from caliport.export.onnx.rotary import Rotary
 
 if TYPE_CHECKING:
     import onnx_ir

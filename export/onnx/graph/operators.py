@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from caliport.export.decoder.skeleton import Layers, stand_in
-from caliport.export.onnx.layouts import Layout, lookup_layout, product_layout
+from caliport.export.onnx.graph.layouts import Layout, lookup_layout, product_layout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

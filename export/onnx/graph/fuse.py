@@ -6,7 +6,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from caliport.export.onnx.operators import OURS
+from caliport.export.onnx.graph.operators import OURS
 
 _CONTRIB = "com.microsoft"
 _NORM = "SimplifiedLayerNormalization"

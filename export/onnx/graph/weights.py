@@ -13,7 +13,7 @@ import onnx_ir as ir
 import torch
 
 from caliport.core.errors import InputError
-from caliport.export.onnx.layouts import unsigned
+from caliport.export.onnx.graph.layouts import unsigned
 
 if TYPE_CHECKING:
     from caliport.export.decoder.stored import Stored, Weights

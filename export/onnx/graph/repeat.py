@@ -1,7 +1,7 @@
 """Repeat the traced layers of a skeleton to get the graph of the whole decoder.
 
 The graph of a skeleton consists of the part before the first layer, the layers between their marks
-(``caliport.export.onnx.operators.mark``) and the part after the last. A layer's nodes are copied
+(``operators.mark``) and the part after the last. A layer's nodes are copied
 for every layer that it represents, with that layer's weights and caches. The marks are removed.
 """
 
@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 
 from caliport.export.decoder.skeleton import CannotRepeat
-from caliport.export.onnx.operators import MARK, OURS
-from caliport.export.onnx.trace import LOGITS, MASK, POSITIONS, TOKENS
+from caliport.export.onnx.graph.operators import MARK, OURS
+from caliport.export.onnx.graph.trace import LOGITS, MASK, POSITIONS, TOKENS
 
 if TYPE_CHECKING:
     from caliport.export.decoder.skeleton import Layers
@@ -32,7 +32,7 @@ def repeat(skeleton: ir.Model, layers: Layers) -> ir.Model:
     ``PAST``; outputs are ``logits`` and the caches ``PRESENT``.
 
     Args:
-        skeleton: The result of ``caliport.export.onnx.trace.trace``.
+        skeleton: The result of ``caliport.export.onnx.graph.trace.trace``.
         layers: Which of its layers represents which layers.
 
     Raises:

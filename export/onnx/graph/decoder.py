@@ -30,7 +30,7 @@ from caliport.export.decoder.patches.short_rotary import short_rotary
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from caliport.export.onnx.rotary import Rotary
+    from caliport.export.onnx.graph.rotary import Rotary
 
 
 class Decoder(nn.Module):

@@ -1,0 +1,1 @@
+"""The ONNX graph of a decoder: traced, fused, its layers repeated, its weights written."""
