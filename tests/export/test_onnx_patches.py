@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from caliport.core.patching import is_tested, quiet
-from caliport.export.onnx import patches
-from caliport.export.onnx.patches import layers_as_operators, watched_rotary
+from caliport.export.onnx.graph import patches
+from caliport.export.onnx.graph.patches import layers_as_operators, watched_rotary
 from caliport.validation.runners.onnx import OnnxRunner
 from tests.exports import to_onnx
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from caliport.export.decoder.patches.short_rotary import short_rotary
-from caliport.export.onnx.patches.watched_rotary import watched_rotary
+from caliport.export.onnx.graph.patches.watched_rotary import watched_rotary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

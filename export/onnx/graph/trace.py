@@ -14,9 +14,9 @@ from caliport.export.decoder.parts import cache_shape
 from caliport.export.decoder.skeleton import Layers, marked, skeleton
 from caliport.export.onnx.graph.decoder import Decoder
 from caliport.export.onnx.graph.operators import furnish, mark
+from caliport.export.onnx.graph.patches import check_releases
+from caliport.export.onnx.graph.patches.layers_as_operators import layers_as_operators
 from caliport.export.onnx.graph.rotary import Rotary
-from caliport.export.onnx.patches import check_releases
-from caliport.export.onnx.patches.layers_as_operators import layers_as_operators
 
 if TYPE_CHECKING:
     import onnx_ir

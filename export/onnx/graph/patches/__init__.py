@@ -15,7 +15,7 @@ def check_releases() -> None:
         InputError: An installed release was not tested with one of these patches.
     """
     from caliport.export.decoder.patches import own_attention
-    from caliport.export.onnx.patches import layers_as_operators
+    from caliport.export.onnx.graph.patches import layers_as_operators
 
     for patch in (own_attention, layers_as_operators):
         check_tested(patch.RELEASES)
