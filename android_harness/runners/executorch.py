@@ -46,7 +46,7 @@ DEVICE: DeviceRuntime = ExecuTorchOnDevice()
 
 def executorch_runner() -> JobRunner:
     """Our Python around ExecuTorch's binding, for a Linux device that shares this environment."""
-    command = (sys.executable, "-m", "caliport.android_harness.runners.executorch_python")
+    command = (sys.executable, "-P", "-m", "caliport.android_harness.runners.executorch_python")
     return JobRunner(NAME, None, command)
 
 

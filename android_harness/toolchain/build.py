@@ -172,7 +172,7 @@ def _wheel_library(version: str, cache: Path) -> Path:
         tags = [f"--platform={tag}" for tag in _WHEELS]
         _run(
             [
-                *(sys.executable, "-m", "pip", "download", "--quiet"),
+                *(sys.executable, "-P", "-m", "pip", "download", "--quiet"),
                 *("--only-binary=:all:", "--no-deps", *tags),
                 *(f"--dest={wheels}", f"onnxruntime=={version}"),
             ]

@@ -41,7 +41,7 @@ class Child:
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  closed by stop
         pools = {"OMP_NUM_THREADS": str(threads), "OPENBLAS_NUM_THREADS": "1"}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "caliport.validation.latency.worker"],
+            [sys.executable, "-P", "-m", "caliport.validation.latency.worker"],
             env={**os.environ, **pools},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

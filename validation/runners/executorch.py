@@ -339,7 +339,7 @@ class ExecuTorchEngine:
         Raises:
             InputError: The process crashed. Anything else that is wrong is reported by ``open``.
         """
-        command = [sys.executable, "-c", _TRY, str(artifact.directory)]
+        command = [sys.executable, "-P", "-c", _TRY, str(artifact.directory)]
         done = subprocess.run(command, capture_output=True, check=False)
         if done.returncode < 0:
             crash = signal.Signals(-done.returncode).name

@@ -9,8 +9,7 @@ from typing import Any
 
 from caliport.core.directories import check_recorded
 from caliport.core.errors import InputError
-
-CONFIG = "genai_config.json"
+from caliport.export.onnx.files import GENAI_CONFIG
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -20,7 +19,7 @@ def read_config(directory: Path) -> dict[str, Any]:
         InputError: No such file, none of a decoder, or one that names a graph that is not there or
             a path outside the directory.
     """
-    path = directory / CONFIG
+    path = directory / GENAI_CONFIG
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         graph = directory / config["model"]["decoder"]["filename"]
@@ -33,7 +32,9 @@ def read_config(directory: Path) -> dict[str, Any]:
         if PurePath(name).is_absolute() or ".." in PurePath(name).parts:
             raise InputError(f"{path}: {field} is {name!r}, expected a file of the directory")
     if not graph.is_file():
-        raise InputError(f"{graph}: no such file, but {CONFIG} names it as the decoder's graph")
+        raise InputError(
+            f"{graph}: no such file, but {GENAI_CONFIG} names it as the decoder's graph"
+        )
     assert isinstance(config, dict)
     return config
 

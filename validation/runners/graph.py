@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from caliport.export.onnx.layouts import unpack
+from caliport.export.onnx.graph.layouts import unpack
 from caliport.validation.runners.weights import StoredWeight, matrices_of, requested_weight
 
 if TYPE_CHECKING:

@@ -11,10 +11,10 @@ import numpy as np
 from caliport.core.directories import check_recorded
 from caliport.core.errors import InputError
 from caliport.export.artifact import Artifact
+from caliport.export.onnx.files import GENAI_CONFIG
 from caliport.export.runtime import Rounding
 from caliport.validation.runners.engine import Differing, Engine
 from caliport.validation.runners.genai_files import (
-    CONFIG,
     check_room,
     genai_adapters,
     genai_model,
@@ -211,7 +211,7 @@ def _cache(
         return past, present, (1, int(decoder["num_key_value_heads"]), 0, int(decoder["head_size"]))
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(
-            f"{directory / CONFIG}: not of a decoder with keys and values ({line_of(error)})"
+            f"{directory / GENAI_CONFIG}: not of a decoder with keys and values ({line_of(error)})"
         ) from None
 
 
