@@ -12,6 +12,7 @@ from caliport.cli.device import register as register_on_device
 from caliport.cli.devices import register as register_devices
 from caliport.cli.emulator import register as register_emulators
 from caliport.cli.inspect import register as register_inspecting
+from caliport.cli.once import take_options_once
 from caliport.cli.options import (
     Adapter,
     BaselineOption,
@@ -273,6 +274,7 @@ def validate(
     out: Annotated[Path | None, typer.Option("--out", help="Also write the reports here.")] = None,
 ) -> None:
     """Compare artifacts with eager PyTorch; exit code 1 if a gate fails."""
+    _check_there(recipe, "a recipe or an artifact directory")
     if recipe.is_dir():
         from caliport.export.artifact import Artifact
         from caliport.flags.named import bundle_of
@@ -321,6 +323,7 @@ def report(
     runs: Runs = Path("runs"),
 ) -> None:
     """Rewrite the HTML report from a run's measurements."""
+    _check_there(recipe, "a recipe or a run directory")
     run_dir = recipe if recipe.is_dir() else _space(recipe, overrides, runs).root
     reports = run_dir / "reports"
     if not reports.is_dir():
@@ -356,6 +359,7 @@ register_devices(app)
 register_on_device(app)
 register_emulators(app)
 register_runner(app)
+take_options_once(app)
 
 
 def _space(recipe: Path, overrides: list[str] | None, runs: Path) -> Any:
@@ -385,6 +389,11 @@ def _only_main() -> None:
 
     if not is_main():
         raise typer.Exit(0)
+
+
+def _check_there(path: Path, expected: str) -> None:
+    if not path.exists():
+        raise InputError(f"{path}: no such file or directory, expected {expected}")
 
 
 def _needed(**flags: Any) -> tuple[Any, ...]:

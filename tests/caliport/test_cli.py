@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from commands import ENVIRONMENT, ROOT, caliport
 
+from caliport.core.errors import InputError
+
 
 def one_line(done: subprocess.CompletedProcess, says: str) -> None:
     """It failed as bad input does: exit code 2 and one line that says what is wrong."""
@@ -135,3 +137,38 @@ def test_disk_that_cannot_be_written(
         capture_output=True,
     )
     one_line(done, f"out/mine: cannot be written: {says}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("export", "--base", "b", "--adapter", "A", "--adapter", "B"), "--adapter: found twice"),
+        (("export", "--adapter=A", "--adapter=B"), "caliport calibrate composes several"),
+        (("calibrate", "--base", "a", "--base", "b"), "--base: found twice, expected once"),
+        (("baseline", "show", "--help", "--force"), None),
+        (("validate", "gone", "--base", "b"), "gone: no such file or directory, expected a recipe"),
+        (("report", "gone"), "gone: no such file or directory, expected a recipe or a run"),
+    ],
+)
+def test_no_flag_vanishes(
+    arguments: tuple[str, ...], said: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from caliport.cli.main import app, guarded
+
+    code = guarded(lambda: app(list(arguments), standalone_mode=False), "", False)
+    if said is None:
+        assert code == 0
+        return
+    assert code == 2
+    printed = capsys.readouterr().err
+    assert said in printed
+    assert printed.count("\n") == 1
+
+
+def test_a_value_that_looks_like_a_flag_is_a_value() -> None:
+    """``--prompt --base`` names a prompt, not the base once more."""
+    from caliport.cli.app import app
+
+    flags = ["--base", "gone/x", "--prompt", "--base", "--adapter", "a", "--adapter", "b"]
+    with pytest.raises(InputError, match="gone"):
+        app(["calibrate", *flags, "--method", "linear", "--out", "o"], standalone_mode=False)

@@ -1,0 +1,57 @@
+"""Options that take one value are refused when they are given twice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import typer
+from typer.core import TyperCommand, TyperOption
+
+from caliport.core.errors import InputError
+
+_HINTS = {"--adapter": "caliport calibrate composes several adapters into one"}
+
+
+class Once(TyperCommand):
+    """A command that refuses an option's second value; click keeps the last one without a word."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Check, then parse as usual."""
+        seen: set[str] = set()
+        for option in self._given(args):
+            name = str(option.name)
+            if name in seen and not option.multiple:
+                flag = option.opts[0]
+                hint = _HINTS.get(flag)
+                raise InputError(f"{flag}: found twice, expected once{f'; {hint}' if hint else ''}")
+            seen.add(name)
+        return super().parse_args(ctx, args)
+
+    def _given(self, args: list[str]) -> Iterator[TyperOption]:
+        """The options among the arguments, in order; values of options are not looked at."""
+        known: dict[str, Any] = {
+            text: option
+            for option in self.params
+            if isinstance(option, TyperOption)
+            for text in (*option.opts, *option.secondary_opts)
+        }
+        rest = iter(args)
+        for text in rest:
+            if text == "--":
+                return
+            name, given, _ = text.partition("=")
+            if (option := known.get(name)) is None:
+                continue
+            yield option
+            if not given and not option.is_flag:
+                next(rest, None)
+
+
+def take_options_once(app: typer.Typer) -> None:
+    """Let all commands of an app, and of its groups, be ``Once``."""
+    for command in app.registered_commands:
+        command.cls = Once
+    for group in app.registered_groups:
+        if group.typer_instance is not None:
+            take_options_once(group.typer_instance)
