@@ -145,7 +145,7 @@ def test_disk_that_cannot_be_written(
         (("export", "--base", "b", "--adapter", "A", "--adapter", "B"), "--adapter: found twice"),
         (("export", "--adapter=A", "--adapter=B"), "caliport calibrate composes several"),
         (("calibrate", "--base", "a", "--base", "b"), "--base: found twice, expected once"),
-        (("baseline", "show", "--help", "--force"), None),
+        (("baseline", "show", "--help"), None),
         (("validate", "gone", "--base", "b"), "gone: no such file or directory, expected a recipe"),
         (("report", "gone"), "gone: no such file or directory, expected a recipe or a run"),
     ],
