@@ -1,6 +1,6 @@
-"""Directories that appear whole or not at all, and never in place of what caliport did not make.
+"""Output directories that appear complete or not at all and never replace other tools' files.
 
-A stage writes beside its output and renames when it is done.
+A stage writes into a temporary sibling of its output and renames it when done.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from caliport.core.errors import InputError
 _FORCED: ContextVar[bool] = ContextVar("forced", default=False)
 _UNWRITABLE = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.ENOTDIR}
 _LOW_SPACE = 1 << 20
-_OURS = {"stage", "key", "files"}  # fields of every manifest of ours
+_OURS = {"stage", "key", "files"}  # fields of every caliport manifest
 
 
 @contextmanager
@@ -42,24 +42,24 @@ def forced(force: bool = True) -> Iterator[None]:
 
 
 def replace_anything() -> None:
-    """From now on, outputs may replace directories that caliport did not make; see ``forced``."""
+    """Let all later outputs replace directories that caliport did not make; see ``forced``."""
     _FORCED.set(True)
 
 
 def check_output(out: Path, stage: str, inputs: Iterable[Path | str] = ()) -> None:
     """Check, before any work, that a directory can be written without losing anything.
 
-    A new or an empty directory is fine, and one that the same stage made, with no other files in
-    it. ``forced`` allows any other directory too, but never an input or a place that holds one.
+    Allowed are new and empty directories, and directories that the same stage made and that have no
+    other files. ``forced`` allows any other directory too, but never an input or a parent of one.
 
     Args:
-        out: The directory to appear or to be replaced.
-        stage: What would make it, as manifests name it.
-        inputs: What it is made from; names of a hub are left alone.
+        out: The directory to create or replace.
+        stage: Name of the stage that writes it, as in manifests.
+        inputs: Inputs of the stage; hub names are ignored.
 
     Raises:
         InputError: ``out`` is a file, a link, a mount point, the current directory or a parent of
-            it, an input or inside or around one, or holds what this stage did not make.
+            it, is an input or inside or around one, or has files that this stage did not make.
     """
     if out.is_symlink():
         raise InputError(f"{out}: is a link, expected a new directory")

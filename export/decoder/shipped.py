@@ -95,7 +95,7 @@ def group(decoder: ShippedDecoder) -> Layers:
 
 
 def every(decoder: ShippedDecoder) -> Layers:
-    """Put each layer in a group of its own."""
+    """Put each layer in its own group."""
     return group_layers(decoder.whole, lambda layer: layer)
 
 

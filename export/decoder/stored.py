@@ -36,7 +36,7 @@ Read = Callable[[str], Tensor]
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor in a file of its own, little-endian, in C order.
+    """One tensor in its own file, little-endian, in C order.
 
     Attributes:
         path: The file.
