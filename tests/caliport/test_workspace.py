@@ -18,7 +18,7 @@ from caliport.core.directories import content_hash, read_manifest
 STAGES = """
     import os, sys, time
     from pathlib import Path
-    from caliport.workspace import stage
+    from caliport.stages.stage import stage
     from caliport.core.errors import InputError
     place, fails, rank = Path(sys.argv[1]), sys.argv[2] == "fails", os.environ["RANK"]
 
