@@ -13,6 +13,7 @@ import pytest
 from export import to_executorch, to_onnx
 from tests.commands import caliport
 from tests.conftest import random_adapter
+from tests.forking import forked
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,7 @@ Validate = Callable[..., CompletedProcess[str]]
 @pytest.fixture
 def validate(artifacts: Path, base_dir: Path) -> Validate:
     def run(name: str, *flags: object) -> CompletedProcess[str]:
-        return caliport("validate", name, "--base", base_dir, *flags, cwd=artifacts)
+        return forked("validate", name, "--base", base_dir, *flags, cwd=artifacts)
 
     return run
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from commands import ENVIRONMENT, caliport
+from commands import ENVIRONMENT
 from conftest import random_adapter
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -24,6 +24,7 @@ from export.artifact import RUNTIMES, Quantization
 from export.bundling import to_executorch_bundle
 from export.onnx_bundle import to_onnx_bundle
 from export.preflight import Needs, available_memory, needs
+from tests.forking import forked
 
 INT4 = Quantization("int4")
 
@@ -74,7 +75,7 @@ def test_what_memory_cannot_hold_is_refused_before_a_weight_is_read(tmp_path: Pa
     """400 GB, which no machine here reads in the time that is given."""
     huge_base(tmp_path / "base")
     start = time.monotonic()
-    done = caliport("export", "--base", "base", "--runtime", "onnx", "--out", "art", cwd=tmp_path)
+    done = forked("export", "--base", "base", "--runtime", "onnx", "--out", "art", cwd=tmp_path)
     assert done.returncode == 2, done.stderr
     assert done.stderr.count("\n") == 1
     assert "base: onnx fp32 needs about " in done.stderr

@@ -10,13 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from commands import caliport
 from safetensors.torch import load_file, save_file
 
 from caliport_core.directories import check_files, file_hash, read_manifest
 from caliport_core.errors import InputError
 from export import to_onnx
 from tests.export.conftest import export_both
+from tests.forking import forked
 from validation import executorch_runner, onnx_runner
 from validation.runner import open_runner, stock_generate
 
@@ -127,7 +127,7 @@ def test_a_manifest_without_hashes_is_refused(copy: Path, files: object) -> None
 def test_the_command_refuses_in_one_line(copy: Path, base_dir: Path, tmp_path: Path) -> None:
     card = copy / "README.md"
     card.write_bytes(card.read_bytes() + b"\n")
-    done = caliport("validate", copy, "--base", base_dir, cwd=tmp_path)
+    done = forked("validate", copy, "--base", base_dir, cwd=tmp_path)
     assert done.returncode == 2, done.stdout + done.stderr
     assert done.stderr.startswith(f"caliport: {card}: ")
     assert done.stderr.count("\n") == 1
