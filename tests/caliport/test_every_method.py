@@ -185,9 +185,10 @@ def test_a_feature_is_added_from_the_command_line(run: Path, tmp_path: Path) -> 
         ("base.shape.context=40", "longer than the context of 40"),
     ],
 )
-def test_wrong_recipes_are_one_line(change: str, message: str, tmp_path: Path) -> None:
+def test_wrong_recipes_are_one_line(change: str, message: str, run: Path, tmp_path: Path) -> None:
+    """One of them is found out when the adapters are there, which are those of ``run``."""
     (tmp_path / "tiny.yaml").write_text(RECIPE)
-    done = forked("calibrate", "tiny.yaml", "--set", change, cwd=tmp_path)
+    done = forked("calibrate", "tiny.yaml", "--set", change, "--runs", run.parent, cwd=tmp_path)
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr

@@ -13,8 +13,8 @@ from validation.executorch_runner import ExecuTorchRunner, generate
 from validation.onnx_runner import OnnxRunner
 
 
-def test_bundle_from_flags(base_dir: Path, adapter_dirs: list[Path], tmp_path: Path) -> None:
-    one, two = adapter_dirs
+def test_bundle_from_flags(one_layer: tuple[Path, list[Path]], tmp_path: Path) -> None:
+    base_dir, (one, two) = one_layer
     done = caliport(
         "export", "--base", base_dir, "--runtime", "executorch", "--precision", "int4",
         "--bundle", f"first={one}", "--bundle", f"second={two}",

@@ -17,6 +17,16 @@ from tests.forking import forked
 
 
 @pytest.fixture(scope="module")
+def base_dir(one_layer: tuple[Path, list[Path]]) -> Path:
+    return one_layer[0]
+
+
+@pytest.fixture(scope="module")
+def adapter_dirs(one_layer: tuple[Path, list[Path]]) -> list[Path]:
+    return one_layer[1]
+
+
+@pytest.fixture(scope="module")
 def artifacts(
     base_dir: Path, adapter_dirs: list[Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
