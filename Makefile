@@ -38,8 +38,8 @@ ifeq ($(ANDROID),yes)
 endif
 
 test: lint android
-	$(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadfile --durations 15 \
-		-m "not benchmark$(if $(filter yes,$(ANDROID)),, and not android)"
+	$(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
+		--durations 15 -m "not benchmark$(if $(filter yes,$(ANDROID)),, and not android)"
 
 test-benchmarks: setup
 	$(BIN)/pytest -m benchmark

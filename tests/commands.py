@@ -8,7 +8,12 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+ENVIRONMENT = {
+    **os.environ,
+    "PYTHONPATH": str(ROOT),
+    "COLUMNS": "200",
+    "OMP_NUM_THREADS": "1",  # as in tests/conftest.py
+}
 
 
 def caliport(*arguments: object, cwd: Path) -> subprocess.CompletedProcess:

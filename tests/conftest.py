@@ -22,8 +22,41 @@ TEXTS = [
 ]
 
 
+# Those that take longest, from the longest on. Workers that begin with them end together.
+LONGEST = (
+    "faults/test_executorch.py",
+    "export/test_architectures.py",
+    "caliport/test_run.py",
+    "export/test_killed.py",
+    "export/test_preflight.py",
+    "faults/test_sound_executorch.py",
+    "export/test_executorch.py",
+    "caliport/test_exporting.py",
+    "caliport/test_every_method.py",
+    "export/test_executorch_bundle.py",
+    "export/test_cache.py",
+    "export/test_card.py",
+    "caliport/test_other_tools.py",
+    "test_action.py",
+    "android/test_parity.py",
+    "caliport/test_workspace.py",
+    "export/test_hub.py",
+    "export/test_trust.py",
+    "faults/test_onnx.py",
+    "faults/test_sound_onnx.py",
+    "validation/test_reproducible.py",
+    "export/test_onnx_bundle.py",
+    "validation/test_latency.py",
+    "export/test_onnx.py",
+    "android/test_onnx_runner.py",
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
-    """Mark what ``make test ANDROID=no`` leaves out."""
+    """Put the longest files first and mark what ``make test ANDROID=no`` leaves out."""
+    places = {name: place for place, name in enumerate(LONGEST)}
+    here = Path(__file__).parent
+    items.sort(key=lambda i: places.get(i.path.relative_to(here).as_posix(), len(places)))
     for item in items:
         if "adb_server" in getattr(item, "fixturenames", ()):
             item.add_marker("android")
@@ -32,10 +65,14 @@ def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
 @pytest.fixture(scope="session")
 def base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Hugging Face directory: a two-layer Llama with random weights and its tokenizer."""
+    return _random_base(tmp_path_factory.mktemp("base"), layers=2)
+
+
+def _random_base(directory: Path, layers: int) -> Path:
     from caliport.calibrate.training.small_base import BaseShape, build_model, build_tokenizer
 
     shape = BaseShape(
-        vocab_size=384, hidden_size=64, intermediate_size=160, layers=2, heads=4, context=128
+        vocab_size=384, hidden_size=64, intermediate_size=160, layers=layers, heads=4, context=128
     )
     tokenizer = build_tokenizer(TEXTS, shape.vocab_size)
     model = build_model(tokenizer, shape, seed=0)
@@ -43,7 +80,6 @@ def base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for parameter in model.parameters():
             if parameter.dim() == 2:
                 parameter.mul_(4)
-    directory = tmp_path_factory.mktemp("base")
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
@@ -74,6 +110,14 @@ def adapter_dirs(base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> li
     """Two PEFT LoRA adapters of the tiny base, rank 4, random weights."""
     root = tmp_path_factory.mktemp("adapters")
     return [random_adapter(base_dir, root / f"task{i}", seed=i + 1) for i in range(2)]
+
+
+@pytest.fixture(scope="session")
+def one_layer(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path]]:
+    """As ``base_dir`` and ``adapter_dirs``, for ExecuTorch, whose time goes up with the layers."""
+    root = tmp_path_factory.mktemp("one-layer")
+    base = _random_base(root / "base", layers=1)
+    return base, [random_adapter(base, root / f"task{i}", seed=i + 1) for i in range(2)]
 
 
 @pytest.fixture

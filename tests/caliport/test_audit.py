@@ -17,6 +17,7 @@ from caliport.calibrate.merges.registry import MERGES
 from caliport.core.errors import InputError
 from caliport.run.audit import audit_composition, write_audit
 from caliport.validation.records.reports import AUDIT, AuditReport, read_result
+from tests.forking import forked
 
 
 def test_command_end_to_end(adapter_dirs: list[Path], tmp_path: Path) -> None:
@@ -48,7 +49,7 @@ def test_nothing_is_written_unasked_and_weights_count(
     adapter_dirs: list[Path], tmp_path: Path
 ) -> None:
     weights = ("--weight", "1", "--weight=-0.5")
-    done = caliport("audit", *adapter_dirs, *weights, cwd=tmp_path)
+    done = forked("audit", *adapter_dirs, *weights, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "1·task0 + -0.5·task1" in done.stdout
     assert not list(tmp_path.iterdir())
@@ -73,7 +74,7 @@ def test_bad_input_ends_in_one_line(
     write_peft(LowRankUpdate(one.a, larger), tmp_path / "other")
     places = {"ONE": adapter_dirs[0], "TWO": adapter_dirs[1], "OTHER": tmp_path / "other"}
     found = [places.get(a, a) for a in arguments]
-    done = caliport("audit", *found, "--out", "out", cwd=tmp_path)
+    done = forked("audit", *found, "--out", "out", cwd=tmp_path)
     assert done.returncode == 2, done.stdout + done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.strip()]
     assert line.startswith("caliport: ")
@@ -117,7 +118,7 @@ def test_modules_come_in_the_order_of_layers(tmp_path: Path) -> None:
 def test_directories_of_one_name_stay_apart(adapter_dirs: list[Path], tmp_path: Path) -> None:
     for place, source in zip(("x", "y"), adapter_dirs, strict=True):
         shutil.copytree(source, tmp_path / place / "adapter")
-    done = caliport("audit", "x/adapter", "y/adapter", cwd=tmp_path)
+    done = forked("audit", "x/adapter", "y/adapter", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "0.5·adapter (1) + 0.5·adapter (2)" in done.stdout
 

@@ -11,6 +11,7 @@ import pytest
 from commands import ENVIRONMENT, ROOT, caliport
 
 from caliport.core.errors import InputError
+from tests.forking import forked
 
 
 def one_line(done: subprocess.CompletedProcess, says: str) -> None:
@@ -52,28 +53,26 @@ def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
     ],
 )
 def test_wrong_arguments(arguments: list[str], says: str, tmp_path: Path) -> None:
-    one_line(caliport(*arguments, cwd=tmp_path), says)
+    one_line(forked(*arguments, cwd=tmp_path), says)
     assert not list(tmp_path.iterdir())
 
 
 def test_init_writes_a_recipe_once(tmp_path: Path) -> None:
     assert caliport("init", cwd=tmp_path).returncode == 0
     assert "compositions:" in (tmp_path / "recipe.yaml").read_text()
-    one_line(caliport("init", cwd=tmp_path), "already exists")
+    one_line(forked("init", cwd=tmp_path), "already exists")
 
 
 def test_recipe_with_a_typo(tmp_path: Path) -> None:
     text = (ROOT / "recipes" / "demo.yaml").read_text().replace("rank: 8", "rnak: 8")
     (tmp_path / "r.yaml").write_text(text)
-    one_line(
-        caliport("run", "r.yaml", cwd=tmp_path), "lora.rnak: unknown field; did you mean rank?"
-    )
+    one_line(forked("run", "r.yaml", cwd=tmp_path), "lora.rnak: unknown field; did you mean rank?")
     assert not (tmp_path / "runs").exists()
 
 
 def compose(base: Path, adapters: list[Path], cwd: Path) -> subprocess.CompletedProcess:
     flags = [flag for adapter in adapters for flag in ("--adapter", adapter)]
-    return caliport(
+    return forked(
         "calibrate", "--base", base, *flags, "--method", "linear", "--out", "out/mine", cwd=cwd
     )
 
@@ -98,7 +97,7 @@ def test_tokenizer_of_a_larger_vocabulary(base_dir: Path, tmp_path: Path) -> Non
     tokenizer = AutoTokenizer.from_pretrained(base_dir)
     tokenizer.add_tokens([f"<extra{i}>" for i in range(200)])
     tokenizer.save_pretrained(tmp_path / "base")
-    done = caliport("export", "--base", "base", "--runtime", "onnx", "--out", "art", cwd=tmp_path)
+    done = forked("export", "--base", "base", "--runtime", "onnx", "--out", "art", cwd=tmp_path)
     one_line(done, "the base's embedding has 384 rows")
     assert [p.name for p in tmp_path.iterdir()] == ["base"]
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import caliport
 
 from caliport.calibrate import LowRankUpdate, read_peft
 from caliport.core.directories import read_manifest
+from tests.forking import forked
 
 RECIPE = """
 name: tiny
@@ -56,7 +56,7 @@ evaluation:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("every")
     (place / "tiny.yaml").write_text(RECIPE)
-    done = caliport("calibrate", "tiny.yaml", cwd=place)
+    done = forked("calibrate", "tiny.yaml", cwd=place)
     assert done.returncode == 0, done.stdout + done.stderr
     return place / "runs" / "tiny"
 
@@ -124,7 +124,7 @@ def test_a_feature_is_added_from_the_command_line(run: Path, tmp_path: Path) -> 
     base = run / "base"
     common = ("--base", base, "--data", tmp_path / "it.jsonl", "--steps", 3, "--batch-size", 4)
     features = run / "shared/flix"
-    done = caliport(
+    done = forked(
         "calibrate",
         "--method",
         "flix",
@@ -141,7 +141,7 @@ def test_a_feature_is_added_from_the_command_line(run: Path, tmp_path: Path) -> 
     for name in ("summarize", "translate", "casual", "es"):
         old, new = (read_peft(d / name) for d in (features, tmp_path / "more"))
         assert all(torch.equal(old.b[m], new.b[m]) for m in old.modules), "others stay"
-    done = caliport(
+    done = forked(
         "calibrate",
         "--method",
         "exact",
@@ -183,9 +183,10 @@ def test_a_feature_is_added_from_the_command_line(run: Path, tmp_path: Path) -> 
         ("base.shape.context=40", "longer than the context of 40"),
     ],
 )
-def test_wrong_recipes_are_one_line(change: str, message: str, tmp_path: Path) -> None:
+def test_wrong_recipes_are_one_line(change: str, message: str, run: Path, tmp_path: Path) -> None:
+    """One of them is found out when the adapters are there, which are those of ``run``."""
     (tmp_path / "tiny.yaml").write_text(RECIPE)
-    done = caliport("calibrate", "tiny.yaml", "--set", change, cwd=tmp_path)
+    done = forked("calibrate", "tiny.yaml", "--set", change, "--runs", run.parent, cwd=tmp_path)
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr

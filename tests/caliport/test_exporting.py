@@ -10,10 +10,11 @@ import pytest
 from caliport.validation.runners.executorch import ExecuTorchRunner, generate
 from caliport.validation.runners.onnx import OnnxRunner
 from tests.commands import caliport
+from tests.forking import forked
 
 
-def test_bundle_from_flags(base_dir: Path, adapter_dirs: list[Path], tmp_path: Path) -> None:
-    one, two = adapter_dirs
+def test_bundle_from_flags(one_layer: tuple[Path, list[Path]], tmp_path: Path) -> None:
+    base_dir, (one, two) = one_layer
     done = caliport(
         "export", "--base", base_dir, "--runtime", "executorch", "--precision", "int4",
         "--bundle", f"first={one}", "--bundle", f"second={two}",
@@ -41,7 +42,7 @@ def test_bundle_from_flags(base_dir: Path, adapter_dirs: list[Path], tmp_path: P
     assert "first was not checked with it" in rows[1]["notes"][0]
     assert rows[1]["parts"]["shared adapters"] > 0
     assert sum(rows[1]["parts"].values()) == rows[1]["bytes"]
-    done = caliport(*flags, "--bundle", f"first={one}", cwd=tmp_path)
+    done = forked(*flags, "--bundle", f"first={one}", cwd=tmp_path)
     assert done.returncode == 2
     assert "--share task0=DIR is missing; first stands on that adapter" in done.stderr
 
@@ -52,7 +53,7 @@ def test_onnx_bundle_from_flags_and_one_more(
     one, two = adapter_dirs
     flags = ("--base", base_dir, "--runtime", "onnx", "--precision", "int4")
     layer = "model.layers.1.mlp.down_proj"
-    done = caliport(
+    done = forked(
         "export", *flags, "--bundle", f"first={one}", "--int8-layer", layer, "--out", "out",
         cwd=tmp_path,
     )  # fmt: skip
@@ -60,29 +61,29 @@ def test_onnx_bundle_from_flags_and_one_more(
     assert "out: needs about" in done.stdout
     manifest = json.loads((tmp_path / "out/manifest.json").read_text())
     assert manifest["quantization"]["int8_layers"] == [layer]
-    done = caliport("export", "--into", "out", "--bundle", f"second={two}", cwd=tmp_path)
+    done = forked("export", "--into", "out", "--bundle", f"second={two}", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     logits = [
         OnnxRunner(tmp_path / "out", adapter=adapter).prefill([5, 6, 7])
         for adapter in (None, *(tmp_path / f"out/{n}.onnx_adapter" for n in ("first", "second")))
     ]
     assert abs(logits[0] - logits[1]).max() > 0.01 < abs(logits[1] - logits[2]).max()
-    done = caliport("export", "--into", "out", "--base", base_dir, cwd=tmp_path)
+    done = forked("export", "--into", "out", "--base", base_dir, cwd=tmp_path)
     assert done.returncode == 2
     assert "--into only goes with --bundle NAME=DIR" in done.stderr
     flags = ("validate", "out", "--base", base_dir, "--no-latency")
-    done = caliport(*flags, "--bundle", f"second={two}", "--out", "checked", cwd=tmp_path)
+    done = forked(*flags, "--bundle", f"second={two}", "--out", "checked", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads((tmp_path / "checked/parity.json").read_text())["artifacts"]
     assert [row["composition"] for row in rows] == ["base alone", "second"]
     assert rows[0]["notes"] == ["not checked, for want of --bundle NAME=DIR: first"]
-    done = caliport(*flags, "--bundle", f"first={two}", cwd=tmp_path)
+    done = forked(*flags, "--bundle", f"first={two}", cwd=tmp_path)
     assert done.returncode == 1, "a composition passed for another"
     for wrong, reason in (
         (("--adapter", one), "is a bundle of first, second; expected --bundle NAME=DIR"),
         (("--bundle", f"third={one}"), "out has no such composition, only first, second"),
     ):
-        done = caliport(*flags, *wrong, cwd=tmp_path)
+        done = forked(*flags, *wrong, cwd=tmp_path)
         assert done.returncode == 2
         assert reason in done.stderr
 
@@ -101,7 +102,7 @@ def test_onnx_bundle_from_flags_and_one_more(
 def test_wrong_bundles_end_in_one_line(
     base_dir: Path, tmp_path: Path, flags: tuple[str, ...], reason: str
 ) -> None:
-    done = caliport(
+    done = forked(
         "export", "--base", base_dir, "--runtime", "executorch", *flags, "--out", "out",
         cwd=tmp_path,
     )  # fmt: skip

@@ -9,11 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from commands import caliport
 
 from caliport.cli.optimum import check_task
 from caliport.core.directories import read_manifest
 from caliport.core.errors import InputError
+from tests.forking import forked
 
 # Optimum must find the command by what is installed, not by where the tests run.
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"COLUMNS": "200"}
@@ -37,7 +37,7 @@ def test_optimum_cli_exports(base_dir: Path, adapter_dirs: list[Path], tmp_path:
     manifest = read_manifest(tmp_path / "art")
     assert (manifest["runtime"], manifest["precision"], manifest["context"]) == ("onnx", "int8", 96)
     assert manifest["inputs"].keys() == {"base", "adapter"}
-    again = caliport("export", "--base", base_dir, *flags, "--out", "art", cwd=tmp_path)
+    again = forked("export", "--base", base_dir, *flags, "--out", "art", cwd=tmp_path)
     assert "up to date, skipped" in again.stderr
 
 

@@ -13,6 +13,17 @@ import pytest
 from tests.commands import caliport
 from tests.conftest import random_adapter
 from tests.exports import to_executorch, to_onnx
+from tests.forking import forked
+
+
+@pytest.fixture(scope="module")
+def base_dir(one_layer: tuple[Path, list[Path]]) -> Path:
+    return one_layer[0]
+
+
+@pytest.fixture(scope="module")
+def adapter_dirs(one_layer: tuple[Path, list[Path]]) -> list[Path]:
+    return one_layer[1]
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +49,7 @@ Validate = Callable[..., CompletedProcess[str]]
 @pytest.fixture
 def validate(artifacts: Path, base_dir: Path) -> Validate:
     def run(name: str, *flags: object) -> CompletedProcess[str]:
-        return caliport("validate", name, "--base", base_dir, *flags, cwd=artifacts)
+        return forked("validate", name, "--base", base_dir, *flags, cwd=artifacts)
 
     return run
 

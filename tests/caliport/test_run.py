@@ -5,15 +5,11 @@ from __future__ import annotations
 import json
 import random
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from commands import ENVIRONMENT, caliport
+from commands import caliport
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -22,6 +18,7 @@ from caliport.core.directories import content_hash, read_manifest
 from caliport.validation.records.reports import ParityReport, read_result
 from tests import commands
 from tests.android.daemon import PROJECT
+from tests.forking import forked
 
 RECIPE = """
 name: tiny
@@ -148,16 +145,16 @@ def test_composed_adapters_load_in_peft(place: Path) -> None:
 def test_second_run_skips_all_and_a_change_only_what_depends_on_it(place: Path) -> None:
     run = place / "runs" / "tiny"
     before = {p: p.stat().st_mtime_ns for p in run.rglob("manifest.json")}
-    again = caliport("run", "tiny.yaml", cwd=place)
+    again = forked("run", "tiny.yaml", cwd=place)
     assert again.returncode == 0
     assert ": done" not in again.stderr
     assert again.stderr.count("up to date, skipped") == len(before)
     assert {p: p.stat().st_mtime_ns for p in run.rglob("manifest.json")} == before
-    changed = caliport("calibrate", "tiny.yaml", "--set", "calibration.lc.steps=4", cwd=place)
+    changed = forked("calibrate", "tiny.yaml", "--set", "calibration.lc.steps=4", cwd=place)
     assert changed.returncode == 0, changed.stderr
     done = [line for line in changed.stderr.splitlines() if line.endswith(": done")]
     assert done == ["summarize_es: lc: done", "summarize_es: score of lc: done"]
-    assert caliport("calibrate", "tiny.yaml", cwd=place).returncode == 0
+    assert forked("calibrate", "tiny.yaml", cwd=place).returncode == 0
 
 
 def test_stages_from_flags(place: Path) -> None:
@@ -170,10 +167,10 @@ def test_stages_from_flags(place: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert content_hash(place / "mine") == content_hash(run / "composed/summarize_es/exact")
     flags = ["--base", base, "--adapter", place / "mine", "--runtime", "onnx"]
-    done = caliport("export", *flags, "--precision", "int4", "--out", "art", cwd=place)
+    done = forked("export", *flags, "--precision", "int4", "--out", "art", cwd=place)
     assert done.returncode == 0, done.stderr
     flags = ["--base", base, "--adapter", place / "mine"]
-    done = caliport("validate", "art", *flags, "--by-layer", "--out", "checked", cwd=place)
+    done = forked("validate", "art", *flags, "--by-layer", "--out", "checked", cwd=place)
     assert done.returncode == 0, done.stdout + done.stderr
     (budget,) = read_result(ParityReport, place / "checked/parity.json").budgets
     assert [stage.stage for stage in budget.stages] == [
@@ -185,24 +182,22 @@ def test_stages_from_flags(place: Path) -> None:
     assert {"parity.json", "latency.json", "junit.xml", "report.html", "summary.md"} == {
         p.name for p in (place / "checked").iterdir()
     }
-    done = caliport(
-        "validate", "art", "--base", base, "--adapter", adapters / "summarize", cwd=place
-    )
+    done = forked("validate", "art", "--base", base, "--adapter", adapters / "summarize", cwd=place)
     assert done.returncode == 1, "an artifact of another adapter passed"
     assert "FAIL" in done.stdout
 
 
 def test_base_alone_from_flags(place: Path) -> None:
     flags = ["--base", place / "runs/tiny/base"]
-    done = caliport("export", *flags, "--runtime", "onnx", "--out", "plain", cwd=place)
+    done = forked("export", *flags, "--runtime", "onnx", "--out", "plain", cwd=place)
     assert done.returncode == 0, done.stderr
-    assert caliport("validate", "plain", *flags, cwd=place).returncode == 0
+    assert forked("validate", "plain", *flags, cwd=place).returncode == 0
 
 
 def test_failed_gate_is_exit_1_and_a_junit_failure(place: Path, tmp_path: Path) -> None:
     shutil.copytree(place, tmp_path / "copy")
     change = ["--set", "validation.limits.int8.kl=0", "--set", "validation.limits.int8.kl_times=0"]
-    done = caliport("validate", "tiny.yaml", *change, cwd=tmp_path / "copy")
+    done = forked("validate", "tiny.yaml", *change, cwd=tmp_path / "copy")
     assert done.returncode == 1, done.stdout + done.stderr
     reports = tmp_path / "copy/runs/tiny/reports"
     assert "<failure" in (reports / "junit.xml").read_text()
@@ -218,9 +213,7 @@ def test_a_recipe_ships_bundles(place: Path, tmp_path: Path) -> None:
     shutil.copytree(place, tmp_path / "copy")
     shutil.rmtree(tmp_path / "copy/runs/tiny/artifacts")
     change = ["--set", "export.ship=[bundle]", "--set", "export.precisions=[int4]"]
-    done = caliport(
-        "run", "tiny.yaml", *change, "--set", "export.method=lc++", cwd=tmp_path / "copy"
-    )
+    done = forked("run", "tiny.yaml", *change, "--set", "export.method=lc++", cwd=tmp_path / "copy")
     assert done.returncode == 0, done.stdout + done.stderr
     run = tmp_path / "copy/runs/tiny"
     assert not (run / "artifacts").exists()
@@ -262,18 +255,12 @@ def test_killed_at_any_moment_it_resumes(place: Path, tmp_path: Path) -> None:
     """Killed without warning again and again, it leaves no half directory and ends the same."""
     (tmp_path / "tiny.yaml").write_text(RECIPE)
     draw = random.Random(0)
-    command = [sys.executable, "-m", "caliport", "calibrate", "tiny.yaml"]
     for _ in range(8):
-        process = subprocess.Popen(
-            command, cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.DEVNULL
-        )
-        time.sleep(draw.uniform(2.0, 12.0))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        forked("calibrate", "tiny.yaml", cwd=tmp_path, kill_after=draw.uniform(0.2, 3.0))
         for directory in (tmp_path / "runs/tiny").glob("**/adapter_config.json"):
             if not any(part.startswith(".") for part in directory.relative_to(tmp_path).parts):
                 assert (directory.parent / "manifest.json").exists(), directory
-    assert caliport("calibrate", "tiny.yaml", cwd=tmp_path).returncode == 0
+    assert forked("calibrate", "tiny.yaml", cwd=tmp_path).returncode == 0
     for name in ("base", "adapters/summarize", "composed/summarize_es/lc++"):
         whole, resumed = place / "runs/tiny" / name, tmp_path / "runs/tiny" / name
         assert content_hash(whole) == content_hash(resumed)

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import ENVIRONMENT, caliport
+from commands import ENVIRONMENT
 from safetensors.torch import load_file
 
 from caliport.core.directories import content_hash, read_manifest
+from tests.forking import forked
 
 STAGES = """
     import os, sys, time
@@ -118,7 +119,7 @@ def test_a_recipe_on_two_processes_gives_what_one_gives(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         (tmp_path / name / "tiny.yaml").write_text(RECIPE)
         if name == "one":
-            done = caliport("calibrate", "tiny.yaml", cwd=tmp_path / name)
+            done = forked("calibrate", "tiny.yaml", cwd=tmp_path / name)
         else:
             done = subprocess.run(
                 [*launch, "-m", "caliport", "calibrate", "tiny.yaml"],

@@ -38,6 +38,8 @@ _SMALL = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+# Lowering takes its time for each layer: enough where only numbers set a family apart from others.
+_ONE_LAYER = _SMALL | {"num_hidden_layers": 1}
 
 
 def _gemma2() -> PreTrainedConfig:
@@ -84,7 +86,7 @@ def _llama() -> PreTrainedConfig:
 
 def _llama_dynamic() -> PreTrainedConfig:
     rope = {"rope_type": "dynamic", "rope_theta": 1000.0, "factor": 4.0}
-    return LlamaConfig(**_SMALL | {"max_position_embeddings": CONTEXT}, rope_parameters=rope)
+    return LlamaConfig(**_ONE_LAYER | {"max_position_embeddings": CONTEXT}, rope_parameters=rope)
 
 
 def _phi3() -> PreTrainedConfig:
@@ -97,7 +99,7 @@ def _phi3() -> PreTrainedConfig:
 
 def _phi3_longrope() -> PreTrainedConfig:
     return Phi3Config(
-        **_SMALL,
+        **_ONE_LAYER,
         original_max_position_embeddings=CONTEXT,
         rope_parameters={
             "rope_type": "longrope",
@@ -115,10 +117,10 @@ def _qwen2() -> PreTrainedConfig:
 
 def _qwen2_sliding() -> PreTrainedConfig:
     return Qwen2Config(
-        **_SMALL | {"num_hidden_layers": 4},
+        **_SMALL,
         use_sliding_window=True,
         sliding_window=WINDOW,
-        layer_types=["full_attention"] * 2 + ["sliding_attention"] * 2,
+        layer_types=["full_attention", "sliding_attention"],
     )
 
 
@@ -128,7 +130,7 @@ def _qwen3() -> PreTrainedConfig:
 
 def _qwen3_yarn() -> PreTrainedConfig:
     return Qwen3Config(
-        **_SMALL,
+        **_ONE_LAYER,
         head_dim=32,
         rope_parameters={
             "rope_type": "yarn",
@@ -141,7 +143,7 @@ def _qwen3_yarn() -> PreTrainedConfig:
 
 def _smollm2() -> PreTrainedConfig:
     return LlamaConfig(
-        **_SMALL | {"num_attention_heads": 3, "num_key_value_heads": 1, "hidden_size": 96},
+        **_ONE_LAYER | {"num_attention_heads": 3, "num_key_value_heads": 1, "hidden_size": 96},
         tie_word_embeddings=True,
         rope_parameters={"rope_type": "default", "rope_theta": 100000.0},
     )
@@ -158,7 +160,7 @@ def _smollm3() -> PreTrainedConfig:
 
 def _stablelm2() -> PreTrainedConfig:
     return StableLmConfig(
-        **_SMALL,
+        **_ONE_LAYER,
         use_qkv_bias=True,
         rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25},
     )

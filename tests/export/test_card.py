@@ -118,10 +118,10 @@ def test_a_composed_adapter_says_how_it_was_made(adapter_dirs: list[Path], tmp_p
 @pytest.fixture(scope="module", params=RUNTIMES)
 def bundle(
     request: pytest.FixtureRequest,
-    base_dir: Path,
-    adapter_dirs: list[Path],
+    one_layer: tuple[Path, list[Path]],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
+    base_dir, adapter_dirs = one_layer
     out = tmp_path_factory.mktemp("bundles") / request.param
     parts = {"first": adapter_dirs[0], "second": adapter_dirs[1]}
     if request.param == "onnx":

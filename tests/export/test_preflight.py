@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from commands import ENVIRONMENT, caliport
+from commands import ENVIRONMENT
 from conftest import random_adapter
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -27,6 +27,7 @@ from caliport.export.preflight import Needs, needs
 from caliport.export.quantization.choices import Quantization
 from caliport.export.request import Bundle, Request
 from caliport.export.runtime import names
+from tests.forking import forked
 
 INT4 = Quantization("int4")
 
@@ -77,7 +78,7 @@ def test_what_memory_cannot_hold_is_refused_before_a_weight_is_read(tmp_path: Pa
     """400 GB, which no machine here reads in the time that is given."""
     huge_base(tmp_path / "base")
     start = time.monotonic()
-    done = caliport("export", "--base", "base", "--runtime", "onnx", "--out", "art", cwd=tmp_path)
+    done = forked("export", "--base", "base", "--runtime", "onnx", "--out", "art", cwd=tmp_path)
     assert done.returncode == 2, done.stderr
     assert done.stderr.count("\n") == 1
     assert "base: onnx fp32 needs about " in done.stderr

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from commands import caliport
 from safetensors.torch import load_file, save_file
 
 from caliport.core.directories import check_files, file_hash, read_manifest
@@ -21,6 +20,7 @@ from caliport.validation.runners import onnx as onnx_runner
 from caliport.validation.runners.open import open_runner, stock_generate
 from tests.export.conftest import export_both
 from tests.exports import to_onnx
+from tests.forking import forked
 
 RUNTIMES = ("onnx", "executorch")
 
@@ -129,7 +129,7 @@ def test_a_manifest_without_hashes_is_refused(copy: Path, files: object) -> None
 def test_the_command_refuses_in_one_line(copy: Path, base_dir: Path, tmp_path: Path) -> None:
     card = copy / "README.md"
     card.write_bytes(card.read_bytes() + b"\n")
-    done = caliport("validate", copy, "--base", base_dir, cwd=tmp_path)
+    done = forked("validate", copy, "--base", base_dir, cwd=tmp_path)
     assert done.returncode == 2, done.stdout + done.stderr
     assert done.stderr.startswith(f"caliport: {card}: ")
     assert done.stderr.count("\n") == 1

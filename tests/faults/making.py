@@ -39,6 +39,7 @@ class Fault:
         patch: Changes the exporter while it runs, by runtime.
         after: Changes the files of the finished artifact, by runtime.
         runner: Changes the runner, where no artifact can have the fault.
+        drawn: Whether the graph is of the usual form, although ``base`` or ``patch`` is given.
         recorded: Whether the manifest says from what the artifact was really made.
         taken_for: The stage that the gates name where they name a wrong one.
     """
@@ -52,6 +53,7 @@ class Fault:
     patch: dict[str, Patch] | None = None
     after: dict[str, Callable[[Path], None]] | None = None
     runner: Callable[[Runner], Runner] | None = None
+    drawn: bool = False
     recorded: bool = False
     taken_for: str | None = None
 
@@ -87,7 +89,7 @@ def make(fault: Fault | None, scene: Scene, runtime: str, out: Path, precision: 
             _change_weights(monkeypatch, fault.weights)
         if fault is not None and fault.patch is not None:
             fault.patch[runtime](monkeypatch)
-        elif base == scene.base:
+        if fault is None or fault.drawn or (fault.patch is None and fault.base is None):
             _lower_once(monkeypatch, form)
         EXPORT[runtime](base, out, adapter=adapter, precision=form)
     if fault is not None:

@@ -358,7 +358,7 @@ FAULTS = [
     Fault("calibration vector missing", "adapter", precision="int4", adapter=_uncalibrated),
     Fault("stale: an earlier calibration", "adapter", adapter=_earlier, recorded=True),
     Fault("group size doubled", "quantization", "int4", patch=everywhere(_groups_doubled)),
-    Fault("zero point dropped", "quantization", patch=everywhere(_zero_point_dropped)),
+    Fault("zero point dropped", "quantization", patch=everywhere(_zero_point_dropped), drawn=True),
     Fault("one scale row doubled", "quantization", weights=_row_scale),
     Fault("scales rounded to float16", "quantization", weights=_half_scales),
     Fault(
@@ -416,7 +416,7 @@ FAULTS = [
         "lowering",
         patch=_in_llama("LlamaDecoderLayer.forward", _half_precision),
     ),
-    Fault("wrong end of text", "packaging", base=_ends_at_pad),
+    Fault("wrong end of text", "packaging", base=_ends_at_pad, drawn=True),
     Fault("tokenizer of another model", "packaging", after=_files(_other_tokenizer)),
     Fault("chat template changed", "packaging", after=_files(_other_template)),
 ]

@@ -30,9 +30,10 @@ def without_times(report: Any) -> Any:
 @pytest.mark.slow
 @pytest.mark.parametrize("runtime", ["onnx", "executorch"])
 def test_the_same_verdict_and_json(
-    runtime: str, base_dir: Path, adapter_dirs: list[Path], tmp_path: Path
+    runtime: str, one_layer: tuple[Path, list[Path]], tmp_path: Path
 ) -> None:
     """Each run is a process of its own, so the order of hashes differs between them."""
+    base_dir, adapter_dirs = one_layer
     make = to_onnx if runtime == "onnx" else to_executorch
     make(base_dir, tmp_path / "art", adapter=adapter_dirs[0], precision="int8")
     (tmp_path / "e.jsonl").write_text("\n".join(map(json.dumps, EXAMPLES)))
