@@ -42,13 +42,13 @@ def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["run", "gone.yaml"], "no such recipe"),
+        (["run", "gone.yaml"], "no such file or directory"),
         (["run"], "Missing argument"),
         (["rnu"], "No such command"),
         (["export", "--runtime", "onnx", "--out", "o"], "--base is missing"),
         (["export", "--base", "./gone", "--runtime", "onnx", "--out", "o"], "no such directory"),
         (["export", "--base", "x", "--runtime", "tflite", "--out", "o"], "--runtime is 'tflite'"),
-        (["validate", "gone"], "no such recipe"),
+        (["validate", "gone"], "no such file or directory"),
         (["report", "."], "no reports"),
     ],
 )

@@ -136,7 +136,7 @@ def _budget(budget: Budget, parity: ParityReport) -> dict[str, Any]:
                 budget_plots.task_of_stages(budget),
             ),
             (
-                "The same of each artifact",
+                "The same, by artifact",
                 "from the last stage that they share",
                 budget_plots.task_of_forms(budget, lost),
             ),
