@@ -42,7 +42,7 @@ def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["run", "gone.yaml"], "no such file or directory"),
+        (["run", "gone.yaml"], "no such recipe"),
         (["run"], "Missing argument"),
         (["rnu"], "No such command"),
         (["export", "--runtime", "onnx", "--out", "o"], "--base is missing"),
