@@ -77,6 +77,11 @@ def content_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
+def input_hash(path: str | Path) -> str:
+    """Content hash of a stage's input; the name of one that is not on this machine."""
+    return content_hash(Path(path)) if Path(path).exists() else f"name:{path}"
+
+
 def files_in(directory: Path) -> dict[str, Path]:
     """Files below a directory by relative name; the manifest and hidden ones are left out."""
     entries = (entry for entry in sorted(directory.rglob("*")) if entry.is_file())

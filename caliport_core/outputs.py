@@ -41,11 +41,6 @@ def forced(force: bool = True) -> Iterator[None]:
         _FORCED.reset(token)
 
 
-def replace_anything() -> None:
-    """Let all later outputs replace directories that caliport did not make; see ``forced``."""
-    _FORCED.set(True)
-
-
 def check_output(out: Path, stage: str, inputs: Iterable[Path | str] = ()) -> None:
     """Check, before any work, that a directory can be written without losing anything.
 

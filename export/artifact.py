@@ -12,6 +12,8 @@ from caliport.core.errors import InputError
 from caliport.export import runtime as runtimes
 from caliport.export.quantization.choices import PRECISIONS, Quantization
 
+BASE_ALONE = "base alone"
+"""What reports call a bundle's base without a composition."""
 UNKNOWN = "unknown"
 """The precision of an artifact without a caliport manifest."""
 

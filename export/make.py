@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from caliport.core.directories import content_hash
+from caliport.core.directories import input_hash
 from caliport.core.outputs import check_output, new_directory
 from caliport.export import runtime as runtimes
 from caliport.export.request import Request
@@ -24,10 +24,7 @@ def make(request: Request, out: Path) -> None:
     """
     runtimes.get(request.runtime).check(request)
     check_output(out, "export", request.inputs().values())
-    inputs = {
-        label: content_hash(Path(path)) if Path(path).exists() else f"name:{path}"
-        for label, path in request.inputs().items()
-    }
+    inputs = {label: input_hash(path) for label, path in request.inputs().items()}
     with new_directory(out, "export", inputs, request.settings()) as (partial, extra):
         fill(partial, extra, request)
 
@@ -49,6 +46,7 @@ def fill(
     from caliport.core.checkpoints import eos_ids, load_tokenizer
     from caliport.export.decoder.checks import check_exportable
     from caliport.export.decoder.shipped import shipped_decoder
+    from caliport.export.decoder.terms import read_updates
     from caliport.export.package.card import describe, write_card
     from caliport.export.package.generation import save_generation_config
     from caliport.export.package.tokenizer import save_tokenizer
@@ -66,6 +64,8 @@ def fill(
         check_exportable(model, context_of(model))
         runtime.check_model(request, model)
 
+    if request.bundle is not None:  # before the base's weights are read and quantized
+        read_updates(base, {**request.bundle.shared, **request.bundle.compositions})
     with shipped_decoder(base, request.adapter, how, directory, check=check) as decoder:
         model = decoder.whole
         tokenizer = load_tokenizer(base, model)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from caliport.core.errors import InputError
-from caliport.export.artifact import Artifact
+from caliport.export.artifact import BASE_ALONE, Artifact
 from caliport.export.request import Bundle
 from caliport.validation.references import FP32, EagerReferences
 from caliport.validation.runners.engine import PLAIN
@@ -21,9 +21,6 @@ if TYPE_CHECKING:
 Directory = str | Path
 Prompt = str | tuple[str, str]
 """An input, or an input and the right answer."""
-
-BASE_ALONE = "base alone"
-"""What reports call a bundle's base without a composition."""
 
 
 @dataclass(frozen=True)

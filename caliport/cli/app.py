@@ -217,7 +217,7 @@ def export(
         return
     from caliport.export.quantization.choices import Quantization
     from caliport.export.request import Request
-    from caliport.flags.export import bundle_of, export_one
+    from caliport.flags.export import bundle_for, export_one
 
     base, runtime, target = _needed(base=base, runtime=runtime, out=out)
     if private and push_to_hub is None:
@@ -227,7 +227,7 @@ def export(
     if share and not bundle:
         raise InputError("--share goes with --bundle NAME=DIR")
     how = Quantization(precision, tuple(int8_layer or ()), embedding_bits, cache_bits)
-    beside = bundle_of(runtime, bundle, share or []) if bundle else None
+    beside = bundle_for(runtime, bundle, share or []) if bundle else None
     request = Request(base, runtime, how, context, adapter, beside)
     export_one(request, target, preflight=preflight, repo_id=push_to_hub, private=private)
 

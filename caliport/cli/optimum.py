@@ -14,7 +14,7 @@ from pathlib import Path
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 from caliport.core.errors import InputError, one_line
-from caliport.core.outputs import replace_anything
+from caliport.core.outputs import forced
 
 _LIBRARY = "transformers"
 _TASK = "text-generation"
@@ -66,14 +66,13 @@ class CaliportExportCommand(BaseOptimumCLICommand):
         from caliport.flags.export import export_one
 
         given = self.args
-        if given.force:
-            replace_anything()
         if given.context is not None and given.context < 1:
             raise InputError(f"--context is {given.context}, expected at least 1")
         check_task(given.model)
         how = Quantization(given.precision)
         request = Request(given.model, given.runtime, how, given.context, given.adapter)
-        export_one(request, given.output, preflight=not given.no_preflight)
+        with forced(given.force):
+            export_one(request, given.output, preflight=not given.no_preflight)
 
 
 def check_task(base: str) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from caliport.core.outputs import replace_anything
+from caliport.core.outputs import forced
 
 Recipe = Annotated[
     Path | None, typer.Argument(help="A YAML recipe; without one, use the flags below.")
@@ -46,9 +46,8 @@ Share = Annotated[
 ]
 
 
-def _force(value: bool) -> bool:
-    if value:
-        replace_anything()
+def _force(ctx: typer.Context, value: bool) -> bool:
+    ctx.with_resource(forced(value))  # until the command ends
     return value
 
 

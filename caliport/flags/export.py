@@ -9,7 +9,7 @@ from caliport.core.errors import InputError
 from caliport.core.progress import console
 from caliport.export.request import Bundle, Request
 from caliport.export.runtime import get, names
-from caliport.flags.named import named
+from caliport.flags.named import bundle_of, named
 from caliport.stages.export import export_to
 
 
@@ -43,20 +43,20 @@ def export_one(
         console.print(f"pushed: {push(out, repo_id, private=private)}")
 
 
-def bundle_of(runtime: str, compositions: Sequence[str], shared: Sequence[str]) -> Bundle:
+def bundle_for(runtime: str, compositions: Sequence[str], shared: Sequence[str]) -> Bundle:
     """The bundle given by ``--bundle NAME=DIR`` and ``--share NAME=DIR``.
 
     Raises:
         InputError: A flag that is not ``NAME=DIR``, or shared adapters for a runtime that does not
             support them.
     """
-    parts, adapters = named("--bundle", compositions), named("--share", shared)
-    if adapters and runtime in names() and not get(runtime).shares_adapters:
+    bundle = bundle_of(compositions, shared)
+    if bundle.shared and runtime in names() and not get(runtime).shares_adapters:
         sharing = " or ".join(name for name in names() if get(name).shares_adapters)
         raise InputError(
             f"--share goes with --runtime {sharing}; {runtime} stores each composition whole"
         )
-    return Bundle(parts, adapters)
+    return bundle
 
 
 def add_to_bundle(bundle: Path, compositions: Sequence[str]) -> None:

@@ -199,7 +199,8 @@ def validate_rows(space: Workspace, wanted: Sequence[str]) -> bool:
     Raises:
         InputError: A device that cannot be used; the reports then have the others' results.
     """
-    from caliport.run.export import ALONE, rows_of
+    from caliport.export.artifact import BASE_ALONE
+    from caliport.run.export import rows_of
     from caliport.run.resolve import best_method
     from caliport.run.validate import first_logits, recipe_references, threads_of
     from caliport.validation.evaluation.budget import with_stage
@@ -214,7 +215,7 @@ def validate_rows(space: Workspace, wanted: Sequence[str]) -> bool:
     troubles: list[InputError] = []
     for row in rows_of(space):
         name, metric = row.composition, space.recipe.evaluation.metric
-        adapter = None if name == ALONE else space.composed(name, best_method(space, name))
+        adapter = None if name == BASE_ALONE else space.composed(name, best_method(space, name))
         with progress(f"{name}: {row.form} on {where.shown}", None):
             references = recipe_references(space, name, adapter, kept)
             artifact = Artifact.read(row.artifact)

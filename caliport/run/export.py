@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from caliport.export.artifact import form_of
+from caliport.export.artifact import BASE_ALONE, form_of
 from caliport.export.quantization.choices import Quantization
 from caliport.export.request import Bundle, Request
 from caliport.export.runtime import get
@@ -14,15 +14,12 @@ from caliport.run.resolve import best_method
 from caliport.run.workspace import Workspace, need
 from caliport.stages.export import export_to
 
-ALONE = "base alone"
-"""Used instead of a composition's name for a bundle's base."""
-
 
 @dataclass(frozen=True)
 class Row:
     """An item that a recipe ships and validates: an artifact, or one part of a bundle.
 
-    ``composition`` is ``ALONE`` for a bundle's base.
+    ``composition`` is ``BASE_ALONE`` for a bundle's base.
     """
 
     composition: str
@@ -34,7 +31,7 @@ class Row:
     @property
     def bundled(self) -> str | None:
         """The bundle's composition to run; None for a bundle's base or a fold."""
-        return self.composition if self.bundle and self.composition != ALONE else None
+        return self.composition if self.bundle and self.composition != BASE_ALONE else None
 
     @property
     def form(self) -> str:
@@ -50,7 +47,7 @@ def rows_of(space: Workspace) -> Iterator[Row]:
         for name in recipe.compositions:
             yield from (Row(name, r, p, space.artifact(name, r, p)) for r, p in forms)
     if "bundle" in recipe.export.ship:
-        for name in (*recipe.compositions, ALONE):
+        for name in (*recipe.compositions, BASE_ALONE):
             yield from (Row(name, r, p, space.bundle(r, p), bundle=True) for r, p in forms)
 
 
@@ -69,7 +66,7 @@ def export_all(space: Workspace, *, preflight: bool = True) -> None:
                 space.base, row.runtime, how, length, adapter=adapters[row.composition]
             )
             export_to(row.artifact, f"{row.composition}: {form}", request, refuse=preflight)
-        elif row.composition == ALONE:
+        elif row.composition == BASE_ALONE:
             bundle = Bundle(adapters, _shared(space, row))
             request = Request(space.base, row.runtime, how, length, bundle=bundle)
             title = f"bundle of {len(adapters)}: {form}"

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from caliport.core.progress import progress
-from caliport.export.artifact import Artifact
+from caliport.export.artifact import BASE_ALONE, Artifact
 from caliport.recipe.methods import CORRECTED, parse
 from caliport.recipe.schema import prompt_of
-from caliport.run.export import ALONE, Row, rows_of
+from caliport.run.export import Row, rows_of
 from caliport.run.resolve import best_method, compose_settings, examples_of
 from caliport.run.workspace import Workspace, need
 from caliport.stages.compose import merged
@@ -149,7 +149,7 @@ def _validate(space: Workspace, row: Row, kept: dict[str, EagerReferences]) -> N
     from caliport.validation.runners.open import PLAIN, Execution
 
     recipe, name = space.recipe, row.composition
-    alone = name == ALONE
+    alone = name == BASE_ALONE
     method = "base" if alone else best_method(space, name)
     adapter = None if alone else space.composed(name, method)
     asked = _asked_by(space, name)
@@ -230,7 +230,7 @@ def recipe_references(
 
 def _asked_by(space: Workspace, name: str) -> str:
     """The composition whose examples are asked; a bundle's base has none of its own."""
-    return next(iter(space.recipe.compositions)) if name == ALONE else name
+    return next(iter(space.recipe.compositions)) if name == BASE_ALONE else name
 
 
 def _write_parity(space: Workspace) -> bool:
@@ -256,7 +256,7 @@ def _write_parity(space: Workspace) -> bool:
     for row in rows_of(space):
         part = space.kept("parity", row.composition, row.form)
         found.append(ArtifactResult.model_validate_json((part / PARITY).read_text()))
-        if row.composition != ALONE:
+        if row.composition != BASE_ALONE:
             stages[row.composition] += _read_stages(part)
     facts: dict[str, Any] = {"machine": this_machine(), "versions": environment()}
     budgets = [

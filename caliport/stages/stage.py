@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, is_dataclass
@@ -11,7 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from caliport.core.directories import content_hash, key, up_to_date
+from caliport.core.directories import input_hash, key, up_to_date
 from caliport.core.outputs import check_output, new_directory
 from caliport.core.processes import is_main, wait_until
 from caliport.core.progress import console
@@ -79,7 +78,7 @@ def hashes_of(inputs: Mapping[str, Path | str]) -> dict[str, str]:
 @lru_cache(maxsize=256)
 def _hash(path: str) -> str:
     """Content hash of a path, cached; a hub name is used instead of its content."""
-    return content_hash(Path(path)) if os.path.exists(path) else f"name:{path}"
+    return input_hash(path)
 
 
 def _plain(value: Any) -> Any:

@@ -171,3 +171,41 @@ def test_a_value_that_looks_like_a_flag_is_a_value() -> None:
     flags = ["--base", "gone/x", "--prompt", "--base", "--adapter", "a", "--adapter", "b"]
     with pytest.raises(InputError, match="gone"):
         app(["calibrate", *flags, "--method", "linear", "--out", "o"], standalone_mode=False)
+
+
+def test_no_command_replaces_what_is_not_ours(
+    base_dir: Path, adapter_dirs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Refused before any work; ``--force`` holds for its own command alone."""
+    from caliport.cli.main import app, guarded
+
+    (tmp_path / "project").mkdir()
+    mine = tmp_path / "project" / "main.py"
+    mine.write_text("mine")
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"input": "a", "output": "b", "features": ["de"]}\n')
+    adapters = ["--adapter", adapter_dirs[0], "--adapter", adapter_dirs[1]]
+    merge = ["calibrate", "--base", base_dir, *adapters, "--method", "linear"]
+    flix = ["--method", "flix", "--data", data, "--rank", "de=2", "--steps", 1]
+    commands: list[list[object]] = [
+        ["export", "--base", base_dir, "--runtime", "onnx"],
+        merge,
+        ["calibrate", "--base", base_dir, *flix],
+    ]
+
+    def run(*arguments: object) -> int:
+        call = [str(argument) for argument in arguments]
+        return guarded(lambda: app(call, standalone_mode=False), "", False)
+
+    for command in commands:
+        for out in (mine.parent, base_dir, base_dir.parent, mine):
+            assert run(*command, "--out", out) == 2
+            assert capsys.readouterr().err.count("\n") == 1
+        assert run(*command, "--out", base_dir, "--force") == 2
+        assert "is an input" in capsys.readouterr().err
+    assert mine.read_text() == "mine"
+    assert run(*merge, "--out", mine.parent, "--force") == 0
+    assert not mine.exists()
+    mine.write_text("again")
+    assert run(*merge, "--weight", 1, "--weight", 0, "--out", mine.parent) == 2
+    assert mine.read_text() == "again"
