@@ -1,14 +1,35 @@
-"""``InputError``, which reaches a user as a single line, and other errors on one line."""
+"""``InputError``, which reaches a user as a single line, and text from elsewhere on one line."""
+
+_SPACES = "\t\n\v\f\r\x1c\x1d\x1e\x1f\x85\xa0\u2028\u2029\u3000"
+_LONGEST = 2000  # characters of a message; room for two long paths
 
 
 class InputError(Exception):
-    """Invalid input; the message is one line.
+    """Invalid input; the message is one printable line.
 
     It names the file or field, what was found there and what was expected. The command line
     prints it and exits with code 2.
     """
 
+    def __init__(self, message: object) -> None:
+        super().__init__(printable(str(message), _LONGEST))
+
 
 def one_line(error: object, most: int = 200) -> str:
-    """Another library's error message on one line, cut to ``most`` characters."""
-    return " ".join(str(error).split())[:most]
+    """Another library's error message on one printable line, cut to ``most`` characters."""
+    return printable(" ".join(str(error)[: 10 * most].split()), most)
+
+
+def printable(text: str, most: int = 400) -> str:
+    """Text on one line without control characters, cut to ``most`` characters.
+
+    White space becomes a space; other characters that are not printable (escape codes, direction
+    marks, halves of surrogate pairs) become ``\\x1b`` or the like.
+    """
+    short = text if len(text) <= most else text[: most - 1] + "…"
+    spaced = "".join(" " if c in _SPACES else c for c in short)
+    return "".join(c if c.isprintable() else _escaped(c) for c in spaced)
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")

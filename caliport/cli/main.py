@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from caliport.cli.app import app
-from caliport.core.errors import InputError
+from caliport.core.errors import InputError, one_line
 
 _INTERRUPTED = 130
 
@@ -44,11 +44,11 @@ def guarded(call: Callable[[], Any], usage: str, debug: bool, goes_on: bool = Fa
             raise
         shown = getattr(error, "format_message", None)  # only click's errors have it
         if shown is not None:
-            code = _fail(f"{shown()} See {usage}.", 2)
+            code = _fail(f"{one_line(shown(), 400)} See {usage}.", 2)
         elif type(error).__name__ == "Abort":
             code = _INTERRUPTED
         else:
-            line = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            line = one_line(f"{type(error).__name__}: {error}", 300)
             code = _fail(f"internal error: {line} (--debug shows where)", 3)
     if code == _INTERRUPTED:  # typer turns Ctrl-C into this code without a message
         _fail(f"interrupted{'; run the same command again to resume' * goes_on}", code)
