@@ -62,6 +62,20 @@ def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
             item.add_marker("android")
 
 
+@pytest.fixture(autouse=True)
+def _lower_anew_where_something_is_patched(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A decoder of the same shape is lowered once a process, which a patch may have changed."""
+    yield from _between_clean_slates() if "monkeypatch" in request.fixturenames else [None]
+
+
+def _between_clean_slates() -> Iterator[None]:
+    from caliport.export.executorch.lower import forget
+
+    forget()
+    yield
+    forget()
+
+
 @pytest.fixture(scope="session")
 def base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Hugging Face directory: a two-layer Llama with random weights and its tokenizer."""

@@ -5,6 +5,9 @@ The traced module is ``caliport.export.executorch.decoder.Decoder``.
 
 from __future__ import annotations
 
+import json
+from collections import OrderedDict
+from collections.abc import Hashable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +18,20 @@ from caliport.export.executorch.files import PROGRAM
 from caliport.export.executorch.patches.fast_lowering import fast_lowering
 from caliport.export.executorch.patches.tied_tables import shared_tables
 from caliport.export.executorch.repeat import repeat
-from caliport.export.executorch.steps import count_delegated, finish, lower_skeleton, with_weights
+from caliport.export.executorch.steps import (
+    Lowered,
+    count_delegated,
+    finish,
+    lower_skeleton,
+    with_weights,
+)
 
 if TYPE_CHECKING:
     from executorch.exir import EdgeProgramManager
     from transformers import PreTrainedModel
+
+_LOWERED: OrderedDict[Hashable, Lowered] = OrderedDict()
+_MOST = 4
 
 
 def lower(
@@ -74,17 +86,37 @@ def whole_program(
     Raises:
         CannotRepeat: See ``caliport.export.executorch.repeat.repeat``.
     """
-    names = decoder.names()
-    model = furnish(skeleton(decoder.whole.config, layers), layers, decoder.forms)
-    lowered = lower_skeleton(
-        model,
-        layers,
-        context,
-        lambda name: layers.whole_name(name) in names,
-        cache_bits=decoder.cache_bits,
-    )
+    lowered = _lowered_once(decoder, layers, context)
     program, used = repeat(lowered, layers, decoder.weights)
     return with_weights({"forward": program}, constants, decoder.weights, used, lowered.constants)
+
+
+def _lowered_once(decoder: ShippedDecoder, layers: Layers, context: int) -> Lowered:
+    """Lower a skeleton; decoders of one shape, as the compositions of a run are, share it."""
+    names = decoder.names()
+    small = skeleton(decoder.whole.config, layers)
+    forms = tuple((n, decoder.forms.get(layers.whole_name(n))) for n, _ in small.named_modules())
+    settings = {k: v for k, v in small.config.to_dict().items() if k != "_name_or_path"}
+    config = json.dumps(settings, sort_keys=True, default=str)
+    key = (config, forms, context, decoder.cache_bits)
+    if key not in _LOWERED:
+        model = furnish(small, layers, decoder.forms)
+        lowered = lower_skeleton(
+            model,
+            layers,
+            context,
+            lambda name: layers.whole_name(name) in names,
+            cache_bits=decoder.cache_bits,
+        )
+        if len(_LOWERED) == _MOST:
+            _LOWERED.popitem(last=False)
+        _LOWERED[key] = lowered
+    return _LOWERED[key]
+
+
+def forget() -> None:
+    """Lower the next decoder anew; for those who change how decoders are traced."""
+    _LOWERED.clear()
 
 
 def constant_methods(

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -210,7 +211,7 @@ def test_sizes_shrink_with_the_bits(artifact_of: Callable[[str], Artifact]) -> N
     assert sizes[0] > 2 * sizes[1] > 2 * sizes[2]
 
 
-def _checkpoint(directory: Path, layers: int, **settings: object) -> Path:
+def _checkpoint(directory: Path, layers: int, seed: int = 0, **settings: object) -> Path:
     """A tiny Llama with random weights, its norms too, so that no two layers are alike."""
     config = LlamaConfig(
         **{
@@ -223,7 +224,7 @@ def _checkpoint(directory: Path, layers: int, **settings: object) -> Path:
             **settings,
         }
     )
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = LlamaForCausalLM(config)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -256,6 +257,33 @@ def test_repeated_layers_give_the_program_of_all_layers(
     np.testing.assert_array_equal(found[0], found[1])
 
 
+def test_decoders_of_one_shape_are_lowered_once_and_get_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The third differs in its weights alone, and the fourth in its context."""
+    lowered = []
+    plain = executorch.lower_skeleton
+
+    def counted(*args: Any, **more: Any) -> Any:
+        lowered.append(args)
+        return plain(*args, **more)
+
+    monkeypatch.setattr(executorch, "lower_skeleton", counted)
+    one, other = (_checkpoint(tmp_path / f"base-{seed}", 1, seed=seed) for seed in (0, 1))
+
+    def program(base: Path, context: int = 16) -> bytes:
+        with shipped_decoder(base, None, "int4", tmp_path) as decoder, quiet(), fast_lowering():
+            edge = executorch.whole_program(decoder, group(decoder), context, {})
+            return bytes(finish(edge).buffer)
+
+    first, again, third, fourth = program(one), program(one), program(other), program(one, 8)
+    assert len(lowered) == 2
+    executorch.forget()
+    assert first == again
+    assert third not in (first, fourth)
+    assert third == program(other)
+
+
 @pytest.mark.slow
 def test_fast_lowering_gives_the_same_program(tmp_path: Path) -> None:
     """Tells when another executorch makes ``patches/skip_idle_passes.py`` needless or wrong."""
@@ -263,6 +291,7 @@ def test_fast_lowering_gives_the_same_program(tmp_path: Path) -> None:
     with shipped_decoder(base, None, "int4", tmp_path) as decoder, quiet():
         constants = executorch.constant_methods(decoder.whole, 16, [2], 1)
         plain = finish(executorch.whole_program(decoder, every(decoder), 16, constants)).buffer
+        executorch.forget()
         with fast_lowering():
             fast = finish(executorch.whole_program(decoder, every(decoder), 16, constants)).buffer
     assert fast == plain

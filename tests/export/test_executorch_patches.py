@@ -32,6 +32,7 @@ from caliport.export.executorch import lower as executorch
 from caliport.export.executorch import patches
 from caliport.export.executorch.patches import (
     affine_shapes,
+    decompose_once,
     means_as_products,
     quantize_once,
     quantized_lookup,
@@ -52,6 +53,7 @@ FASTER = {
     "skip_patterns": skip_patterns,
     "affine_shapes": affine_shapes,
     "run_delegates_once": run_delegates_once,
+    "decompose_once": decompose_once,
 }
 OTHERS = [
     means_as_products,
@@ -194,6 +196,22 @@ def test_patterns_are_still_traced_and_searched_for(monkeypatch: pytest.MonkeyPa
     _lowered(_Norm())
     assert asked
     assert scaled
+
+
+def test_graphs_are_still_decomposed_three_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice without need: for nothing, and for what the second trace includes."""
+    calls = _count(monkeypatch, torch.export.ExportedProgram, "run_decompositions")
+    _lowered(_Pair())
+    assert len(calls) == 3
+    traced = _count(monkeypatch, torch.export.exported_program, "_decompose_exported_program")
+    with decompose_once.decompose_once():
+        _lowered(_Pair())
+    assert len(traced) == 1
+    with (
+        pytest.raises(RuntimeError, match="not made functional"),
+        decompose_once.decompose_once(),
+    ):
+        torch.export.export(_Pair(), (X,)).run_decompositions({})
 
 
 def test_delegates_still_run_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
