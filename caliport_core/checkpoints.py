@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from caliport.core.base_files import check_files, local
+from caliport.core.base_model import check_base, check_loaded
 from caliport.core.errors import InputError, one_line
-from caliport.core.files import CONFIG
+from caliport.core.files import GENERATION_CONFIG
 
 if TYPE_CHECKING:
     import torch
@@ -30,23 +30,32 @@ def load_base(path: str | Path, dtype: torch.dtype | None = None) -> PreTrainedM
         dtype: Type of the weights; default float32.
 
     Raises:
-        InputError: No such directory or hub name, no ``config.json``, pickled or truncated
-            weights. Only safetensors are read and no code from the checkpoint is run.
+        InputError: No such directory or hub name, files or settings that ``check_base`` refuses,
+            weights that are NaN or infinite. Only safetensors are read and no code from the
+            checkpoint is run.
     """
     import torch
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()  # one bar per tensor is noise; the stages show their own
-    _check_checkpoint(path)
+    check_base(path)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype or torch.float32, use_safetensors=True, trust_remote_code=False
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=dtype or torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
         )
     except Exception as error:
         raise InputError(
             f"{path}: not loadable as a causal language model ({one_line(error)})"
         ) from error
+    check_base(path)  # of a hub name, what has just been fetched
+    check_loaded(path, info, model.config)
+    for name, parameter in model.named_parameters():
+        if not parameter.detach().sum(dtype=torch.float64).isfinite():
+            raise InputError(f"{path}: {name} has NaN or infinite weights, expected finite ones")
     return model.eval()
 
 
@@ -56,17 +65,36 @@ def load_config(path: str | Path) -> tuple[PretrainedConfig, GenerationConfig | 
     Raises:
         InputError: For the same reasons as ``load_base``.
     """
-    from transformers import AutoConfig, GenerationConfig
+    from transformers import AutoConfig
 
-    _check_checkpoint(path)
+    check_base(path)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:
         raise InputError(f"{path}: not loadable as a model's config ({one_line(error)})") from error
+    return config, load_generation(path)
+
+
+def load_generation(path: str | Path) -> GenerationConfig | None:
+    """A checkpoint's generation settings; None without any.
+
+    Raises:
+        InputError: A ``generation_config.json`` that cannot be read.
+    """
+    from transformers import GenerationConfig
+
+    check_files(path)
+    directory = local(path)
+    if directory is not None and not (directory / GENERATION_CONFIG).exists():
+        return None
     try:
-        return config, GenerationConfig.from_pretrained(path)
+        return GenerationConfig.from_pretrained(path)
     except OSError:
-        return config, None
+        return None  # of a hub name, which has none or cannot be reached
+    except Exception as error:
+        raise InputError(
+            f"{path}: {GENERATION_CONFIG} is not usable ({one_line(error)})"
+        ) from error
 
 
 def load_tokenizer(path: str | Path, model: nn.Module | None = None) -> PreTrainedTokenizerBase:
@@ -77,7 +105,7 @@ def load_tokenizer(path: str | Path, model: nn.Module | None = None) -> PreTrain
     """
     from transformers import AutoTokenizer
 
-    _check_checkpoint(path)
+    check_files(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:
@@ -120,51 +148,3 @@ def eos_ids(model: PreTrainedModel) -> list[int]:
     if found is None:
         return []
     return [int(i) for i in found] if isinstance(found, Sequence) else [int(found)]
-
-
-def check_safetensors(path: Path) -> None:
-    """Check a safetensors file's header against its size, without reading any tensor.
-
-    Raises:
-        InputError: The file is missing, empty, a pickle, truncated or not a safetensors file.
-    """
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; expected weights as safetensors")
-    size = path.stat().st_size
-    with path.open("rb") as stream:
-        head = stream.read(8)
-        length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
-        if not 2 <= length <= size - 8:
-            if head[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
-                raise InputError(f"{path}: a pickle, expected safetensors; pickles are not read")
-            raise InputError(f"{path}: {size} bytes and no complete header; the file is truncated")
-        try:
-            header = json.loads(stream.read(length))
-            end = max(
-                (v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"), default=0
-            )
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
-            raise InputError(f"{path}: header is not JSON; expected a safetensors file") from None
-    if size != 8 + length + end:
-        raise InputError(
-            f"{path}: {size} bytes, its header asks for {8 + length + end}; the file is truncated"
-        )
-
-
-def _check_checkpoint(path: str | Path) -> None:
-    directory = Path(path)
-    if not directory.exists():
-        if directory.is_absolute() or str(path).startswith(".") or str(path).count("/") != 1:
-            raise InputError(f"{path}: no such directory; expected a Hugging Face checkpoint")
-        return
-    if not (directory / CONFIG).is_file():
-        raise InputError(f"{path}: no config.json; expected a Hugging Face checkpoint")
-    weights = list(directory.glob("*.safetensors"))
-    for file in weights:
-        check_safetensors(file)
-    if not weights:
-        pickled = [*directory.glob("*.bin"), *directory.glob("*.pt")]
-        if pickled:
-            raise InputError(
-                f"{pickled[0]}: pickled weights, expected safetensors; convert them first"
-            )

@@ -178,8 +178,14 @@ def number(
     kind = int if whole else (int, float)
     if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
         what = "an integer" if whole else "a number"
-        raise InputError(f"{where} is {shown(value)}, expected {what} from {low:g} to {high:g}")
+        raise InputError(
+            f"{where} is {shown(value)}, expected {what} from {_bound(low)} to {_bound(high)}"
+        )
     return value
+
+
+def _bound(value: float) -> str:
+    return str(value) if isinstance(value, int) and abs(value) < 10**9 else f"{value:g}"
 
 
 def mapping(value: object, where: str) -> Mapping[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from caliport.core.base_model import check_base
 from caliport.core.directories import input_hash
 from caliport.core.outputs import check_output, new_directory
 from caliport.export import runtime as runtimes
@@ -24,6 +25,7 @@ def make(request: Request, out: Path) -> None:
     """
     runtimes.get(request.runtime).check(request)
     check_output(out, "export", request.inputs().values())
+    check_base(request.base)
     inputs = {label: input_hash(path) for label, path in request.inputs().items()}
     with new_directory(out, "export", inputs, request.settings()) as (partial, extra):
         fill(partial, extra, request)

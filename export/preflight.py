@@ -19,17 +19,18 @@ model's parameters, is loaded whole, in float32.
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from caliport.core.checkpoints import check_safetensors, load_config
+from caliport.core.base_files import local, tensors_of
+from caliport.core.base_model import check_base
+from caliport.core.checkpoints import load_config
 from caliport.core.errors import InputError
-from caliport.core.files import CONFIG, WEIGHTS, WEIGHTS_INDEX
 from caliport.core.machine import available_memory, free_disk
+from caliport.core.tensor_files import read_header
 from caliport.export import runtime as runtimes
 from caliport.export.decoder.parts import cache_shape, parts_of
 
@@ -113,8 +114,9 @@ def needs(request: Request) -> Needs | None:
 
     base, how, context = request.base, request.quantization, request.context
     costs = runtimes.get(request.runtime).costs
-    directory = _local(base)
-    read = {} if directory is None else {n: (t, s) for n, t, s in _headers(directory)}
+    directory = local(base)
+    check_base(base)
+    read = {} if directory is None else tensors_of(directory)
     if directory is None or not read:
         return None
     whole = empty(load_config(directory)[0], buffers=False)
@@ -135,7 +137,7 @@ def needs(request: Request) -> Needs | None:
     reading = (
         READING
         + TOKENIZER * tokenizer
-        + max(_BYTES.get(t, 4) * math.prod(s) for t, s in read.values())
+        + max(_BYTES.get(t.dtype, 4) * math.prod(t.shape) for t in read.values())
     )
     reading += 4 * beside.largest
     if not Path(base).is_dir() or not _has_names(whole, read):
@@ -166,14 +168,14 @@ class _Beside:
 
     @classmethod
     def of(cls, request: Request, costs: Costs) -> _Beside:
-        shapes = [{n: s for n, _, s in _headers(path)} for path in request.adapters()]
+        shapes = [_shapes(path) for path in request.adapters()]
         sizes = [sum(math.prod(s) for s in found.values()) for found in shapes]
         held = 4 * sum(sizes)
         if request.bundle is None:
             if not shapes:
                 return cls(1, 0, 0, 0)
             ins = {n: s for n, s in shapes[0].items() if "lora_A" in n}
-            outs = (shapes[0].get(n.replace("lora_A", "lora_B"), [0]) for n in ins)
+            outs = (shapes[0].get(n.replace("lora_A", "lora_B"), (0,)) for n in ins)
             largest = max(
                 (a[-1] * b[0] for a, b in zip(ins.values(), outs, strict=True)), default=0
             )
@@ -205,36 +207,13 @@ def _cache(whole: PreTrainedModel, context: int | None, bits: int | None) -> int
 _BYTES = {"F64": 8, "I64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 
-def _local(base: str | Path) -> Path | None:
-    """The local directory of a base: the path itself, or a hub name's cached copy."""
-    if Path(base).is_dir():
-        return Path(base) if (Path(base) / CONFIG).is_file() else None
-    from huggingface_hub import try_to_load_from_cache
-
-    try:
-        found = try_to_load_from_cache(str(base), CONFIG)
-    except ValueError:
-        return None
-    return Path(found).parent if isinstance(found, str) else None
-
-
-def _headers(directory: Path) -> Iterator[tuple[str, str, list[int]]]:
-    """Name, type and shape of each tensor in the files that transformers or PEFT would load."""
-    from safetensors import safe_open
-
-    index = directory / WEIGHTS_INDEX
-    if index.is_file():
-        weight_map: Mapping[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files = [directory / name for name in sorted(set(weight_map.values()))]
-    else:
-        one = directory / WEIGHTS
-        files = [one] if one.is_file() else sorted(directory.glob("*.safetensors"))
-    for file in files:
-        check_safetensors(file)
-        with safe_open(file, framework="numpy") as tensors:
-            for name in tensors.keys():  # noqa: SIM118  not a mapping: it cannot be iterated
-                part = tensors.get_slice(name)
-                yield name, part.get_dtype(), part.get_shape()
+def _shapes(adapter: Path) -> dict[str, tuple[int, ...]]:
+    """Shape of each tensor in the files of an adapter."""
+    return {
+        name: tensor.shape
+        for file in sorted(adapter.glob("*.safetensors"))
+        for name, tensor in read_header(file).items()
+    }
 
 
 def _size(size: float) -> str:

@@ -19,6 +19,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from caliport.core.base_model import check_loaded
 from caliport.core.checkpoints import encode_prompt, eos_ids, load_base, load_tokenizer
 from caliport.core.directories import content_hash
 from caliport.core.errors import InputError
@@ -210,24 +211,24 @@ def _translation_model(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerB
     tokenizer = load_tokenizer(path)
     logging.disable_progress_bar()
     try:
-        model = AutoModelForSeq2SeqLM.from_pretrained(
-            path, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+        model, info = AutoModelForSeq2SeqLM.from_pretrained(
+            path,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
     except Exception as error:
         raise InputError(
             f"{path}: not loadable as a translation model ({' '.join(str(error).split())[:200]})"
         ) from error
+    check_loaded(path, info, model.config)
     return model.eval().to(_device()), tokenizer
 
 
 @lru_cache(maxsize=1)
 def _tone_model(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    from transformers import AutoConfig
-
     model = load_base(path)
-    # A translation model also loads as a causal one, with some random weights.
-    if AutoConfig.from_pretrained(path, trust_remote_code=False).is_encoder_decoder:
-        raise InputError(f"{path}: a sequence-to-sequence model, expected a causal language model")
     tokenizer = load_tokenizer(path, model)
     model.to(_device())  # type: ignore[arg-type]
     return model, tokenizer

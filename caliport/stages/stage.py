@@ -10,6 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from caliport.core.base_files import check_files
 from caliport.core.directories import input_hash, key, up_to_date
 from caliport.core.outputs import check_output, new_directory
 from caliport.core.processes import is_main, wait_until
@@ -43,8 +44,13 @@ def stage(
             same inputs and settings.
         together: ``build`` trains with all processes. Otherwise only the main process builds and
             the others wait; in both cases only the main process writes.
+
+    Raises:
+        InputError: An output that cannot be written, or a ``base`` with files that no stage reads.
     """
     check_output(out, name, inputs.values())
+    if "base" in inputs:
+        check_files(inputs["base"])
     hashes = hashes_of(inputs)
     plain = {label: _plain(value) for label, value in settings.items()}
     stage_key = key(name, hashes, plain)

@@ -29,15 +29,11 @@ def fold(model: PreTrainedModel, update: LowRankUpdate, source: str | Path) -> P
         InputError: The update has modules or shapes that the base does not have.
     """
     update.check_fits(model, source)
-    owners = Counter(
-        id(parameter) for module in model.modules() for parameter in module._parameters.values()
-    )
+    untie(model, update)
     with torch.no_grad():
         for name in update.modules:
             module = model.get_submodule(name)
             assert isinstance(module.weight, nn.Parameter)
-            if owners[id(module.weight)] > 1:
-                _untie(model, name, module)
             weight, delta = module.weight, update.delta(name)
             # Conv1D (GPT-2) stores its weight as [in, out].
             delta = delta.T if isinstance(module, Conv1D) else delta
@@ -45,10 +41,21 @@ def fold(model: PreTrainedModel, update: LowRankUpdate, source: str | Path) -> P
     return model
 
 
-def _untie(model: PreTrainedModel, name: str, module: nn.Module) -> None:
-    """Give the module its own weight, so that it stays untied even after saving and loading."""
-    assert isinstance(module.weight, nn.Parameter)
-    module.weight = nn.Parameter(module.weight.clone(), module.weight.requires_grad)
-    for config in (model.config, model.config.get_text_config()):
-        config.tie_word_embeddings = False
-    model.all_tied_weights_keys.pop(f"{name}.weight", None)
+def untie(model: PreTrainedModel, update: LowRankUpdate) -> None:
+    """Give each updated module a weight of its own, in place, on any device.
+
+    It stays untied after saving and loading. A plan of forms is made after this, since an untied
+    head and its embedding ship in forms of their own.
+    """
+    owners = Counter(
+        id(parameter) for module in model.modules() for parameter in module._parameters.values()
+    )
+    for name in update.modules:
+        module = model.get_submodule(name)
+        assert isinstance(module.weight, nn.Parameter)
+        if owners[id(module.weight)] < 2:
+            continue
+        module.weight = nn.Parameter(module.weight.clone(), module.weight.requires_grad)
+        for config in (model.config, model.config.get_text_config()):
+            config.tie_word_embeddings = False
+        model.all_tied_weights_keys.pop(f"{name}.weight", None)

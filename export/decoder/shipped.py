@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from caliport.core.patching import exclusive
+from caliport.export.decoder.fold import untie
 from caliport.export.decoder.skeleton import Layers, empty, group_layers
 from caliport.export.decoder.stored import Weights, can_stream, store
 from caliport.export.quantization.choices import Form, Quantization
@@ -133,13 +134,15 @@ def shipped_decoder(
     if generation is not None:
         whole.generation_config = generation
     check(whole)
-    forms = plan(whole, how.precision, how.int8_layers, how.embedding_bits)
+    tied = {**(whole.all_tied_weights_keys or {})}  # before an update unties the head
     update = None if adapter is None else read_peft(adapter)
     if update is not None and adapter is not None:
         update.check_fits(whole, adapter)
+        untie(whole, update)
+    forms = plan(whole, how.precision, how.int8_layers, how.embedding_bits)
     with exclusive(), TemporaryDirectory(dir=scratch, prefix="weights-") as directory:
-        fill = partial(store, base, whole, forms, update, Path(directory))
-        if not can_stream(base, whole):
+        fill = partial(store, base, whole, forms, update, Path(directory), tied)
+        if not can_stream(base, whole, tied):
             # Loading builds modules while the body patches how modules are built.
             stored: Future[Weights] = Future()
             stored.set_result(fill())

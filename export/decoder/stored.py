@@ -7,7 +7,6 @@ sum is quantized in slices of rows, so peak memory depends on the largest matrix
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from caliport.core.base_files import tensors_of
 from caliport.core.errors import InputError
-from caliport.core.files import WEIGHTS, WEIGHTS_INDEX
 from caliport.core.progress import at
 from caliport.export.quantization.choices import GROUP_SIZE, Form
 from caliport.export.quantization.integers import integers
@@ -124,6 +123,7 @@ def store(
     forms: Mapping[str, Form],
     update: LowRankUpdate | None,
     directory: Path,
+    tied: Mapping[str, str],
     stop: Event | None = None,
 ) -> Weights:
     """Fold, quantize and store every parameter of a decoder.
@@ -135,6 +135,7 @@ def store(
             (``caliport.export.quantization.tensors.plan``); the other parameters ship in float32.
         update: ΔW to add, or None.
         directory: Directory for the files.
+        tied: For each tied parameter, the name that it is stored by.
         stop: Event that stops storing early.
 
     Raises:
@@ -142,7 +143,6 @@ def store(
             that are NaN or infinite.
     """
     weights = Weights(directory)
-    tied = {**(shell.all_tied_weights_keys or {})}
     with reading(source) as read:
         modules = list(shell.named_modules())
         for index, (name, module) in enumerate(modules):
@@ -167,13 +167,10 @@ def store(
     return weights
 
 
-def can_stream(source: str | Path, shell: PreTrainedModel) -> bool:
-    """Whether a checkpoint is local and has every parameter under its own name."""
+def can_stream(source: str | Path, shell: PreTrainedModel, tied: Mapping[str, str]) -> bool:
+    """Whether a checkpoint is local and has every parameter under the name it is stored by."""
     directory = Path(source)
-    files = _files(directory) if directory.is_dir() else None
-    if files is None:
-        return False
-    tied = shell.all_tied_weights_keys or {}
+    files = tensors_of(directory) if directory.is_dir() else {}
     return all(tied.get(name, name) in files for name, _ in shell.named_parameters())
 
 
@@ -234,8 +231,8 @@ def reading(source: str | Path) -> Iterator[Read]:
     converts while loading), or one given by hub name, is loaded whole.
     """
     directory = Path(source)
-    files = _files(directory) if directory.is_dir() else None
-    if files is None:
+    files = tensors_of(directory) if directory.is_dir() else {}
+    if not files:
         yield _loaded(source)
         return
     fallback: list[Read] = []
@@ -248,7 +245,7 @@ def reading(source: str | Path) -> Iterator[Read]:
         from safetensors import safe_open
 
         # Opened anew each time: closing the mapping releases the pages that were read.
-        with safe_open(directory / files[name], framework="pt") as opened:
+        with safe_open(files[name].file, framework="pt") as opened:
             return opened.get_tensor(name)
 
     yield read
@@ -265,21 +262,6 @@ def _loaded(source: str | Path) -> Read:
         return parameters[name].detach()
 
     return read
-
-
-def _files(directory: Path) -> dict[str, str] | None:
-    """The file of each tensor in a checkpoint directory."""
-    index = directory / WEIGHTS_INDEX
-    if index.is_file():
-        found: dict[str, str] = json.loads(index.read_text())["weight_map"]
-        return found
-    single = directory / WEIGHTS
-    if not single.is_file():
-        return None
-    from safetensors import safe_open
-
-    with safe_open(single, framework="pt") as opened:
-        return dict.fromkeys(opened.keys(), WEIGHTS)
 
 
 def describe(forms: Mapping[str, Form]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from caliport.core.checkpoints import load_generation
 from caliport.core.files import GENERATION_CONFIG
 
 if TYPE_CHECKING:
@@ -33,10 +34,7 @@ def save_generation_config(
     """
     from transformers import GenerationConfig
 
-    try:
-        settings = GenerationConfig.from_pretrained(base)
-    except OSError:
-        settings = GenerationConfig.from_model_config(config)
+    settings = load_generation(base) or GenerationConfig.from_model_config(config)
     settings._from_model_config = False  # the ids below are set explicitly
     settings.eos_token_id = eos_ids or None
     settings.bos_token_id = bos_id

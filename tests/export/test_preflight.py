@@ -60,17 +60,28 @@ def checkpoint(directory: Path, **settings: object) -> Path:
 
 
 def huge_base(directory: Path) -> Path:
-    """A checkpoint whose one matrix is a hole in a sparse file."""
+    """A checkpoint whose embedding, like all its weights, is a hole in a sparse file."""
     directory.mkdir()
-    wide = config(vocab_size=100_000, hidden_size=1_000_000, num_attention_heads=10_000)
+    wide = config(
+        vocab_size=2**24,
+        hidden_size=6400,
+        num_hidden_layers=1,
+        num_attention_heads=64,
+        num_key_value_heads=64,
+        tie_word_embeddings=True,
+    )
     wide.save_pretrained(directory)
-    shape = [wide.vocab_size, wide.hidden_size]
-    size = 4 * shape[0] * shape[1]
-    tensor = {"dtype": "F32", "shape": shape, "data_offsets": [0, size]}
-    header = json.dumps({"model.embed_tokens.weight": tensor}).encode()
+    with torch.device("meta"):
+        tensors = dict(LlamaForCausalLM(wide).named_parameters())
+    header, end = {}, 0
+    for name, tensor in tensors.items():
+        start, end = end, end + 4 * tensor.numel()
+        shape = list(tensor.shape)
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
     with (directory / "model.safetensors").open("wb") as stream:
-        stream.write(struct.pack("<Q", len(header)) + header)
-        stream.truncate(8 + len(header) + size)
+        stream.write(struct.pack("<Q", len(text)) + text)
+        stream.truncate(8 + len(text) + end)
     return directory
 
 

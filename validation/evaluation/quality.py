@@ -11,6 +11,7 @@ import numpy as np
 
 from caliport.core.checkpoints import eos_ids
 from caliport.core.errors import InputError
+from caliport.core.patching import swapped
 from caliport.core.progress import Advance
 
 if TYPE_CHECKING:
@@ -212,13 +213,15 @@ def generate(
         Token ids without the prompt; the end-of-sequence token, where one came, is the last.
     """
     import torch
+    from transformers import GenerationConfig
 
     ends = eos_ids(model) or [i for i in [tokenizer.eos_token_id] if i is not None]
     outputs: list[list[int]] = [[] for _ in prompts]
     done = 0
     for batch in _batches([len(p) for p in prompts], batch_size):
         ids, mask = _left_pad([list(prompts[i]) for i in batch])
-        with torch.no_grad():
+        # The base's own settings, such as a penalty for repetition, are not those of a runner.
+        with torch.no_grad(), swapped(model, "generation_config", GenerationConfig()):
             written = model.generate(  # type: ignore[operator]
                 ids,
                 attention_mask=mask,

@@ -1,0 +1,217 @@
+"""A base's files, checked before any library reads them: settings, index and headers of weights.
+
+No tensor is read and transformers is not imported, so every stage can begin with this.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from caliport.core.base_settings import check_ends, check_settings
+from caliport.core.errors import InputError
+from caliport.core.files import ADAPTER_CONFIG, CONFIG, GENERATION_CONFIG, WEIGHTS, WEIGHTS_INDEX
+from caliport.core.tensor_files import StoredTensor, read_header
+from caliport.core.untrusted import mapping, read_object, shown
+
+INDEX_BYTES = 64 * 2**20
+"""Most bytes of an index of weights; that of 100,000 tensors has some 10 MB."""
+_MOST_FILES = 4096
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
+# Tables that older releases saved with the weights; transformers computes them anew.
+_BUFFER = re.compile(
+    r"(^|\.)(inv_freq|original_inv_freq|cos_cached|sin_cached|position_ids|masked_bias"
+    r"|attn\.bias|attention\.bias)$"
+)
+# What quantized checkpoints store beside or in place of a weight, by the end of its name.
+_SCHEMES = (
+    (r"\.weight_scale_inv$", "float8 in blocks (weight_scale_inv)"),
+    (r"\.SCB$", "int8 of bitsandbytes (SCB)"),
+    (r"\.(absmax|quant_map|nested_absmax|nested_quant_map)$|\.quant_state\.", "4 bits of bnb"),
+    (r"\.g_idx$", "GPTQ (qweight, g_idx)"),
+    (r"\.(qweight|qzeros)$", "GPTQ or AWQ (qweight, qzeros)"),
+    (r"\.(weight_packed|weight_shape|weight_zero_point|weight_g_idx)$", "compressed-tensors"),
+    (r"\.(W_q|qdata|_data|weight_format)$|:qdata$", "HQQ, torchao or quanto"),
+    (r"\.(weight_scale|input_scale|scale_weight|weight_scale_2)$", "8 bits (weight_scale)"),
+    (r"_proj_(blocks|scales)$", "MXFP4 (blocks, scales)"),
+)
+_SAVE_16 = "expected a base in 16 or 32 bits: use the checkpoint it was quantized from"
+
+
+def check_files(path: str | Path) -> None:
+    """Check all that can be told from a base's files without reading a weight.
+
+    Args:
+        path: A Hugging Face directory; or a hub name, of which the cached copy is checked, if there
+            is one.
+
+    Raises:
+        InputError: No such directory or no ``config.json``; settings that are not JSON, too large
+            or out of range; an index that names files outside the directory; weights that are
+            pickled, truncated or quantized; files of an adapter beside the base.
+    """
+    directory = local(path)
+    if directory is None:
+        if os.path.isabs(path) or str(path).startswith(".") or str(path).count("/") != 1:
+            raise InputError(f"{path}: no such directory; expected a Hugging Face checkpoint")
+        return
+    _check(directory, state_of(directory), is_whole(path, directory))
+
+
+def is_whole(path: str | Path, directory: Path) -> bool:
+    """Whether all weights should be there: a hub name's cached copy may lack some."""
+    return os.path.exists(path) or all(os.path.exists(f) for f in weight_files(directory) or [""])
+
+
+def local(path: str | Path) -> Path | None:
+    """The directory of a base: the path itself, or the cached copy of a hub name, or None."""
+    if os.path.exists(path):
+        return Path(path)
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        found = try_to_load_from_cache(str(path), CONFIG)
+    except ValueError:
+        return None
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def state_of(directory: Path) -> tuple[tuple[object, ...], ...]:
+    """Names, sizes and times of the files that count; equal as long as nothing changes."""
+    found = []
+    for entry in sorted(directory.glob("*")) if directory.is_dir() else ():
+        if entry.suffix in (".json", ".safetensors", ".bin", ".pt"):
+            try:
+                stat = entry.stat()
+            except OSError:
+                continue
+            found.append(
+                (entry.name, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+            )
+    return tuple(found)
+
+
+def settings_of(directory: Path) -> dict[str, Any]:
+    """A base's ``config.json``, checked; see ``check_files`` for errors."""
+    path = directory / CONFIG
+    if not os.path.lexists(path):
+        raise InputError(f"{directory}: no config.json; expected a Hugging Face checkpoint")
+    settings = read_object(path, root=directory)
+    check_settings(settings, path)
+    return settings
+
+
+def tensors_of(directory: Path) -> dict[str, StoredTensor]:
+    """The tensors that transformers loads, by name; empty for a directory without weights.
+
+    Raises:
+        InputError: An index that cannot be used, two files that disagree, or see ``read_header``.
+    """
+    found: dict[str, StoredTensor] = {}
+    for file in weight_files(directory):
+        for name, tensor in read_header(file, directory).items():
+            if name in found:
+                raise InputError(
+                    f"{file}: has {shown(name)}, and so has {found[name].file.name}; expected each "
+                    "tensor once"
+                )
+            found[name] = tensor
+    return found
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The files of weights that transformers loads; others beside them do not count.
+
+    Raises:
+        InputError: See ``tensors_of``.
+    """
+    single, index = directory / WEIGHTS, directory / WEIGHTS_INDEX
+    for entry in directory.glob("shard-*.safetensors"):
+        if _DISTRIBUTED.fullmatch(entry.name):
+            raise InputError(
+                f"{entry}: part of a distributed checkpoint; expected {WEIGHTS} or its index"
+            )
+    if not os.path.lexists(index):
+        return [single] if os.path.lexists(single) else []
+    named = read_object(index, INDEX_BYTES, directory).get("weight_map")
+    names = list(mapping(named, f"{index}: weight_map").values())
+    for name in names:
+        if (
+            not isinstance(name, str)
+            or not name.endswith(".safetensors")
+            or name != os.path.basename(name)
+        ):
+            raise InputError(
+                f"{index}: weight_map names {shown(name)}, expected a .safetensors file beside it"
+            )
+    files = sorted(set(names))
+    if os.path.lexists(single) and files != [WEIGHTS]:
+        raise InputError(
+            f"{directory}: has {WEIGHTS} and an index that names {shown(files[0] if files else '')}"
+            "; expected one of the two, so that all readers see the same weights"
+        )
+    if not files or len(files) > _MOST_FILES:
+        raise InputError(
+            f"{index}: weight_map names {len(files)} files, expected 1 to {_MOST_FILES}"
+        )
+    return [directory / name for name in files]
+
+
+def is_buffer(name: str) -> bool:
+    """Whether a stored tensor is a table that transformers computes anew."""
+    return _BUFFER.search(name) is not None
+
+
+@lru_cache(maxsize=16)
+def _check(directory: Path, state: tuple[object, ...], whole: bool) -> None:
+    if not directory.is_dir():
+        raise InputError(f"{directory}: not a directory; expected a Hugging Face checkpoint")
+    settings = settings_of(directory)
+    generation = directory / GENERATION_CONFIG
+    if os.path.lexists(generation):
+        check_ends(read_object(generation, root=directory), settings, generation)
+    if os.path.lexists(directory / ADAPTER_CONFIG):
+        raise InputError(
+            f"{directory / ADAPTER_CONFIG}: an adapter beside a base, which some readers would "
+            "apply and others not; move the adapter into a directory of its own"
+        )
+    if whole:
+        _check_weights(directory, settings)
+
+
+def _check_weights(directory: Path, settings: Mapping[str, Any]) -> None:
+    tensors = tensors_of(directory)
+    if not tensors:
+        pickled = [*directory.glob("*.bin"), *directory.glob("*.pt")]
+        if pickled:
+            raise InputError(
+                f"{pickled[0]}: pickled weights, expected safetensors; convert them first"
+            )
+    names = sorted(tensors)
+    for pattern, scheme in _SCHEMES:
+        hit = next((name for name in names if re.search(pattern, name)), None)
+        if hit is not None:
+            raise InputError(
+                f"{tensors[hit].file}: {shown(hit, 200)}: quantized, {scheme}; {_SAVE_16}"
+            )
+    for field in ("quantization_config", "compression_config"):
+        for part in (settings, settings.get("text_config")):
+            how = part.get(field) if isinstance(part, dict) else None
+            if how is not None:
+                method = how.get("quant_method") if isinstance(how, dict) else how
+                raise InputError(
+                    f"{directory / CONFIG}: {field} says {shown(method)}, a quantized base; "
+                    f"{_SAVE_16}"
+                )
+    for name in names:
+        dtype = tensors[name].dtype
+        if dtype not in _FLOATS and not is_buffer(name):
+            raise InputError(
+                f"{tensors[name].file}: {shown(name, 200)} is stored as {shown(dtype)}, expected "
+                f"{', '.join(_FLOATS)}; {_SAVE_16}"
+            )
