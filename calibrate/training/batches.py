@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from caliport.core.checkpoints import encode_prompt
 from caliport.core.errors import InputError
 from caliport.core.progress import console
+from caliport.core.prompts import check_prompt, put_in
 
 IGNORED = -100
 _SORTED_BATCHES = 8
@@ -49,11 +50,10 @@ def encode(
     """
     if not pairs:
         raise InputError(f"{source}: no examples; expected at least one")
-    if "{input}" not in template:
-        raise InputError(f"{source}: prompt {template!r} has no {{input}} for the example's text")
+    check_prompt(template, f"{source}: prompt")
     encoded = []
     for text, output in pairs:
-        prompt = encode_prompt(tokenizer, template.replace("{input}", text))
+        prompt = encode_prompt(tokenizer, put_in(template, text))
         target = tokenizer.encode(output, add_special_tokens=False)
         encoded.append(Encoded(tuple(prompt), (*target, tokenizer.eos_token_id)))
     long = [len(e.prompt) + len(e.target) for e in encoded]
@@ -67,7 +67,8 @@ def encode(
     if over:
         raise InputError(
             f"{source}: {over} of {len(pairs)} examples are longer than the context of {context} "
-            f"tokens (longest {max(long)}); raise the context or leave them out"
+            f"tokens (longest {max(long)}, example {long.index(max(long)) + 1}); raise the context "
+            "or leave them out"
         )
     return encoded
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from caliport.core.errors import InputError
+from caliport.core.prompts import check_prompt
 from caliport.data.examples import Example, read_jsonl
 
 if TYPE_CHECKING:
@@ -38,6 +39,9 @@ class Source:
     tuning: int = 0
     features: tuple[str, ...] = ()
     leave_out_long: bool = False
+
+    def __post_init__(self) -> None:
+        check_prompt(self.prompt, f"{self.path}: prompt")
 
     @property
     def settings(self) -> list[Any]:
