@@ -13,6 +13,7 @@ from caliport.core.checkpoints import encode_prompt
 from caliport.core.errors import InputError
 from caliport.core.progress import console
 from caliport.core.prompts import check_prompt, put_in
+from caliport.core.tokenizers import no_panic
 
 IGNORED = -100
 _SORTED_BATCHES = 8
@@ -51,11 +52,15 @@ def encode(
     if not pairs:
         raise InputError(f"{source}: no examples; expected at least one")
     check_prompt(template, f"{source}: prompt")
+    end = tokenizer.eos_token_id
+    if end is None:
+        raise InputError(f"{source}: the tokenizer has no eos_token, with which answers end")
     encoded = []
     for text, output in pairs:
         prompt = encode_prompt(tokenizer, put_in(template, text))
-        target = tokenizer.encode(output, add_special_tokens=False)
-        encoded.append(Encoded(tuple(prompt), (*target, tokenizer.eos_token_id)))
+        with no_panic(tokenizer.name_or_path):
+            target = tokenizer.encode(output, add_special_tokens=False)
+        encoded.append(Encoded(tuple(prompt), (*target, int(end))))
     long = [len(e.prompt) + len(e.target) for e in encoded]
     over = sum(length > context for length in long)
     if over and leave_out_long and over < len(pairs):

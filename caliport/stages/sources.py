@@ -55,7 +55,8 @@ class Source:
         """The examples as token ids.
 
         Raises:
-            InputError: The file is unreadable or empty, or examples are longer than the context.
+            InputError: The file is unreadable or empty, examples are longer than the context, or
+                the model does not end at the tokenizer's end token.
         """
         return self._encode(self._chosen(part), tokenizer, model)
 
@@ -96,7 +97,11 @@ class Source:
         self, examples: list[Example], tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
     ) -> list[Encoded]:
         from caliport.calibrate.training.batches import encode
+        from caliport.core.checkpoints import eos_ids
+        from caliport.core.tokenizers import end_trouble
 
+        if trouble := end_trouble(tokenizer, eos_ids(model)):
+            raise InputError(trouble)
         pairs = [(e.input, e.output) for e in examples]
         context = model.config.max_position_embeddings
         return encode(tokenizer, self.prompt, pairs, context, str(self.path), self.leave_out_long)
