@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,15 +63,18 @@ def compose(
                 data="summarize_es.jsonl",
             )
     """
-    from caliport.flags.calibrate import calibrate_one
+    from caliport.flags.calibrate import calibrate_one, inputs_of
+    from caliport.stages.compose import CompositionInputs
     from caliport.stages.sources import Source
 
     defaults = {"steps": 300, "batch_size": 32, "learning_rate": 5e-4, "seed": 0}
     paths = [Path(adapter) for adapter in adapters]
-    source = Source(Path(data), "{input}") if isinstance(data, str | os.PathLike) else data
-    calibrate_one(
-        str(base), paths, method, source, {**defaults, **(training or {})}, weights, Path(out)
-    )
+    if isinstance(data, Source):
+        numbered = {str(index): path for index, path in enumerate(paths, start=1)}
+        inputs = CompositionInputs(numbered, data, data.prompt)
+    else:
+        inputs = inputs_of(paths, None if data is None else Path(data), None)
+    calibrate_one(str(base), inputs, method, {**defaults, **(training or {})}, weights, Path(out))
     return Path(out)
 
 
@@ -115,18 +117,21 @@ def generate(
     max_new_tokens: int = 256,
     threads: int | None = None,
     composition: str | None = None,
+    prompt: str | None = None,
 ) -> str:
     """What an artifact answers to one user turn, greedily.
 
-    The tokenizer is the artifact's own. ``text`` is put into its chat template if it has one, else
-    it is followed by a line break.
+    The tokenizer is the artifact's own. ``text`` is put into the prompt that the artifact records,
+    unless it is in it already, and then into the tokenizer's chat template if it has one, else it
+    is followed by a line break.
 
     Args:
         artifact: An artifact or its directory.
-        text: What the user says, with the prompt that the adapter was trained with.
+        text: What to work on.
         max_new_tokens: Most tokens to write; fewer where the context is full.
         threads: As for ``load``.
         composition: As for ``load``.
+        prompt: A template with ``{input}`` in place of the recorded one; ``{input}`` for none.
 
     Raises:
         InputError: As ``load``, no tokenizer beside the program, or a text that exceeds the
@@ -135,9 +140,10 @@ def generate(
     Example:
         ::
 
-            print(caliport.generate("artifacts/summarize_es", "Summarize in Spanish: …"))
+            print(caliport.generate("artifacts/summarize_es", "Anna: Tennis on Friday? …"))
     """
     from caliport.core.checkpoints import encode_prompt
+    from caliport.core.prompts import prompted
     from caliport.export.package.tokenizer import read_tokenizer
     from caliport.validation.evaluation.quality import decode
     from caliport.validation.runners import engine
@@ -147,5 +153,6 @@ def generate(
     tokenizer = read_tokenizer(found.directory)
     ends = engine.get(found.runtime).ends(found)
     runner = load(found, threads=threads, composition=composition)
-    written = greedy(runner, encode_prompt(tokenizer, text), max_new_tokens, ends)
+    (whole,) = prompted([text], prompt, found.prompt(composition))
+    written = greedy(runner, encode_prompt(tokenizer, whole), max_new_tokens, ends)
     return decode(tokenizer, [written])[0]

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from caliport.core.base_files import check_files, local
 from caliport.core.base_model import check_base, check_loaded
+from caliport.core.chat_templates import render_chat
 from caliport.core.errors import InputError, one_line
 from caliport.core.files import GENERATION_CONFIG
+from caliport.core.tokenizers import no_panic, open_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -103,13 +105,8 @@ def load_tokenizer(path: str | Path, model: nn.Module | None = None) -> PreTrain
     Raises:
         InputError: No tokenizer, or more tokens than the model's embedding has rows.
     """
-    from transformers import AutoTokenizer
-
     check_files(path)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:
-        raise InputError(f"{path}: not loadable as a tokenizer ({one_line(error)})") from error
+    tokenizer = open_tokenizer(path)
     if model is not None:
         rows = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
         if len(tokenizer) > rows:
@@ -125,19 +122,20 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
     Uses the tokenizer's chat template if it has one; otherwise the plain text, a line break
     and the special tokens that the tokenizer adds by default.
+
+    Raises:
+        InputError: As ``render_chat``.
     """
-    if tokenizer.chat_template:
-        rendered = render_prompt(tokenizer, text)
-        return list(tokenizer.encode(rendered, add_special_tokens=False))
-    return list(tokenizer.encode(text + "\n"))
+    rendered, plain = render_prompt(tokenizer, text), not tokenizer.chat_template
+    with no_panic(tokenizer.name_or_path):
+        return list(tokenizer.encode(rendered, add_special_tokens=plain))
 
 
 def render_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
     """The text that ``encode_prompt`` encodes; give this text to a stock runner."""
     if not tokenizer.chat_template:
         return text + "\n"
-    turn = [{"role": "user", "content": text}]
-    return str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+    return render_chat(tokenizer, [{"role": "user", "content": text}])
 
 
 def eos_ids(model: PreTrainedModel) -> list[int]:

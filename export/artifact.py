@@ -9,6 +9,7 @@ from typing import Any
 
 from caliport.core.directories import MANIFEST, check_files, read_manifest
 from caliport.core.errors import InputError
+from caliport.core.prompts import PROMPT, check_prompt
 from caliport.export import runtime as runtimes
 from caliport.export.quantization.choices import PRECISIONS, Quantization
 
@@ -115,6 +116,24 @@ class Artifact:
                 f"{self.directory}: has no composition {name!r}, expected one of {listed}"
             )
         return self.compositions[name]
+
+    def prompt(self, composition: str | None = None) -> str | None:
+        """The prompt template that its adapter, or a bundle's composition, was trained with.
+
+        Returns:
+            Text with ``{input}``; None if no manifest records it, or for a base alone.
+
+        Raises:
+            InputError: No composition of that name, or what is recorded is no template.
+        """
+        where = f"{self.directory / MANIFEST}: prompt"
+        if composition is None:
+            facts: object = self.manifest.get("adapter")
+        else:
+            facts = self.composition(composition).get("lora")
+            where += f" of {composition}"
+        found = facts.get(PROMPT) if isinstance(facts, dict) else None
+        return None if found is None else check_prompt(found, where)
 
     def check(self) -> None:
         """Check its files against its manifest; without a manifest nothing is checked.

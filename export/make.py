@@ -45,7 +45,12 @@ def fill(
     Raises:
         InputError: The base or an adapter cannot be read or exported as asked.
     """
+    from rich.text import Text
+
     from caliport.core.checkpoints import eos_ids, load_tokenizer
+    from caliport.core.errors import printable
+    from caliport.core.progress import console
+    from caliport.core.tokenizers import end_trouble
     from caliport.export.decoder.checks import check_exportable
     from caliport.export.decoder.shipped import shipped_decoder
     from caliport.export.decoder.terms import read_updates
@@ -71,6 +76,8 @@ def fill(
     with shipped_decoder(base, request.adapter, how, directory, check=check) as decoder:
         model = decoder.whole
         tokenizer = load_tokenizer(base, model)
+        if trouble := end_trouble(tokenizer, eos_ids(model)):
+            console.print(Text(printable(trouble, 2000), "yellow"), soft_wrap=True)
         context = context_of(model)
         lowered = runtime.lower(decoder, directory, request, context, tokenizer)
         sizes = decoder.sizes()

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from caliport.core.prompts import recorded_prompt
 from caliport.export.quantization.choices import Quantization
 
 
@@ -76,4 +77,14 @@ class Request:
         found |= {"context": self.context, **asdict(self.quantization)}
         if self.bundle is not None and self.bundle.modules is not None:
             found["modules"] = sorted(self.bundle.modules)
+        if prompts := self._prompts():
+            found["prompts"] = prompts
         return found
+
+    def _prompts(self) -> dict[str, str]:
+        """The adapters' recorded prompts, which the inputs' hashes leave out."""
+        directories = {} if self.bundle is None else dict(self.bundle.compositions)
+        if self.adapter is not None:
+            directories["adapter"] = self.adapter
+        prompts = {name: recorded_prompt(Path(path)) for name, path in directories.items()}
+        return {name: prompt for name, prompt in prompts.items() if prompt is not None}

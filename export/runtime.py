@@ -114,8 +114,8 @@ class Runtime(Protocol):
         """How a bundle's shared adapters are quantized; None for float32."""
         ...
 
-    def code(self, composition: str | None, chat: bool, context: int) -> str:
-        """Python that runs an artifact, or a composition of a bundle, from its directory."""
+    def code(self, composition: str | None, chat: bool, context: int, text: str) -> str:
+        """Python that asks an artifact, or a composition of a bundle, one text."""
         ...
 
     def runner_words(self, bundle: bool) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from caliport.core.errors import InputError
+from caliport.core.prompts import prompted, recorded_prompt
 from caliport.export.artifact import BASE_ALONE, Artifact
 from caliport.export.request import Bundle
 from caliport.validation.references import FP32, EagerReferences
@@ -36,6 +37,8 @@ class Options:
             and quantization are judged together, as for an artifact of another tool.
         against_runner: What runs ``against``.
         by_layer: Measure in the error budget how far residual streams are too.
+        prompt: The template around each prompt, with ``{input}``; None for the one that the
+            artifact records, or else its adapter; ``{input}`` for none.
     """
 
     threads: int | None = None
@@ -44,6 +47,7 @@ class Options:
     against: Artifact | None = None
     against_runner: str = PLAIN
     by_layer: bool = False
+    prompt: str | None = None
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,7 @@ class Validation:
         bundle: Of a bundle, the compositions to validate and the shared adapters that it stores.
         prompts: What to ask, all with the right answer or none; None for a built-in set.
         options: How to validate.
+        places: Where each prompt stands, for messages; empty: they are numbered.
     """
 
     artifact: Artifact
@@ -65,6 +70,7 @@ class Validation:
     bundle: Bundle = field(default_factory=lambda: Bundle({}))
     prompts: Sequence[Prompt] | None = None
     options: Options = field(default_factory=Options)
+    places: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -102,7 +108,8 @@ def validate(
         bundle: Of a bundle, the PEFT LoRA directories of its compositions by name, or a ``Bundle``
             that names shared adapters too.
         prompts: What to ask: inputs, or pairs of an input and the right answer; None for a
-            built-in set. Only right answers make the task metric possible.
+            built-in set. Only right answers make the task metric possible. Each is put into the
+            prompt that the artifact records, unless it is in it already; see ``Options.prompt``.
         out: Where to write ``parity.json``, ``junit.xml`` and ``report.html``; None for nowhere.
         options: How to validate.
 
@@ -154,7 +161,7 @@ def run(
     results: list[ArtifactResult] = []
     for composition in compositions_to_check(asked):
         with nullcontext() if show is None else show(composition.label):
-            references = make_references(asked, composition.adapter)
+            references = make_references(asked, composition.adapter, composition.name)
             result, budget = _check(asked, composition, references)
         results.append(result)
         budgets += budget
@@ -229,17 +236,41 @@ def compositions_to_check(asked: Validation) -> list[Composition]:
     ]
 
 
-def make_references(asked: Validation, adapter: Path | None) -> EagerReferences:
-    """Eager references of a composition on the prompts that were asked for."""
+def make_references(
+    asked: Validation, adapter: Path | None, name: str | None = None
+) -> EagerReferences:
+    """Eager references of a composition on the prompts that were asked for.
+
+    Args:
+        asked: What to validate.
+        adapter: The composition's PEFT LoRA directory; None for a base.
+        name: Of a bundle, the composition; None for its base alone, or for a fold.
+
+    Raises:
+        InputError: Files that cannot be read, or prompts that do not fit the context.
+    """
     from caliport.core.checkpoints import load_tokenizer
     from caliport.export.reference.folded import eager
     from caliport.validation.evaluation.evaluation import make_evaluation
 
     model = eager(asked.base, adapter, FP32)
     inputs, answers = _split(asked.prompts)
-    evaluation = make_evaluation(model, load_tokenizer(asked.base, model), inputs, answers)
+    if inputs is not None:
+        inputs = _asked(asked, inputs, adapter, name)
+    tokenizer = load_tokenizer(asked.base, model)
+    evaluation = make_evaluation(model, tokenizer, inputs, answers, places=asked.places)
     shared, by_layer = asked.bundle.shared, asked.options.by_layer
     return EagerReferences(evaluation, asked.base, adapter, shared, by_layer)
+
+
+def _asked(
+    asked: Validation, inputs: Sequence[str], adapter: Path | None, name: str | None
+) -> list[str]:
+    """Inputs in the template that was given, or in the one that artifact or adapter record."""
+    recorded = asked.artifact.prompt(name)
+    if recorded is None and adapter is not None:
+        recorded = recorded_prompt(adapter)
+    return prompted(inputs, asked.options.prompt, recorded)
 
 
 def write_reports(report: ParityReport, out: Path, times: LatencyReport | None = None) -> Path:

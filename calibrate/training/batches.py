@@ -12,6 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from caliport.core.checkpoints import encode_prompt
 from caliport.core.errors import InputError
 from caliport.core.progress import console
+from caliport.core.prompts import check_prompt, put_in
+from caliport.core.tokenizers import no_panic
 
 IGNORED = -100
 _SORTED_BATCHES = 8
@@ -49,13 +51,16 @@ def encode(
     """
     if not pairs:
         raise InputError(f"{source}: no examples; expected at least one")
-    if "{input}" not in template:
-        raise InputError(f"{source}: prompt {template!r} has no {{input}} for the example's text")
+    check_prompt(template, f"{source}: prompt")
+    end = tokenizer.eos_token_id
+    if end is None:
+        raise InputError(f"{source}: the tokenizer has no eos_token, with which answers end")
     encoded = []
     for text, output in pairs:
-        prompt = encode_prompt(tokenizer, template.replace("{input}", text))
-        target = tokenizer.encode(output, add_special_tokens=False)
-        encoded.append(Encoded(tuple(prompt), (*target, tokenizer.eos_token_id)))
+        prompt = encode_prompt(tokenizer, put_in(template, text))
+        with no_panic(tokenizer.name_or_path):
+            target = tokenizer.encode(output, add_special_tokens=False)
+        encoded.append(Encoded(tuple(prompt), (*target, int(end))))
     long = [len(e.prompt) + len(e.target) for e in encoded]
     over = sum(length > context for length in long)
     if over and leave_out_long and over < len(pairs):
@@ -67,7 +72,8 @@ def encode(
     if over:
         raise InputError(
             f"{source}: {over} of {len(pairs)} examples are longer than the context of {context} "
-            f"tokens (longest {max(long)}); raise the context or leave them out"
+            f"tokens (longest {max(long)}, example {long.index(max(long)) + 1}); raise the context "
+            "or leave them out"
         )
     return encoded
 

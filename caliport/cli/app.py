@@ -31,6 +31,7 @@ from caliport.cli.options import (
 )
 from caliport.cli.runner import register as register_runner
 from caliport.core.errors import InputError
+from caliport.core.prompts import PLAIN
 from caliport.recipe.methods import CORRECTED, MERGED, WEIGHTED
 
 app = typer.Typer(
@@ -99,7 +100,7 @@ def calibrate(
     data: Annotated[
         Path | None, typer.Option(help="Training data: JSON Lines with `input` and `output`.")
     ] = None,
-    prompt: Prompt = "{input}",
+    prompt: Prompt = None,
     steps: Annotated[int, typer.Option(help="Optimizer steps of a correction.", min=1)] = 300,
     batch_size: Annotated[int, typer.Option(help="Examples per step.", min=1)] = 32,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 5e-4,
@@ -123,6 +124,7 @@ def calibrate(
             base=base,
             adapter=adapter,
             data=data,
+            prompt=prompt,
             weight=weight,
             rank=rank,
             features=features,
@@ -134,7 +136,7 @@ def calibrate(
         _only_main()
         _show(space.reports)
         return
-    from caliport.flags.calibrate import calibrate_one, features_one
+    from caliport.flags.calibrate import calibrate_one, features_one, inputs_of
     from caliport.stages.sources import Source
 
     training = {
@@ -145,11 +147,12 @@ def calibrate(
     }
     if method == "flix":
         base, data, rank, target = _needed(base=base, data=data, rank=rank, out=out)
-        features_one(base, data, prompt, rank, training, features, target)
+        source = Source(data, PLAIN if prompt is None else prompt)
+        features_one(base, source, rank, training, features, target)
         return
     base, adapters, target = _needed(base=base, adapter=adapter, out=out)
-    source = Source(data, prompt) if data is not None else None
-    calibrate_one(base, adapters, method, source, training, weight or [], target)
+    inputs = inputs_of(adapters, data, prompt)
+    calibrate_one(base, inputs, method, training, weight or [], target)
 
 
 @app.command()
@@ -247,7 +250,7 @@ def validate(
         Path | None,
         typer.Option(help="JSON Lines with `input` and `output`; default a built-in set."),
     ] = None,
-    prompt: Prompt = "{input}",
+    prompt: Prompt = None,
     threads: Annotated[int | None, typer.Option(help="Threads of the runtime.", min=1)] = None,
     precision: Annotated[
         str | None, typer.Option(help="Precision, if another tool made the artifact.")
@@ -291,9 +294,10 @@ def validate(
             against=None if against is None else Artifact.read(against),
             against_runner=against_runner or "plain",
             by_layer=by_layer,
+            prompt=prompt,
         )
-        parts, texts = bundle_of(bundle, share), read_prompts(prompts, prompt)
-        asked = Validation(Artifact.read(recipe), base, adapter, parts, texts, options)
+        parts, (texts, places) = bundle_of(bundle, share), read_prompts(prompts, prompt)
+        asked = Validation(Artifact.read(recipe), base, adapter, parts, texts, options, places)
         passed = validate_one(asked, out, latency=latency, baseline=baseline)
     else:
         from caliport.run.validate import validate_all

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from caliport.cli.options import LlamaMainOption, RunnerOption
+from caliport.cli.options import LlamaMainOption, Prompt, RunnerOption
 from caliport.core.directories import MANIFEST
 from caliport.on_devices.where import SECONDS, Where, chosen
 
@@ -58,7 +58,7 @@ def validate(
         Path | None,
         typer.Option(help="JSON Lines with `input` and `output`; default a built-in set."),
     ] = None,
-    prompt: Annotated[str, typer.Option(help="Prompt around each input.")] = "{input}",
+    prompt: Prompt = None,
     precision: Annotated[
         str | None, typer.Option(help="Of an artifact of another tool: fp32, int8 or int4.")
     ] = None,
@@ -82,11 +82,12 @@ def validate(
         tuple(chosen([*(serial or ()), *([abi] if abi else ())])), runner or (), llama_main, timeout
     )
     parts = bundle_of(bundle, share)
-    options, asked = Options(threads=threads, precision=precision), read_prompts(prompts, prompt)
+    options = Options(threads=threads, precision=precision, prompt=prompt)
+    asked, places = read_prompts(prompts, prompt)
     validations = [
-        Validation(found, base, None, parts, asked, options)
+        Validation(found, base, None, parts, asked, options, places)
         if found.is_bundle
-        else Validation(found, base, adapter, Bundle({}), asked, options)
+        else Validation(found, base, adapter, Bundle({}), asked, options, places)
         for found in map(Artifact.read, artifacts)
     ]
     report, troubles = validate_on(validations, where)

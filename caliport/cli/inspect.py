@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from caliport.cli.options import Prompt
+
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the command line."""
@@ -39,7 +41,7 @@ def sensitivity(
         Path | None,
         typer.Option(help="JSON Lines with `input` and `output`; default a built-in set."),
     ] = None,
-    prompt: Annotated[str, typer.Option(help="Prompt around each input.")] = "{input}",
+    prompt: Prompt = None,
     share: Annotated[
         float, typer.Option(help="Bytes to spend on 8 bits, as a share of all layers' at 4.")
     ] = 0.05,

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from caliport.core.outputs import forced
+from caliport.core.prompts import check_prompt
 
 Recipe = Annotated[
     Path | None, typer.Argument(help="A YAML recipe; without one, use the flags below.")
@@ -26,7 +27,20 @@ BaseOption = Annotated[
 Adapter = Annotated[
     Path | None, typer.Option("--adapter", help="PEFT LoRA directory that is folded in.")
 ]
-Prompt = Annotated[str, typer.Option(help="Prompt template; {input} is replaced by each input.")]
+
+
+def _with_input(value: str | None) -> str | None:
+    return None if value is None else check_prompt(value, "--prompt")
+
+
+Prompt = Annotated[
+    str | None,
+    typer.Option(
+        help="Prompt template; {input} is replaced by each input. Default the one that the adapter "
+        "or artifact was trained with, if known, else {input} alone.",
+        callback=_with_input,
+    ),
+]
 Out = Annotated[Path | None, typer.Option("--out", help="The directory to write.")]
 Bundle = Annotated[
     list[str] | None,

@@ -3,54 +3,108 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 
-from caliport.core.errors import InputError
+from rich.text import Text
+
+from caliport.core.errors import InputError, printable
+from caliport.core.progress import console
+from caliport.core.untrusted import check_regular, parse_json, shown
 
 FIELDS = ("input", "output")
+_LINE_BYTES = 4 * 2**20
+_FILE_BYTES = 4 * 2**30
+_MOST_FEATURES, _LONGEST_FEATURE = 64, 100
+_MOST_FIELDS = 100  # that are counted
+_NAMED = 4  # that a message lists
+_TOLD: set[str] = set()  # files whose unread fields were named
 
 
 @dataclass(frozen=True)
 class Example:
     """A task's input text (without any prompt) and its target text.
 
-    ``features`` are the FLix features of this example, if it has its own.
+    ``features`` are the FLix features of this example, if it has its own; ``line`` is its line in
+    the file it was read from, 0 without one.
     """
 
     input: str
     output: str
     features: tuple[str, ...] = ()
+    line: int = field(default=0, compare=False)
 
 
 def read_jsonl(path: str | Path) -> list[Example]:
     """Read examples from a JSON Lines file: one object per line with "input" and "output".
 
-    "features" may be a list of names. Blank lines are skipped and other fields are ignored.
+    "features" may be a list of names. Blank lines are skipped. Other fields are not read; a line
+    on stderr names them.
 
     Raises:
-        InputError: The file is missing, unreadable, not UTF-8 or without examples, or a line is
-            not such an object. The message is one line that names the file and the line.
+        InputError: The file is missing, not a regular file, unreadable, not UTF-8 or without
+            examples, no input has any text, or a line is too long or not such an object. The
+            message is one line that names the file and the line.
     """
-    try:
-        raw = Path(path).read_bytes()
-    except OSError as error:
-        raise InputError(
-            f"{path}: cannot be read ({error.strerror}); give a readable file"
-        ) from None
-    # Split on the newline byte only: str.splitlines would also cut at U+2028 inside a JSON string.
-    examples = [
-        _parse(line, f"{path}, line {number}")
-        for number, line in enumerate(raw.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1)
-        if line.strip()
-    ]
+    examples: list[Example] = []
+    unread: dict[str, int] = {}
+    for number, line in enumerate(_lines(Path(path)), start=1):
+        if line.strip():
+            examples.append(_parse(line, f"{path}, line {number}", number, unread))
     if not examples:
         raise InputError(
             f"{path}, line 1: the file has no examples; "
             'write at least one line such as {"input": "...", "output": "..."}'
         )
+    others = _listed(unread, len(examples))
+    if not any(e.input.strip() for e in examples):
+        what = f"; {others} are not read" if others else ""
+        raise InputError(
+            f'{path}: "input" is empty in all {len(examples):,} examples{what}; put all that the '
+            'model is to read, such as an instruction and its text, together in "input"'
+        )
+    if others and str(path) not in _TOLD:
+        _TOLD.add(str(path))
+        told = f"{printable(str(path))}: not read: {others}; only input and output are"
+        console.print(Text(told, "yellow"), soft_wrap=True)
     return examples
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    """The lines of a file, without a byte order mark.
+
+    They end at the newline byte only: str.splitlines would also cut at U+2028 in a JSON string.
+    """
+    check_regular(path, _FILE_BYTES)
+    try:
+        with path.open("rb") as stream:
+            for number in count(1):
+                line = stream.readline(_LINE_BYTES + 1)
+                if len(line) > _LINE_BYTES:
+                    raise InputError(
+                        f"{path}, line {number}: more than {_LINE_BYTES:,} bytes; write one "
+                        "example per line"
+                    )
+                if not line:
+                    return
+                yield line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be read ({error.strerror}); give a readable file"
+        ) from None
+
+
+def _listed(unread: Mapping[str, int], examples: int) -> str:
+    """Fields that are not read, with how many examples have them: ``"instruction" (in all)``."""
+    listed = [
+        f"{json.dumps(printable(name, 40), ensure_ascii=False)} "
+        f"(in {'all' if count == examples else f'{count:,}'})"
+        for name, count in list(unread.items())[:_NAMED]
+    ]
+    more = len(unread) - _NAMED
+    return ", ".join(listed) + (f" and {'others' if more > 1 else 'another'}" if more > 0 else "")
 
 
 def write_jsonl(path: str | Path, examples: Iterable[Example]) -> None:
@@ -74,35 +128,43 @@ def write_jsonl(path: str | Path, examples: Iterable[Example]) -> None:
         ) from None
 
 
-def _parse(line: bytes, where: str) -> Example:
+def _parse(line: bytes, where: str, number: int, unread: dict[str, int]) -> Example:
     try:
-        row = json.loads(line.decode("utf-8"))
+        text = line.decode("utf-8")
     except UnicodeDecodeError as error:
         found = f"byte 0x{line[error.start]:02x} at column {error.start + 1}"
         raise InputError(f"{where}: found {found}, which is not UTF-8; save it as UTF-8") from None
-    except (json.JSONDecodeError, RecursionError) as error:
-        reason = error.msg if isinstance(error, json.JSONDecodeError) else "too deeply nested"
-        raise InputError(
-            f"{where}: found text that is not JSON ({reason}); write one JSON object per line"
-        ) from None
+    row = parse_json(text, where)
     if not isinstance(row, dict):
         raise InputError(
             f"{where}: found a JSON {_kind(row)}; "
             'write an object such as {"input": "...", "output": "..."}'
         )
-    for field in FIELDS:
-        if field not in row:
-            raise InputError(f'{where}: found no field "{field}"; add "{field}" with a string')
-        if not isinstance(row[field], str):
+    for key in FIELDS:
+        if key not in row:
+            others = ", ".join(shown(name, 30) for name in list(row)[:_NAMED])
             raise InputError(
-                f'{where}: found a {_kind(row[field])} in field "{field}"; write a string there'
+                f'{where}: found no field "{key}"{f", only {others}" if others else ""}; '
+                f'add "{key}" with a string'
+            )
+        if not isinstance(row[key], str):
+            raise InputError(
+                f'{where}: found a {_kind(row[key])} in field "{key}"; write a string there'
             )
     features = row.get("features", [])
-    if not isinstance(features, list) or not all(isinstance(f, str) and f for f in features):
+    if (
+        not isinstance(features, list)
+        or len(features) > _MOST_FEATURES
+        or not all(isinstance(f, str) and 0 < len(f) <= _LONGEST_FEATURE for f in features)
+    ):
         raise InputError(
-            f'{where}: found {features!r} in field "features"; write a list of names there'
+            f'{where}: found {shown(features)} in field "features"; write a list of at most '
+            f"{_MOST_FEATURES} names of at most {_LONGEST_FEATURE} characters there"
         )
-    return Example(row["input"], row["output"], tuple(features))
+    for name in row:
+        if name not in (*FIELDS, "features") and (name in unread or len(unread) < _MOST_FIELDS):
+            unread[name] = unread.get(name, 0) + 1
+    return Example(row["input"], row["output"], tuple(features), number)
 
 
 def _kind(value: object) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from caliport.core.errors import InputError
 from caliport.core.progress import console
+from caliport.core.prompts import PLAIN
 from caliport.recipe.methods import CORRECTED, MERGED, WEIGHTED, parse
 from caliport.stages.compose import ComposeSettings, CompositionInputs, compose_to
 from caliport.stages.sources import Source
@@ -16,9 +17,8 @@ from caliport.stages.train import Training, features_to
 
 def calibrate_one(
     base: str,
-    adapters: Sequence[Path],
+    inputs: CompositionInputs,
     method: str,
-    examples: Source | None,
     training: Mapping[str, Any],
     weights: Sequence[float],
     out: Path,
@@ -27,9 +27,8 @@ def calibrate_one(
 
     Args:
         base: Directory or hub name of the base.
-        adapters: PEFT LoRA directories.
+        inputs: PEFT LoRA directories, and examples for methods that need some.
         method: The method's name, with variants.
-        examples: Examples of the composition; None for merges that need none.
         training: Fields of ``TrainSettings``.
         weights: One per adapter for a merge; empty: equal.
         out: The directory to create.
@@ -47,15 +46,11 @@ def calibrate_one(
         raise InputError(f"--method {method} needs a recipe; see caliport init")
     if weights and parsed.kind not in MERGED:
         raise InputError(f"--weight goes with {', '.join(MERGED)}; {method} finds its own")
-    if weights and len(weights) != len(adapters):
-        raise InputError(
-            f"found {len(weights)} --weight for {len(adapters)} --adapter; expected one each"
-        )
-    if parsed.kind not in MERGED and examples is None:
+    count = len(inputs.adapters)
+    if weights and len(weights) != count:
+        raise InputError(f"found {len(weights)} --weight for {count} --adapter; expected one each")
+    if parsed.kind not in MERGED and inputs.examples is None:
         raise InputError(f"--method {method} needs --data, examples of the composition")
-    inputs = CompositionInputs(
-        {str(index): path for index, path in enumerate(adapters, start=1)}, examples
-    )
     settings = ComposeSettings(
         base,
         parsed,
@@ -63,14 +58,21 @@ def calibrate_one(
         weights=tuple(weights) or None,
         parameters={"density": 0.5, "seed": training["seed"]},
     )
-    compose_to(out, f"{method} of {len(adapters)} adapters", inputs, settings)
+    compose_to(out, f"{method} of {count} adapters", inputs, settings)
     console.print(f"composed adapter: {out}")
+
+
+def inputs_of(adapters: Sequence[Path], data: Path | None, prompt: str | None) -> CompositionInputs:
+    """Adapters by their number, with examples if there is data, and their prompt if it is known."""
+    source = None if data is None else Source(data, PLAIN if prompt is None else prompt)
+    return CompositionInputs(
+        {str(index): path for index, path in enumerate(adapters, start=1)}, source, prompt
+    )
 
 
 def features_one(
     base: str,
-    data: Path,
-    prompt: str,
+    source: Source,
     ranks: Sequence[str],
     training: Mapping[str, Any],
     earlier: Path | None,
@@ -80,8 +82,7 @@ def features_one(
 
     Args:
         base: Directory or hub name of the base.
-        data: JSON Lines with ``features``.
-        prompt: Prompt around each input, with ``{input}``.
+        source: Examples with ``features``.
         ranks: ``NAME=RANK`` of each feature to train.
         training: Fields of ``TrainSettings``.
         earlier: A directory of features trained earlier, which are copied unchanged.
@@ -104,7 +105,7 @@ def features_one(
     features_to(
         out,
         f"FLix: {', '.join(found)}",
-        [Source(data, prompt)],
+        [source],
         FeatureSettings(found),
         Training(base, TrainSettings(**training)),
         earlier,

@@ -10,7 +10,8 @@ from rich.table import Table
 
 from caliport.core.errors import InputError
 from caliport.core.progress import console, progress
-from caliport.data.examples import read_jsonl
+from caliport.core.prompts import prompted, recorded_prompt
+from caliport.flags.validate import read_prompts
 
 _SHOWN = 12
 
@@ -19,7 +20,7 @@ def show_sensitivity(
     base: str | Path,
     adapter: Path | None,
     prompts: Path | None,
-    prompt: str,
+    prompt: str | None,
     share: float,
     out: Path | None,
 ) -> None:
@@ -29,7 +30,7 @@ def show_sensitivity(
         base: A Hugging Face directory.
         adapter: A PEFT LoRA directory to fold in first, or None.
         prompts: JSON Lines with ``input`` and ``output``; None for the built-in prompts.
-        prompt: Prompt template with ``{input}``.
+        prompt: Prompt template with ``{input}``; None for the one that the adapter records.
         share: Extra bytes allowed for 8 bits, as a share of the bytes of all layers at 4 bits.
         out: A JSON file to write, or None.
 
@@ -45,12 +46,14 @@ def show_sensitivity(
     if out is not None and out.exists():
         raise InputError(f"{out}: already exists; choose a new file")
     model = eager(base, adapter, "fp32")
-    examples = read_jsonl(prompts) if prompts is not None else None
+    pairs, places = read_prompts(prompts, prompt)
+    recorded = None if adapter is None else recorded_prompt(adapter)
     evaluation = make_evaluation(
         model,
         load_tokenizer(base, model),
-        [prompt.replace("{input}", e.input) for e in examples] if examples else None,
-        [e.output for e in examples] if examples else None,
+        None if pairs is None else prompted([text for text, _ in pairs], prompt, recorded),
+        None if pairs is None else [answer for _, answer in pairs],
+        places=places,
     )
     texts = [
         [*before, *after]

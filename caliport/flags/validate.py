@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from caliport.core.errors import InputError
 from caliport.core.progress import progress
 from caliport.data.examples import read_jsonl
 
@@ -62,16 +63,21 @@ def validate_one(
     return report.passed
 
 
-def read_prompts(path: Path | None, template: str) -> list[tuple[str, str]] | None:
-    """Prompts and right answers of a JSON Lines file; None for no file.
+def read_prompts(
+    path: Path | None, prompt: str | None
+) -> tuple[list[tuple[str, str]] | None, list[str]]:
+    """Inputs and right answers of a JSON Lines file, and where each stands; None for no file.
 
     Args:
         path: With ``input`` and ``output`` on each line.
-        template: The prompt around each ``{input}``.
+        prompt: The template given for them, if any.
 
     Raises:
-        InputError: It cannot be read, or has no examples.
+        InputError: It cannot be read, or has no examples; or a template without a file.
     """
     if path is None:
-        return None
-    return [(template.replace("{input}", e.input), e.output) for e in read_jsonl(path)]
+        if prompt is not None:
+            raise InputError("--prompt goes with --prompts FILE, whose inputs it is put around")
+        return None, []
+    examples = read_jsonl(path)
+    return [(e.input, e.output) for e in examples], [f"{path}, line {e.line}" for e in examples]

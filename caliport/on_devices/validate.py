@@ -77,7 +77,7 @@ def _validate(
     from caliport.validation.gates.criteria import METRIC
     from caliport.validation.records.reports import this_machine
 
-    references = make_references(asked, composition.adapter)
+    references = make_references(asked, composition.adapter, composition.name)
     threads = asked.options.threads or min(_THREADS, this_machine().cores)
     execution = Execution(asked.artifact, threads, composition.name)
     host = _host(execution, references, composition.label, METRIC, asked.options.precision)

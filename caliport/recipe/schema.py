@@ -16,6 +16,7 @@ from pydantic import (
 )
 
 from caliport.core.errors import InputError
+from caliport.core.prompts import check_prompt
 from caliport.export.runtime import get, names
 from caliport.recipe.methods import CORRECTED, MERGED, Method, parse
 from caliport.validation.baseline.regression import RegressionLimits
@@ -42,6 +43,16 @@ MethodName = Annotated[str, AfterValidator(lambda name: parse(name).name)]
 Metric = Literal["rougeL", "chrf", "weighted_rouge"]
 
 
+def _template(text: str) -> str:
+    try:
+        return check_prompt(text, "prompt")
+    except InputError as error:
+        raise ValueError(str(error)) from None
+
+
+PromptTemplate = Annotated[str, AfterValidator(_template)]
+
+
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
@@ -51,7 +62,7 @@ class TaskFiles(_Part):
 
     train: Path
     validation: Path
-    prompt: str
+    prompt: PromptTemplate
 
 
 class Paper(_Part):
@@ -216,7 +227,7 @@ class Flix(_Part):
     features: dict[str, tuple[str, ...]]
     train_on: tuple[str, ...]
     dropout: float = Field(0.1, ge=0, lt=1)
-    prompt: str | None = None
+    prompt: PromptTemplate | None = None
     train: Train
     mixture: Train | None = None
 

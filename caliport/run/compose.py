@@ -9,7 +9,7 @@ from typing import Any
 
 from caliport.data.examples import Example, read_jsonl, write_jsonl
 from caliport.recipe.methods import CORRECTED, Method, parse
-from caliport.recipe.schema import Recipe, Train, prompts_of
+from caliport.recipe.schema import Recipe, Train, prompt_of, prompts_of
 from caliport.run.audit import audit_all
 from caliport.run.resolve import compose_settings, examples_of, source_of, train_settings
 from caliport.run.workspace import Workspace
@@ -160,19 +160,20 @@ def compose(space: Workspace, composition: str, method: Method) -> None:
     """Make one composed adapter by one method, after any training it shares with others."""
     out = space.composed(composition, method.name)
     title = f"{composition}: {method.name}"
+    prompt = prompt_of(space.recipe, composition, method.name)
     if method.kind == "flix":
         assert space.recipe.flix is not None
         _train_flix(space)
         names = space.recipe.flix.features[composition]
-        compose_features_to(out, title, space.shared("flix"), names, str(space.base))
+        compose_features_to(out, title, space.shared("flix"), names, str(space.base), prompt)
     elif method.kind == "mixture":
         _train_mixture(space)
-        pick(out, title, space.shared("mixture"), ".")
+        pick(out, title, space.shared("mixture"), ".", prompt)
     elif method.shared:
         inputs = {name: inputs_of(space, name, method) for name in space.recipe.compositions}
         settings = compose_settings(space, method)
         compose_shared(space.shared(method.name), method.name, inputs, settings)
-        pick(out, title, space.shared(method.name), composition)
+        pick(out, title, space.shared(method.name), composition, prompt)
     elif method.kind == "joint":
         calibration = space.recipe.calibration
         train = calibration.training(method)

@@ -9,6 +9,7 @@ from shutil import copytree
 from typing import TYPE_CHECKING, Any, Literal
 
 from caliport.core.directories import read_manifest
+from caliport.core.prompts import PROMPT
 from caliport.recipe.methods import CORRECTED, MERGED, WEIGHTED, Method
 from caliport.stages.sources import Source
 from caliport.stages.stage import stage
@@ -27,10 +28,23 @@ _ONE = "one"
 
 @dataclass(frozen=True)
 class CompositionInputs:
-    """One composition's adapter directories by task, and its examples if the method needs any."""
+    """One composition's adapters, and its examples if the method needs any.
+
+    Attributes:
+        adapters: PEFT LoRA directories by task.
+        examples: Examples with their prompt.
+        prompt: The composition's prompt, for its manifest; default that of the examples.
+    """
 
     adapters: Mapping[str, Path]
     examples: Source | None = None
+    prompt: str | None = None
+
+    @property
+    def recorded(self) -> dict[str, str]:
+        """What the manifest of the composed adapter says of the prompt."""
+        prompt = self.examples.prompt if self.prompt is None and self.examples else self.prompt
+        return {} if prompt is None else {PROMPT: prompt}
 
 
 @dataclass(frozen=True)
@@ -75,16 +89,19 @@ def compose_shared(
     _compose_at_best_rate(out, title, inputs, settings)
 
 
-def pick(out: Path, title: str, source: Path, below: str) -> None:
-    """Make the PEFT directory ``out`` a copy of ``source / below``, from a shared training."""
+def pick(out: Path, title: str, source: Path, below: str, prompt: str) -> None:
+    """Make the PEFT directory ``out`` a copy of ``source / below``, from a shared training.
+
+    ``prompt`` is recorded as the composition's.
+    """
 
     def build(partial: Path, extra: dict[str, Any], resume: Path) -> None:
         copytree(source / below, partial, dirs_exist_ok=True)
         kept = read_manifest(source)
         extra |= {k: kept[k] for k in ("parameters", "curve", "sweep") if k in kept}
-        extra["earlier_seconds"] = seconds_of(kept)
+        extra |= {"earlier_seconds": seconds_of(kept), PROMPT: prompt}
 
-    stage(out, "compose", title, {"source": source}, {"below": below}, build)
+    stage(out, "compose", title, {"source": source}, {"below": below, PROMPT: prompt}, build)
 
 
 def merged(name: str, updates: Sequence[LowRankUpdate], settings: ComposeSettings) -> LowRankUpdate:
@@ -131,6 +148,7 @@ def _compose(
             extra["tuning_loss"] = composer.tuning_loss(updates)
         for name, update in updates.items():
             write_peft(update, partial if name == _ONE else partial / name, str(settings.base))
+        extra |= inputs[_ONE].recorded if _ONE in inputs else {}
 
     files, key = _stage_key(inputs, settings)
     key["tune"] = tune
@@ -152,6 +170,8 @@ def _stage_key(
             assert one.examples is not None
             files[f"{name} examples"] = one.examples.path
             key[f"{name} data"] = one.examples.settings
+        elif one.recorded:
+            key[f"{name} prompt"] = one.recorded[PROMPT]
     if settings.train is not None:
         key |= {"train": settings.train, "merge": settings.merge}
     if settings.train is None or _known(MERGES[settings.merge].parameters, settings):

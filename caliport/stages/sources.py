@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from caliport.core.errors import InputError
+from caliport.core.prompts import check_prompt
 from caliport.data.examples import Example, read_jsonl
 
 if TYPE_CHECKING:
@@ -39,6 +40,9 @@ class Source:
     features: tuple[str, ...] = ()
     leave_out_long: bool = False
 
+    def __post_init__(self) -> None:
+        check_prompt(self.prompt, f"{self.path}: prompt")
+
     @property
     def settings(self) -> list[Any]:
         """Everything but the path, for the key of a stage."""
@@ -51,7 +55,8 @@ class Source:
         """The examples as token ids.
 
         Raises:
-            InputError: The file is unreadable or empty, or examples are longer than the context.
+            InputError: The file is unreadable or empty, examples are longer than the context, or
+                the model does not end at the tokenizer's end token.
         """
         return self._encode(self._chosen(part), tokenizer, model)
 
@@ -92,7 +97,11 @@ class Source:
         self, examples: list[Example], tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
     ) -> list[Encoded]:
         from caliport.calibrate.training.batches import encode
+        from caliport.core.checkpoints import eos_ids
+        from caliport.core.tokenizers import end_trouble
 
+        if trouble := end_trouble(tokenizer, eos_ids(model)):
+            raise InputError(trouble)
         pairs = [(e.input, e.output) for e in examples]
         context = model.config.max_position_embeddings
         return encode(tokenizer, self.prompt, pairs, context, str(self.path), self.leave_out_long)

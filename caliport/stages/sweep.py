@@ -8,6 +8,7 @@ from shutil import copytree
 from typing import Any
 
 from caliport.core.directories import read_manifest
+from caliport.core.prompts import PROMPT
 from caliport.stages.stage import stage
 
 Make = Callable[[Path, str, float, bool], None]
@@ -33,7 +34,7 @@ def at_best_rate(out: Path, title: str, rates: Sequence[float], make: Make) -> N
         losses = {rate: manifest["tuning_loss"] for rate, manifest in found.items()}
         rate = min(losses, key=lambda r: losses[r])
         copytree(tried[rate], partial, dirs_exist_ok=True)
-        extra |= {k: found[rate][k] for k in ("parameters", "curve") if k in found[rate]}
+        extra |= {k: found[rate][k] for k in ("parameters", "curve", PROMPT) if k in found[rate]}
         extra["sweep"] = [{"learning_rate": r, "loss": loss} for r, loss in losses.items()]
         extra["learning_rate"] = rate
         extra["earlier_seconds"] = sum(map(seconds_of, found.values()))

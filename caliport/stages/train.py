@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from caliport.core.directories import read_manifest
 from caliport.core.errors import InputError
+from caliport.core.prompts import PROMPT
 from caliport.stages.sources import Source
 from caliport.stages.stage import stage
 from caliport.stages.sweep import at_best_rate, seconds_of
@@ -85,6 +86,8 @@ def lora_to(
                 losses = evaluate(model, held_out)
             extra["tuning_loss"] = sum(losses) / len(losses)
         write_peft(update, partial, base=str(training.base))
+        prompts = {source.prompt for source in sources}
+        extra |= {PROMPT: prompts.pop()} if len(prompts) == 1 else {}
 
     _train(out, title, _Stage("lora", sources, {"lora": lora}), training, build)
 
@@ -151,9 +154,9 @@ def read_features(directory: Path) -> dict[str, Any]:
 
 
 def compose_features_to(
-    out: Path, title: str, source: Path, names: Sequence[str], base: str
+    out: Path, title: str, source: Path, names: Sequence[str], base: str, prompt: str
 ) -> None:
-    """Write the sum of features as one PEFT directory."""
+    """Write the sum of features as one PEFT directory, with the composition's prompt."""
 
     def build(partial: Path, extra: dict[str, Any], resume: Path) -> None:
         from caliport.calibrate import write_peft
@@ -161,10 +164,11 @@ def compose_features_to(
 
         update = compose(read_features(source), names)
         extra["earlier_seconds"] = seconds_of(read_manifest(source))
-        extra["parameters"] = update.parameter_count
+        extra |= {"parameters": update.parameter_count, PROMPT: prompt}
         write_peft(update, partial, base=base)
 
-    stage(out, "compose", title, {"features": source}, {"names": list(names)}, build)
+    settings = {"names": list(names), PROMPT: prompt}
+    stage(out, "compose", title, {"features": source}, settings, build)
 
 
 def _loss_of_sets(

@@ -98,9 +98,9 @@ class ExecuTorch:
         """8 bits beside a quantized base, float32 otherwise."""
         return None if precision == "fp32" else "int8"
 
-    def code(self, composition: str | None, chat: bool, context: int) -> str:
+    def code(self, composition: str | None, chat: bool, context: int, text: str) -> str:
         """Code for ``TextLLMRunner``, or for a composition's method."""
-        return snippet.code(composition, chat)
+        return snippet.code(composition, chat, text)
 
     def runner_words(self, bundle: bool) -> str:
         """The stock runner's Python binding only runs ``forward``, so bundles use the runtime."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 BUNDLE_NOTE = (
     "Every composition is a method of this form, and `forward` is the base alone. "
     "`TextLLMRunner` runs `forward` in Python; in C++ `create_text_llm_runner` takes the name of a "
@@ -38,22 +40,22 @@ while len(written) < 64 and not ends.intersection(written):
     position, tokens = position + len(tokens), [int(logits.argmax())]
     written += tokens
 print(tokenizer.decode(written))"""
-_PLAIN = '"Hello\\n"'
 _CHAT = """\
 tokenizer.apply_chat_template(
-    [{"role": "user", "content": "Hello"}], tokenize=False, add_generation_prompt=True
+    [{"role": "user", "content": {text}}], tokenize=False, add_generation_prompt=True
 )"""
 
 
-def code(composition: str | None, chat: bool) -> str:
+def code(composition: str | None, chat: bool, text: str) -> str:
     """Python code that runs a program, or a composition of a bundle.
 
     Args:
         composition: A method of the program; None runs ``forward`` with the stock runner.
         chat: Whether the tokenizer has a chat template.
+        text: What the user says.
     """
     return (_STOCK if composition is None else _METHOD).format(
-        prompt=_CHAT if chat else _PLAIN,
+        prompt=_CHAT.replace("{text}", json.dumps(text)) if chat else json.dumps(text + "\n"),
         begins=0 if chat else 1,
         special=not chat,
         composition=composition,

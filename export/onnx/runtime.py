@@ -84,9 +84,9 @@ class Onnx:
         """None: adapters are float32."""
         return None
 
-    def code(self, composition: str | None, chat: bool, context: int) -> str:
+    def code(self, composition: str | None, chat: bool, context: int, text: str) -> str:
         """Code for onnxruntime-genai, with a composition's adapter if one is named."""
-        return snippet.code(composition, chat, context)
+        return snippet.code(composition, chat, context, text)
 
     def runner_words(self, bundle: bool) -> str:
         """onnxruntime-genai runs folds and bundles alike."""

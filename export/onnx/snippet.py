@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 BUNDLE_NOTE = (
     "Without `set_active_adapter` the base alone answers; one loaded model switches from "
     "composition to composition."
@@ -28,23 +30,23 @@ adapters.load("{composition}.onnx_adapter", "{composition}")
 _ACTIVATE = """\
 generator.set_active_adapter(adapters, "{composition}")
 """
-_PLAIN = '"Hello\\n"'
 _CHAT = """\
 tokenizer.apply_chat_template(
-    json.dumps([{"role": "user", "content": "Hello"}]), add_generation_prompt=True
+    json.dumps([{"role": "user", "content": {text}}]), add_generation_prompt=True
 )"""
 
 
-def code(composition: str | None, chat: bool, context: int) -> str:
+def code(composition: str | None, chat: bool, context: int, text: str) -> str:
     """Python code that runs a graph, with a composition of a bundle if one is named.
 
     Args:
         composition: Name of the composition; None for the graph without one.
         chat: Whether the tokenizer has a chat template.
         context: Maximum number of tokens, prompt and answer together.
+        text: What the user says.
     """
     return _CODE.format(
-        prompt=_CHAT if chat else _PLAIN,
+        prompt=_CHAT.replace("{text}", json.dumps(text)) if chat else json.dumps(text + "\n"),
         context=context,
         load=_LOAD.format(composition=composition) if composition else "",
         activate=_ACTIVATE.format(composition=composition) if composition else "",

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from caliport.core.directories import MANIFEST, read_manifest, versions
+from caliport.core.errors import printable
 from caliport.core.files import ADAPTER_CONFIG, CHAT_TEMPLATE
+from caliport.core.prompts import PLAIN, PROMPT, put_in, recorded_prompt
 from caliport.export import runtime as runtimes
 from caliport.export.decoder.parts import cache_shape
 
@@ -63,7 +65,8 @@ def describe_adapter(directory: Path) -> dict[str, Any]:
         method = (manifest.get("settings") or {}).get("method")
         labels = [label.partition("adapter ")[2] for label in manifest.get("inputs") or {}]
         facts |= {"method": method, "composed_of": sorted(filter(None, labels))}
-    return facts
+    prompt = recorded_prompt(directory)
+    return facts if prompt is None else facts | {PROMPT: prompt}
 
 
 def write_card(directory: Path, facts: Mapping[str, Any]) -> None:
@@ -87,6 +90,9 @@ def write_card(directory: Path, facts: Mapping[str, Any]) -> None:
         kind, adapter = "A decoder with LoRA compositions beside it", "none folded in"
     elif facts["adapter"]:
         kind = "A decoder with a LoRA adapter folded in"
+    adapters = {name: c["lora"] for name, c in compositions.items()} or {"": facts["adapter"] or {}}
+    prompts = {name: lora.get(PROMPT, PLAIN) for name, lora in adapters.items()}
+    asked = put_in(next(iter(prompts.values())), "Hello")
     data = ModelCardData(
         base_model=base["name"],
         library_name=runtime.name,
@@ -115,12 +121,18 @@ def write_card(directory: Path, facts: Mapping[str, Any]) -> None:
         sizes=sizes,
         needs=", ".join(f"{package} {found[package]}" for package in runtime.needs),
         runner=runtime.runner_words(bool(compositions)),
-        code=runtime.code(next(iter(compositions), None), chat, facts["context"]),
+        prompts=[(name, _indented(prompt)) for name, prompt in prompts.items() if prompt != PLAIN],
+        code=runtime.code(next(iter(compositions), None), chat, facts["context"], asked),
         note=runtime.bundle_note if compositions else None,
         versions=found,
         packages=sorted(found.items()),
     )
     (directory / CARD).write_text(card.content.strip() + "\n", encoding="utf-8")
+
+
+def _indented(prompt: str) -> str:
+    """A prompt as an indented block of Markdown, in which nothing is markup."""
+    return "\n".join("    " + printable(line, len(line) + 1) for line in prompt.split("\n"))
 
 
 def _composition_words(facts: Mapping[str, Any]) -> str:

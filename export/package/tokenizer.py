@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from caliport.core.errors import InputError, one_line
+from caliport.core.errors import InputError
 from caliport.core.files import TOKENIZER
+from caliport.core.tokenizers import open_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,11 +36,6 @@ def read_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of an artifact directory; no code in it runs.
 
     Raises:
-        InputError: None that transformers can read.
+        InputError: See ``open_tokenizer``.
     """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-    except Exception as error:
-        raise InputError(f"{directory}: no tokenizer can be read ({one_line(error)})") from error
+    return open_tokenizer(directory)

@@ -62,7 +62,7 @@ def test_answers_by_steps_and_in_one_pass_are_the_same(scene: Scene) -> None:
     [
         ([], None, "0 prompts to validate with, expected at least one"),
         (["a"], ["b", "c"], "1 prompts to validate with, expected 2, one a reference"),
-        (["word " * 300], None, "leaves no room in the context of 128"),
+        (["word " * 300], None, "prompt 1 of 1: a prompt of 1503 tokens leaves no room"),
     ],
 )
 def test_wrong_inputs_are_one_line(

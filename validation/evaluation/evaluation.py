@@ -19,6 +19,8 @@ from caliport.validation.runners.eager import EagerRunner
 from caliport.validation.runners.runner import Runner, greedy
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _BATCH = 8
@@ -71,6 +73,7 @@ def make_evaluation(
     *,
     max_new_tokens: int = 24,
     positions: int = 24,
+    places: Sequence[str] = (),
 ) -> Evaluation:
     """Prepare an evaluation, from inputs (one user turn each) or from the built-in prompts.
 
@@ -82,6 +85,7 @@ def make_evaluation(
         references: One answer an input.
         max_new_tokens: Longest greedy answer, in tokens.
         positions: Most targets a prompt.
+        places: Where each input stands, for messages; empty: they are numbered.
 
     Raises:
         InputError: No inputs, numbers that differ, or an input longer than the context allows.
@@ -96,11 +100,13 @@ def make_evaluation(
     if not prompts or (references is not None and len(references) != len(prompts)):
         wanted = "at least one" if references is None else f"{len(references)}, one a reference"
         raise InputError(f"{len(prompts)} prompts to validate with, expected {wanted}")
-    longest = max(map(len, prompts))
-    if longest >= context:
-        raise InputError(
-            f"a prompt of {longest} tokens leaves no room in the context of {context}; leave it out"
-        )
+    for number, prompt in enumerate(prompts):
+        if len(prompt) >= context:
+            where = places[number] if places else f"prompt {number + 1} of {len(prompts)}"
+            raise InputError(
+                f"{where}: a prompt of {len(prompt)} tokens leaves no room in the context of "
+                f"{context}; leave it out"
+            )
     if references is None:
         targets = quality.generate(
             model, tokenizer, prompts, max_new_tokens=positions, batch_size=_BATCH
