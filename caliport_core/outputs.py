@@ -6,12 +6,13 @@ A stage writes into a temporary sibling of its output and renames it when done.
 from __future__ import annotations
 
 import errno
+import glob
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,8 @@ from caliport.core.directories import (
     versions,
 )
 from caliport.core.errors import InputError
+from caliport.core.places import FORCED, check_place, check_writable
 
-_FORCED: ContextVar[bool] = ContextVar("forced", default=False)
 _UNWRITABLE = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.ENOTDIR}
 _LOW_SPACE = 1 << 20
 _OURS = {"stage", "key", "files"}  # fields of every caliport manifest
@@ -34,11 +35,11 @@ _OURS = {"stage", "key", "files"}  # fields of every caliport manifest
 @contextmanager
 def forced(force: bool = True) -> Iterator[None]:
     """While the body runs, an output may replace a directory that caliport did not make."""
-    token = _FORCED.set(force)
+    token = FORCED.set(force)
     try:
         yield
     finally:
-        _FORCED.reset(token)
+        FORCED.reset(token)
 
 
 def check_output(out: Path, stage: str, inputs: Iterable[Path | str] = ()) -> None:
@@ -56,8 +57,7 @@ def check_output(out: Path, stage: str, inputs: Iterable[Path | str] = ()) -> No
         InputError: ``out`` is a file, a link, a mount point, the current directory or a parent of
             it, is an input or inside or around one, or has files that this stage did not make.
     """
-    if out.is_symlink():
-        raise InputError(f"{out}: is a link, expected a new directory")
+    check_place(out, "a new directory")
     place = out.resolve()
     if os.path.ismount(place):
         raise InputError(f"{out}: is a mount point, expected a directory below it")
@@ -69,14 +69,11 @@ def check_output(out: Path, stage: str, inputs: Iterable[Path | str] = ()) -> No
         given = Path(path)
         if given.exists():
             _check_apart(out, place, given)
-    blocked = next((p for p in out.parents if p.exists() and not p.is_dir()), None)
-    if blocked is not None:
-        raise InputError(f"{out}: {blocked} is a file, expected a directory")
     if not out.exists():
         return
     if not out.is_dir():
         raise InputError(f"{out}: is a file, expected a new directory")
-    if not _FORCED.get():
+    if not FORCED.get():
         _check_ours(out, stage)
 
 
@@ -138,7 +135,8 @@ def new_directory(
             (permissions, no space left); no partial output remains.
     """
     check_output(out, stage)
-    partial = out.parent / f".{out.name}.partial-{os.getpid()}"
+    check_writable(out)
+    partial = out.parent / f".{out.name}.partial-{os.getpid()}-{secrets.token_hex(4)}"
     extra: dict[str, Any] = {}
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -183,7 +181,7 @@ def _write_problem(error: Exception, out: Path) -> str | None:
 def _replace(new: Path, out: Path) -> None:
     """Move ``new`` to ``out``. Between the two renames ``out`` is missing, but never partial."""
     if out.exists():
-        old = out.parent / f".{out.name}.old-{os.getpid()}"
+        old = out.parent / f".{out.name}.old-{os.getpid()}-{secrets.token_hex(4)}"
         out.rename(old)
         new.rename(out)
         shutil.rmtree(old, ignore_errors=True)
@@ -194,7 +192,7 @@ def _replace(new: Path, out: Path) -> None:
 def _remove_abandoned(out: Path) -> None:
     """Remove what killed processes left beside ``out``; running processes keep theirs."""
     for kind in ("partial", "old"):
-        for left in out.parent.glob(f".{out.name}.{kind}-*"):
-            pid = left.name.rpartition("-")[2]
+        for left in out.parent.glob(f".{glob.escape(out.name)}.{kind}-*"):
+            pid = left.name.removeprefix(f".{out.name}.{kind}-").partition("-")[0]
             if not (pid.isdigit() and Path(f"/proc/{pid}").exists()) or pid == str(os.getpid()):
                 shutil.rmtree(left, ignore_errors=True)

@@ -282,8 +282,8 @@ def write_reports(report: ParityReport, out: Path, times: LatencyReport | None =
     Raises:
         InputError: A file cannot be written.
     """
-    from caliport.validation.records.reports import LATENCY, PARITY, write_result
-    from caliport.validation.report.junit import JUNIT, write_junit
+    from caliport.validation.records.reports import JUNIT, LATENCY, PARITY, write_result
+    from caliport.validation.report.junit import write_junit
     from caliport.validation.report.page import write_report
 
     write_result(report, out / PARITY)

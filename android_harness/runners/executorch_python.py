@@ -20,6 +20,7 @@ from caliport.android_harness.runners.executorch import PYTHON
 from caliport.android_harness.runners.job import Job, Result, Timing, Turn
 from caliport.android_harness.runners.kinds import answers
 from caliport.core.errors import InputError
+from caliport.core.places import replacing
 from caliport.export import runtime as runtimes
 from caliport.export.artifact import Artifact
 from caliport.validation.latency.worker import memory
@@ -132,13 +133,11 @@ def main() -> int:
         print(f"{NAME}: {len(sys.argv) - 1} arguments, expected JOB RESULT", file=sys.stderr)
         return 2
     place = Path(sys.argv[2])
-    partial = place.with_name(f"{place.name}.partial")
     try:
         result = run_job(read_job(Path(sys.argv[1])))
-        partial.write_text(result.model_dump_json() + "\n", encoding="utf-8")
-        partial.rename(place)
+        with replacing(place) as beside:
+            beside.write_text(result.model_dump_json() + "\n", encoding="utf-8")
     except (InputError, OSError) as error:
-        partial.unlink(missing_ok=True)
         print(f"{NAME}: {error}", file=sys.stderr)
         return 2
     return 0

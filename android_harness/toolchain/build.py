@@ -6,6 +6,7 @@ start it, in which ``{runner}`` stands for the directory.
 
 from __future__ import annotations
 
+import glob
 import os
 import platform
 import re
@@ -22,7 +23,8 @@ from caliport.android_harness.runners.onnx import NAME
 from caliport.android_harness.toolchain.packages import fetch_packages
 from caliport.core.directories import content_hash, key, up_to_date
 from caliport.core.errors import InputError
-from caliport.core.outputs import new_directory
+from caliport.core.outputs import check_output, new_directory
+from caliport.core.places import check_place, replacing
 
 TARGETS = ("host", "x86_64", "aarch64", "android")
 PROGRAM = "caliport-onnx"
@@ -80,6 +82,8 @@ def build_runner(
     """
     if target not in TARGETS:
         raise InputError(f"target is {target!r}, expected one of {', '.join(TARGETS)}")
+    check_output(out, "runner", [path for path in (ndk, aar) if path is not None])
+    _check_cache(cache, target, aar)
     if target == "android":
         parts = _for_android(cache, ndk, aar)
     else:
@@ -105,6 +109,24 @@ def build_runner(
             "command": command,
         }
     return out
+
+
+def _check_cache(cache: Path, target: str, aar: Path | None) -> None:
+    """Check that what a build would write into lies in directories that are new or its own."""
+    check_place(cache / target, "a directory for what is compiled")
+    made = {
+        "headers": "usr/include",
+        target: "CMake*",
+        "wheels": "onnxruntime-*.whl",
+        "onnxruntime-*-aarch64": "*libonnxruntime.so.*",
+        **({} if aar is None else {glob.escape(aar.stem): "headers/onnxruntime_c_api.h"}),
+    }
+    for pattern, sign in made.items():
+        for place in cache.glob(pattern):
+            if not place.is_dir() or (any(place.iterdir()) and not any(place.glob(sign))):
+                raise InputError(
+                    f"{place}: was not made by caliport; name another --cache, or move it elsewhere"
+                )
 
 
 def _for_host(cache: Path) -> _Parts:
@@ -160,7 +182,9 @@ def _headers(cache: Path) -> tuple[Path, Path]:
     """Directories of ONNX Runtime's and of nlohmann's header; an older interface is kept by ORT."""
     architecture = _run(["dpkg", "--print-architecture"]).strip()
     root = fetch_packages(_HEADERS, _SUITE, architecture, cache / "headers")
-    (header,) = root.rglob("onnxruntime_cxx_api.h")
+    header = next(root.rglob("onnxruntime_cxx_api.h"), None)
+    if header is None:
+        raise InputError(f"{root}: no onnxruntime_cxx_api.h; remove it to fetch it again")
     return header.parent, root / "usr/include"
 
 
@@ -179,10 +203,8 @@ def _wheel_library(version: str, cache: Path) -> Path:
         )
         (wheel,) = wheels.glob(f"onnxruntime-{version}-*aarch64.whl")
         library.parent.mkdir(parents=True, exist_ok=True)
-        partial = library.with_name(f".partial-{os.getpid()}")
-        with zipfile.ZipFile(wheel) as archive:
-            partial.write_bytes(archive.read(f"onnxruntime/capi/{library.name}"))
-        partial.rename(library)
+        with zipfile.ZipFile(wheel) as archive, replacing(library) as beside:
+            beside.write_bytes(archive.read(f"onnxruntime/capi/{library.name}"))
     return library
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import mkdtemp
 
 from caliport.core.errors import InputError
 
@@ -28,7 +28,7 @@ def fetch_packages(
         names: Packages.
         suite: Such as ``trixie``.
         architecture: Such as ``arm64``.
-        out: The directory to make; one that is there already is taken as it is.
+        out: The directory to make; one that has files is taken as it is.
         dependencies: Whether to unpack what they depend on too.
 
     Returns:
@@ -37,9 +37,10 @@ def fetch_packages(
     Raises:
         InputError: No apt of Debian's, or it cannot find or fetch a package.
     """
-    if out.is_dir():
+    if out.is_dir() and any(out.iterdir()):
         return out
-    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
     aside = partial / "apt"
     root = partial / "root"
     try:

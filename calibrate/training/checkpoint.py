@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from transformers import get_scheduler
 
 from caliport.calibrate.training.processes import gathered, set_random_state
+from caliport.core.places import replacing
 from caliport.core.progress import console
 
 if TYPE_CHECKING:
@@ -80,9 +80,8 @@ class State:
             "recent": self.recent,
         }
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f"{path.name}.new")
-        torch.save(state, beside)
-        os.replace(beside, path)
+        with replacing(path) as beside:
+            torch.save(state, beside)
 
     def load(self, path: Path, accelerator: Accelerator, title: str) -> None:
         """Restore a checkpoint, and this process's random number generators if it has them."""

@@ -283,7 +283,10 @@ def validate(
         from caliport.flags.named import bundle_of
         from caliport.flags.validate import read_prompts, validate_one
         from caliport.validation.api import Options, Validation
+        from caliport.validation.records.reports import check_reports
 
+        if out is not None:
+            check_reports(out)
         if device:
             raise InputError("--device goes with a recipe; see caliport device validate")
         (base,) = _needed(base=base)
@@ -369,9 +372,12 @@ take_options_once(app)
 def _space(recipe: Path, overrides: list[str] | None, runs: Path) -> Any:
     from caliport.recipe.read import read_recipe
     from caliport.run.workspace import Workspace
+    from caliport.validation.records.reports import check_reports
 
     found = read_recipe(recipe, overrides or [])
-    return Workspace(found, runs / found.name)
+    space = Workspace(found, runs / found.name)
+    check_reports(space.reports)
+    return space
 
 
 def _show(reports: Path, validated: Path | None = None) -> None:

@@ -77,7 +77,10 @@ def validate(
     from caliport.show.github import publish
     from caliport.show.tables import show_budget, show_devices, show_gates
     from caliport.validation.api import Options, Validation, write_reports
+    from caliport.validation.records.reports import check_reports
 
+    if out is not None:
+        check_reports(out)
     where = Where(
         tuple(chosen([*(serial or ()), *([abi] if abi else ())])), runner or (), llama_main, timeout
     )

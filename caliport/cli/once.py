@@ -1,4 +1,4 @@
-"""Options that take one value are refused when they are given twice."""
+"""Options that take one value are refused when they are given twice, and empty arguments too."""
 
 from __future__ import annotations
 
@@ -14,10 +14,18 @@ _HINTS = {"--adapter": "caliport calibrate composes several adapters into one"}
 
 
 class Once(TyperCommand):
-    """A command that refuses an option's second value; click keeps the last one without a word."""
+    """A command that refuses an option's second value, where click keeps the last one, and ``""``.
+
+    An empty argument is a shell's variable that was never set; as a path it would mean ``.``.
+    """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Check, then parse as usual."""
+        ours = args[: args.index("--")] if "--" in args else args
+        if "" in ours:
+            before = ours[: ours.index("")][-1:]
+            where = before[0] if before and before[0].startswith("-") else "an argument"
+            raise InputError(f"{where}: found nothing, expected a value")
         seen: set[str] = set()
         for option in self._given(args):
             name = str(option.name)

@@ -23,7 +23,9 @@ from caliport.core.base_model import check_loaded
 from caliport.core.checkpoints import encode_prompt, eos_ids, load_base, load_tokenizer
 from caliport.core.directories import content_hash
 from caliport.core.errors import InputError
+from caliport.core.places import check_place
 from caliport.core.progress import progress
+from caliport.core.untrusted import check_regular
 from caliport.data.paper import LANGUAGES, TONES
 from caliport.data.published import read_rows
 
@@ -41,6 +43,7 @@ _CHAT_TONE = "Change the tone of the following text to {tone}. Answer with the n
 _CHAT_PARAPHRASE = "Paraphrase the following text. Answer with the new text alone.\n"
 # Language codes of multilingual OpusMT models, in a token before the text.
 _CODES = {"es": ("es", "spa"), "fr": ("fr", "fra"), "de": ("de", "deu")}
+_BEGINS = b'{"key": "'
 _VERSION = 1  # increase when prompts or decoding change
 
 Write = Callable[[list[str]], list[str]]
@@ -281,7 +284,10 @@ def _key(content: list[Any]) -> str:
 def _opened(cache: Path) -> Iterator[BinaryIO]:
     """Open the cache for appending, locked, and drop a partial line that a kill left."""
     try:
+        check_place(cache, "a file of rewritten texts")
         cache.parent.mkdir(parents=True, exist_ok=True)
+        if cache.exists():
+            _check_ours(cache)
         with cache.open("a+b") as stream:
             try:
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -295,6 +301,17 @@ def _opened(cache: Path) -> Iterator[BinaryIO]:
         raise InputError(
             f"{cache}: cannot be written ({error.strerror}); name a writable place"
         ) from None
+
+
+def _check_ours(cache: Path) -> None:
+    check_regular(cache)
+    with cache.open("rb") as stream:
+        begins = stream.read(len(_BEGINS))
+    if not _BEGINS.startswith(begins):
+        raise InputError(
+            f"{cache}: not a cache of rewritten texts, which would be appended to it; name a new "
+            "file"
+        )
 
 
 def _drop_partial_line(stream: BinaryIO) -> None:

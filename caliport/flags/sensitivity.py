@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from caliport.core.errors import InputError
+from caliport.core.places import check_new_file, write_text
 from caliport.core.progress import console, progress
 from caliport.core.prompts import prompted, recorded_prompt
 from caliport.flags.validate import read_prompts
@@ -43,8 +43,8 @@ def show_sensitivity(
     from caliport.export.reference.folded import eager
     from caliport.validation.evaluation.evaluation import make_evaluation
 
-    if out is not None and out.exists():
-        raise InputError(f"{out}: already exists; choose a new file")
+    if out is not None:
+        check_new_file(out)
     model = eager(base, adapter, "fp32")
     pairs, places = read_prompts(prompts, prompt)
     recorded = None if adapter is None else recorded_prompt(adapter)
@@ -81,4 +81,4 @@ def show_sensitivity(
     console.print(f"within {share:.0%} more bytes: {flags or 'no layer fits'}", soft_wrap=True)
     if out is not None:
         found = {"share": share, "int8_layers": kept, "layers": [asdict(x) for x in layers]}
-        out.write_text(json.dumps(found, indent=2) + "\n")
+        write_text(out, json.dumps(found, indent=2) + "\n")

@@ -6,6 +6,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from caliport.core.errors import InputError
+from caliport.core.places import check_new_file
 from caliport.core.progress import console
 
 _ENDING = ".yaml"
@@ -34,11 +35,10 @@ def write_template(path: Path, recipe: str | None = None) -> None:
     else:
         raise InputError(f"--recipe is {recipe!r}, expected one of {', '.join(recipes())}")
     text = source.read_text(encoding="utf-8")
+    check_new_file(path)
     try:
         with path.open("x", encoding="utf-8") as stream:
             stream.write(text)
-    except FileExistsError:
-        raise InputError(f"{path}: already exists; choose a new file") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror}") from None
     console.print(f"wrote {path}; next: caliport run {path}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -49,11 +50,17 @@ def bench_on(
             is shown and written first.
     """
     from caliport.show.tables import show_device_latency
-    from caliport.validation.records.reports import LATENCY, write_result
+    from caliport.validation.records.reports import LATENCY, check_reports, write_result
     from caliport.validation.report.page import write_report
 
-    candidates = [c for path in artifacts for c in candidates_of(Artifact.read(path), path.name)]
     devices = where.devices
+    places = {
+        device: None if out is None else out / _folder(device) if len(devices) > 1 else out
+        for device in devices
+    }
+    for place in filter(None, places.values()):
+        check_reports(place)
+    candidates = [c for path in artifacts for c in candidates_of(Artifact.read(path), path.name)]
     passed, troubles = True, []
 
     def one(device: Device) -> LatencyReport | InputError:
@@ -71,15 +78,19 @@ def bench_on(
         show_device_latency(report)
         for line in dict.fromkeys(noise_of(report)):
             console.print(Text(f"latency: {line}", "yellow"))
-        if out is not None:
-            place = out if len(devices) == 1 else out / device.serial.replace(":", "-")
-            write_result(report, place / LATENCY)
-            print(f"report: {write_report(place)}")
+        if (there := places[device]) is not None:
+            write_result(report, there / LATENCY)
+            print(f"report: {write_report(there)}")
         if baseline is not None:
             passed = _compared(report, baseline) and passed
     if troubles:
         raise troubles[0]
     return passed
+
+
+def _folder(device: Device) -> str:
+    """The name of a device's directory; its serial is the device's own word."""
+    return re.sub(r"[^A-Za-z0-9._-]", "-", device.serial).lstrip(".")[:100] or "device"
 
 
 def _measured(

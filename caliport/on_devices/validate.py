@@ -204,8 +204,14 @@ def validate_rows(space: Workspace, wanted: Sequence[str]) -> bool:
     from caliport.run.resolve import best_method
     from caliport.run.validate import first_logits, recipe_references, threads_of
     from caliport.validation.evaluation.budget import with_stage
-    from caliport.validation.records.reports import PARITY, ParityReport, read_result, write_result
-    from caliport.validation.report.junit import JUNIT, write_junit
+    from caliport.validation.records.reports import (
+        JUNIT,
+        PARITY,
+        ParityReport,
+        read_result,
+        write_result,
+    )
+    from caliport.validation.report.junit import write_junit
 
     where = Where(tuple(chosen(wanted)))
     kept: dict[str, EagerReferences] = {}

@@ -30,9 +30,11 @@ def audit_adapters(
 ) -> None:
     """Audit adapters as one composition, show the result, and write it to ``out`` if given."""
     from caliport.show.tables import show_audit
-    from caliport.validation.records.reports import AUDIT
+    from caliport.validation.records.reports import AUDIT, check_reports
     from caliport.validation.report.page import write_report
 
+    if out is not None:
+        check_reports(out)
     adapters = dict(zip(_names(directories), directories, strict=True))
     audit = audit_composition(adapters, weights)
     title = " + ".join(adapters)

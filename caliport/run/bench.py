@@ -38,9 +38,11 @@ def bench(
     """
     from caliport.show.tables import show_latency
     from caliport.validation.latency.workload import prompt_of
-    from caliport.validation.records.reports import LATENCY, write_result
+    from caliport.validation.records.reports import LATENCY, check_reports, write_result
     from caliport.validation.report.page import write_report
 
+    if out is not None:
+        check_reports(out)
     names = [artifact.name for artifact in artifacts]
     candidates = [
         candidate

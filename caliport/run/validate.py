@@ -238,6 +238,7 @@ def _write_parity(space: Workspace) -> bool:
     from caliport.validation.records.budget import Budget
     from caliport.validation.records.latency import LatencyReport
     from caliport.validation.records.reports import (
+        JUNIT,
         LATENCY,
         PARITY,
         QUALITY,
@@ -249,7 +250,7 @@ def _write_parity(space: Workspace) -> bool:
         this_machine,
         write_result,
     )
-    from caliport.validation.report.junit import JUNIT, write_junit
+    from caliport.validation.report.junit import write_junit
 
     reports, recipe, found = space.reports, space.recipe, []
     stages = {name: _read_stages(space.kept("budget", name)) for name in recipe.compositions}

@@ -35,9 +35,10 @@ def publish(
     Raises:
         InputError: A file cannot be written.
     """
-    from caliport.validation.records.reports import write_text
+    from caliport.core.places import write_text
+    from caliport.validation.records.reports import SUMMARY
     from caliport.validation.report.headline import headline
-    from caliport.validation.report.summary import SUMMARY, summary
+    from caliport.validation.report.summary import summary
 
     text = summary(report, times)
     if reports is not None:

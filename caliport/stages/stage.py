@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, is_dataclass
@@ -70,7 +71,7 @@ def stage(
         build(partial, extra, resume)
         if name not in _UNTIMED:
             extra["seconds"] = round(time.monotonic() - start, 3)
-    for left in out.parent.glob(f".{out.name}.resume-*"):
+    for left in out.parent.glob(f".{glob.escape(out.name)}.resume-*"):
         left.unlink()
     _hash.cache_clear()
     console.print(f"{title}: done")

@@ -12,7 +12,6 @@ Source: https://onnxruntime.ai/docs/genai/reference/adapter.html.
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -25,6 +24,7 @@ from caliport.core.directories import (
     read_manifest,
 )
 from caliport.core.errors import InputError
+from caliport.core.places import replacing
 from caliport.export.artifact import Artifact
 from caliport.export.onnx.files import GENAI_CONFIG
 
@@ -73,18 +73,15 @@ def add_composition(bundle: Path, name: str, adapter: Path) -> Path:
     shapes = {module: tuple(shape) for module, shape in manifest["bundle"]["modules"].items()}
     _check_shapes(update, shapes, adapter, bundle)
     path = bundle / f"{name}{ENDING}"
-    partial = bundle / f".{path.name}.partial-{os.getpid()}"
-    try:
-        write_adapter(update, partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    if path.is_symlink() or (path.exists() and path.name not in manifest["files"]):
+        raise InputError(f"{path}: was not made by caliport and would be lost; move it elsewhere")
+    with replacing(path) as beside:
+        write_adapter(update, beside)
     manifest["bundle"]["compositions"][name] = _facts(update, path, adapter)
     manifest["files"][path.name] = {"bytes": path.stat().st_size, "sha256": file_hash(path)}
     text = json.dumps(manifest, indent=2) + "\n"
-    partial = bundle / f".{MANIFEST}.partial-{os.getpid()}"
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(bundle / MANIFEST)
+    with replacing(bundle / MANIFEST) as beside:
+        beside.write_text(text, encoding="utf-8")
     return path
 
 

@@ -37,13 +37,14 @@ from caliport.validation.records.device import DeviceUsed
 from caliport.validation.records.latency import DeviceConditions, LatencyReport
 from caliport.validation.records.record import Machine
 from caliport.validation.records.reports import (
+    JUNIT,
     LATENCY,
     PARITY,
     ParityReport,
     read_result,
     write_result,
 )
-from caliport.validation.report.junit import JUNIT, write_junit
+from caliport.validation.report.junit import write_junit
 from caliport.validation.report.page import write_report
 from caliport.validation.report.summary import summary
 from caliport.validation.runners.open import Execution

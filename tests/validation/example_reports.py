@@ -14,7 +14,8 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from caliport.validation.report.page import REPORT, write_report
+from caliport.validation.records.reports import REPORT
+from caliport.validation.report.page import write_report
 from tests.faults.making import agree
 from tests.faults.table import FAULTS
 

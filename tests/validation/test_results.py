@@ -73,7 +73,7 @@ def test_a_missing_report_says_what_to_do(tmp_path: Path) -> None:
 
 def test_an_unwritable_place_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "reports").write_text("a file")
-    with pytest.raises(InputError, match="cannot be written"):
+    with pytest.raises(InputError, match="reports is a file, expected a directory"):
         write_result(examples.parity(), tmp_path / "reports" / "parity.json")
 
 

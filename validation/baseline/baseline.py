@@ -15,6 +15,7 @@ from typing import Literal
 from pydantic import Field, ValidationError
 
 from caliport.core.errors import InputError
+from caliport.core.places import write_text
 from caliport.validation.evaluation.bootstrap import bootstrap_interval
 from caliport.validation.latency.statistics import ratio
 from caliport.validation.records.device import DeviceResult
@@ -31,7 +32,6 @@ from caliport.validation.records.reports import (
     first_problem,
     read_if_there,
     read_result,
-    write_text,
 )
 
 MARK = "baseline: "

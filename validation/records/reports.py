@@ -12,6 +12,7 @@ from pydantic import Field, ValidationError
 from caliport.core.directories import versions
 from caliport.core.errors import InputError
 from caliport.core.machine import _cpu_name
+from caliport.core.places import check_file, write_text
 from caliport.export.artifact import Artifact
 from caliport.validation.records.budget import Budget
 from caliport.validation.records.device import DeviceResult
@@ -21,6 +22,7 @@ from caliport.validation.records.record import Machine, Record, shown_form
 
 QUALITY, PARITY, LATENCY = "quality.json", "parity.json", "latency.json"
 AUDIT = "audit.json"
+REPORT, JUNIT, SUMMARY = "report.html", "junit.xml", "summary.md"
 
 
 class Point(Record):
@@ -367,6 +369,16 @@ def file_sizes(directory: Path) -> dict[str, int]:
     return {entry.relative_to(directory).as_posix(): entry.stat().st_size for entry in entries}
 
 
+def check_reports(directory: Path) -> None:
+    """Check, before any work, that reports can be written into a directory without losing anything.
+
+    Raises:
+        InputError: It cannot be written, or a file of a report's name is not caliport's.
+    """
+    for name in (AUDIT, QUALITY, PARITY, LATENCY, REPORT, JUNIT, SUMMARY):
+        check_file(directory / name)
+
+
 def write_result(
     report: QualityReport | ParityReport | LatencyReport | AuditReport, path: Path
 ) -> None:
@@ -376,23 +388,6 @@ def write_result(
         InputError: The path cannot be written.
     """
     write_text(path, report.model_dump_json(indent=1) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file, which appears whole or not at all, and the directories it lies in.
-
-    Raises:
-        InputError: The path cannot be written.
-    """
-    beside = path.with_suffix(".new")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(path)
-    except OSError as error:
-        raise InputError(
-            f"{path}: cannot be written: {error.strerror}; name a writable place"
-        ) from error
 
 
 def read_result(kind: type[R], path: Path) -> R:

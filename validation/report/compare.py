@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from caliport.core.places import write_text
 from caliport.validation.baseline.baseline import name_of, over_fp32, reports_of
 from caliport.validation.evaluation.bootstrap import bootstrap_interval
 from caliport.validation.records.budget import Budget
@@ -25,7 +26,6 @@ from caliport.validation.records.reports import (
     QualityReport,
     read_if_there,
     read_result,
-    write_text,
 )
 from caliport.validation.report.budget_summary import changes, metric_name, shown_form
 from caliport.validation.report.compare_figures import (

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
+from caliport.core.places import write_text
 from caliport.validation.records.device import DeviceResult
 from caliport.validation.records.reports import ArtifactResult
 
-JUNIT = "junit.xml"
 # Characters that XML 1.0 forbids even escaped (XML 1.0, section 2.2).
 _FORBIDDEN = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
@@ -43,8 +43,8 @@ def write_junit(artifacts: Sequence[ArtifactResult | DeviceResult], path: Path) 
             elif not gate.decided:
                 ElementTree.SubElement(case, "system-out").text = _clean(gate.reason)
     ElementTree.indent(root)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    ElementTree.ElementTree(root).write(path, encoding="utf-8", xml_declaration=True)
+    text = ElementTree.tostring(root, encoding="utf-8", xml_declaration=True).decode("utf-8")
+    write_text(path, text)
 
 
 def _clean(text: str) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 from markupsafe import Markup
 
 from caliport.core.errors import InputError
+from caliport.core.places import write_text
 from caliport.validation.records.budget import Budget
 from caliport.validation.records.device import DeviceResult
 from caliport.validation.records.latency import LatencyReport
@@ -19,6 +20,7 @@ from caliport.validation.records.reports import (
     LATENCY,
     PARITY,
     QUALITY,
+    REPORT,
     ArtifactResult,
     AuditedModule,
     AuditReport,
@@ -27,7 +29,6 @@ from caliport.validation.records.reports import (
     ParityReport,
     QualityReport,
     read_if_there,
-    write_text,
 )
 from caliport.validation.report.audit_summary import (
     applied,
@@ -46,7 +47,6 @@ from caliport.validation.report.plots import audit as audit_plots
 from caliport.validation.report.plots import budget as budget_plots
 from caliport.validation.report.plots import quality as plots
 
-REPORT = "report.html"
 _MEANINGS = {
     "adapter": "the adapters are not in it as they should be",
     "lowering": "the runtime computes something else than the quantized model in PyTorch",

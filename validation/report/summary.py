@@ -14,7 +14,6 @@ from caliport.validation.report.budget_summary import lost_and_gained
 from caliport.validation.report.headline import headline
 from caliport.validation.report.names import size
 
-SUMMARY = "summary.md"
 LONGEST = 60_000
 """Bytes; a comment holds 65,536 characters and a job's page 1 MiB."""
 _LONGEST_REASON = 400
