@@ -20,7 +20,7 @@ from torch import Tensor
 from caliport.calibrate.low_rank import LowRankUpdate
 from caliport.core.errors import InputError
 from caliport.core.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from caliport.core.tensor_files import check_safetensors
+from caliport.core.model_files.tensor_files import check_safetensors
 
 _PREFIX = "base_model.model."
 

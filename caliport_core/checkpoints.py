@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from caliport.core.base_files import check_files, local
-from caliport.core.base_model import check_base, check_loaded
-from caliport.core.chat_templates import render_chat
 from caliport.core.errors import InputError, one_line
 from caliport.core.files import GENERATION_CONFIG
-from caliport.core.tokenizers import no_panic, open_tokenizer
+from caliport.core.model_files.base_files import check_files, local
+from caliport.core.model_files.base_model import check_base, check_loaded
+from caliport.core.model_files.chat_templates import render_chat
+from caliport.core.model_files.tokenizers import no_panic, open_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -40,8 +40,9 @@ def load_base(path: str | Path, dtype: torch.dtype | None = None) -> PreTrainedM
     from transformers import AutoModelForCausalLM
 
     check_base(path)
+    loaded: Any
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=dtype or torch.float32,
             use_safetensors=True,
@@ -53,6 +54,8 @@ def load_base(path: str | Path, dtype: torch.dtype | None = None) -> PreTrainedM
         raise InputError(
             f"{path}: not loadable as a causal language model ({one_line(error)})"
         ) from error
+    model: PreTrainedModel
+    model, info = loaded
     check_base(path)  # of a hub name, what has just been fetched
     check_loaded(path, info, model.config)
     for name, parameter in model.named_parameters():

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from caliport.core.base_model import check_base
 from caliport.core.directories import input_hash
+from caliport.core.model_files.base_model import check_base
 from caliport.core.outputs import check_output, new_directory
 from caliport.export import runtime as runtimes
 from caliport.export.request import Request
@@ -49,8 +49,8 @@ def fill(
 
     from caliport.core.checkpoints import eos_ids, load_tokenizer
     from caliport.core.errors import printable
+    from caliport.core.model_files.tokenizers import end_trouble
     from caliport.core.progress import console
-    from caliport.core.tokenizers import end_trouble
     from caliport.export.decoder.checks import check_exportable
     from caliport.export.decoder.shipped import shipped_decoder
     from caliport.export.decoder.terms import read_updates

@@ -25,12 +25,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from caliport.core.base_files import local, tensors_of
-from caliport.core.base_model import check_base
 from caliport.core.checkpoints import load_config
 from caliport.core.errors import InputError
 from caliport.core.machine import available_memory, free_disk
-from caliport.core.tensor_files import read_header
+from caliport.core.model_files.base_files import local, tensors_of
+from caliport.core.model_files.base_model import check_base
+from caliport.core.model_files.tensor_files import read_header
 from caliport.export import runtime as runtimes
 from caliport.export.decoder.parts import cache_shape, parts_of
 

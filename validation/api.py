@@ -177,7 +177,7 @@ def check(asked: Validation) -> None:
     Raises:
         InputError: The first that is wrong.
     """
-    from caliport.core.base_model import check_base
+    from caliport.core.model_files.base_model import check_base
     from caliport.validation.runners.open import check_choice
 
     stated_precision(asked.artifact, asked.options.precision)

@@ -11,9 +11,9 @@ from transformers import PreTrainedTokenizerBase
 
 from caliport.core.checkpoints import encode_prompt
 from caliport.core.errors import InputError
+from caliport.core.model_files.tokenizers import no_panic
 from caliport.core.progress import console
 from caliport.core.prompts import check_prompt, put_in
-from caliport.core.tokenizers import no_panic
 
 IGNORED = -100
 _SORTED_BATCHES = 8

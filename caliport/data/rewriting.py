@@ -19,10 +19,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from caliport.core.base_model import check_loaded
 from caliport.core.checkpoints import encode_prompt, eos_ids, load_base, load_tokenizer
 from caliport.core.directories import content_hash
 from caliport.core.errors import InputError
+from caliport.core.model_files.base_model import check_loaded
 from caliport.core.places import check_place
 from caliport.core.progress import progress
 from caliport.core.untrusted import check_regular

@@ -8,8 +8,8 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-from caliport.core.base_files import check_files
 from caliport.core.directories import MANIFEST
+from caliport.core.model_files.base_files import check_files
 from caliport.core.outputs import check_output
 from caliport.core.progress import working
 from caliport.export import runtime as runtimes

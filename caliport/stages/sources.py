@@ -98,7 +98,7 @@ class Source:
     ) -> list[Encoded]:
         from caliport.calibrate.training.batches import encode
         from caliport.core.checkpoints import eos_ids
-        from caliport.core.tokenizers import end_trouble
+        from caliport.core.model_files.tokenizers import end_trouble
 
         if trouble := end_trouble(tokenizer, eos_ids(model)):
             raise InputError(trouble)

@@ -11,8 +11,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from caliport.core.base_files import check_files
 from caliport.core.directories import input_hash, key, up_to_date
+from caliport.core.model_files.base_files import check_files
 from caliport.core.outputs import check_output, new_directory
 from caliport.core.processes import is_main, wait_until
 from caliport.core.progress import console

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from caliport.core.base_files import tensors_of
 from caliport.core.errors import InputError
+from caliport.core.model_files.base_files import tensors_of
 from caliport.core.progress import at
 from caliport.export.quantization.choices import GROUP_SIZE, Form
 from caliport.export.quantization.integers import integers

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from caliport.core.errors import InputError
 from caliport.core.files import TOKENIZER
-from caliport.core.tokenizers import open_tokenizer
+from caliport.core.model_files.tokenizers import open_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -17,10 +17,10 @@ from conftest import random_adapter
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from caliport.core.base_files import check_files, tensors_of
-from caliport.core.base_model import check_base
 from caliport.core.checkpoints import eos_ids, load_base, load_config
 from caliport.core.errors import InputError
+from caliport.core.model_files.base_files import check_files, tensors_of
+from caliport.core.model_files.base_model import check_base
 from caliport.export.api import export
 from caliport.export.decoder.stored import reading
 

@@ -13,9 +13,9 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from caliport.core import chat_templates
-from caliport.core.chat_templates import render_chat
 from caliport.core.checkpoints import encode_prompt, render_prompt
 from caliport.core.errors import InputError
+from caliport.core.model_files.chat_templates import render_chat
 from tests.commands import ENVIRONMENT
 
 LLAMA = """{{- bos_token }}

@@ -13,7 +13,7 @@ import pytest
 
 from caliport.core.checkpoints import eos_ids, load_base, load_tokenizer
 from caliport.core.errors import InputError
-from caliport.core.tokenizers import end_trouble, no_panic, open_tokenizer
+from caliport.core.model_files.tokenizers import end_trouble, no_panic, open_tokenizer
 from caliport.export.package.tokenizer import read_tokenizer
 from caliport.stages.sources import Source
 

@@ -13,12 +13,19 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from caliport.core.base_files import check_files, is_buffer, is_whole, local, state_of, tensors_of
-from caliport.core.base_settings import check_ends
 from caliport.core.errors import InputError, one_line, printable
 from caliport.core.files import CONFIG, GENERATION_CONFIG, WEIGHTS
+from caliport.core.model_files.base_files import (
+    check_files,
+    is_buffer,
+    is_whole,
+    local,
+    state_of,
+    tensors_of,
+)
+from caliport.core.model_files.base_settings import check_ends
+from caliport.core.model_files.tensor_files import StoredTensor
 from caliport.core.patching import exclusive
-from caliport.core.tensor_files import StoredTensor
 from caliport.core.untrusted import read_object
 
 if TYPE_CHECKING:

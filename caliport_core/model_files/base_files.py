@@ -12,10 +12,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from caliport.core.base_settings import check_ends, check_settings
 from caliport.core.errors import InputError
 from caliport.core.files import ADAPTER_CONFIG, CONFIG, GENERATION_CONFIG, WEIGHTS, WEIGHTS_INDEX
-from caliport.core.tensor_files import StoredTensor, read_header
+from caliport.core.model_files.base_settings import check_ends, check_settings
+from caliport.core.model_files.tensor_files import StoredTensor, read_header
 from caliport.core.untrusted import mapping, read_object, shown
 
 INDEX_BYTES = 64 * 2**20
@@ -65,7 +65,9 @@ def check_files(path: str | Path) -> None:
 
 def is_whole(path: str | Path, directory: Path) -> bool:
     """Whether all weights should be there: a hub name's cached copy may lack some."""
-    return os.path.exists(path) or all(os.path.exists(f) for f in weight_files(directory) or [""])
+    return os.path.exists(path) or all(
+        file.exists() for file in weight_files(directory) or [directory / WEIGHTS]
+    )
 
 
 def local(path: str | Path) -> Path | None:

@@ -108,9 +108,9 @@ def _check_part(part: Mapping[str, Any], where: str, depth: int) -> None:
     for name, (low, high) in _WHOLE.items():
         if part.get(name) is not None:
             _each(part[name], f"{where}: {name}", low, high, whole=True)
-    for name, (low, high) in _REAL.items():
+    for name, (least, most) in _REAL.items():
         if part.get(name) is not None:
-            number(part[name], f"{where}: {name}", low, high)
+            number(part[name], f"{where}: {name}", least, most)
     for name in _FLAGS:
         if not isinstance(part.get(name), bool | None):
             raise InputError(f"{where}: {name} is {shown(part[name])}, expected true or false")

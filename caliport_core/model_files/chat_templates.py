@@ -17,9 +17,9 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from caliport.core import templates_child
 from caliport.core.errors import InputError, one_line
-from caliport.core.templates_child import LONGEST, TOO_LONG
+from caliport.core.model_files import templates_child
+from caliport.core.model_files.templates_child import LONGEST, TOO_LONG
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
