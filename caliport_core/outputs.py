@@ -22,6 +22,7 @@ from caliport.core.directories import (
     key,
     read_manifest,
     versions,
+    vouch,
 )
 from caliport.core.errors import InputError
 
@@ -145,6 +146,10 @@ def new_directory(
         _remove_abandoned(out)
         partial.mkdir()
         yield partial, extra
+        files = {
+            name: {"bytes": entry.stat().st_size, "sha256": file_hash(entry)}
+            for name, entry in files_in(partial).items()
+        }
         manifest = {
             "stage": stage,
             "key": key(stage, inputs, settings),
@@ -152,11 +157,9 @@ def new_directory(
             "settings": dict(settings),
             "versions": versions(),
             **extra,
-            "files": {
-                name: {"bytes": entry.stat().st_size, "sha256": file_hash(entry)}
-                for name, entry in files_in(partial).items()
-            },
+            "files": files,
         }
+        vouch(str(facts["sha256"]) for facts in files.values())
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
         _replace(partial, out)
     except InputError:

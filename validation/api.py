@@ -170,6 +170,7 @@ def check(asked: Validation) -> None:
     Raises:
         InputError: The first that is wrong.
     """
+    from caliport.validation.runners import engine as engines
     from caliport.validation.runners.open import check_choice
 
     stated_precision(asked.artifact, asked.options.precision)
@@ -177,6 +178,9 @@ def check(asked: Validation) -> None:
     if asked.options.against is not None:
         check_choice(asked.options.against, asked.options.against_runner)
     compositions_to_check(asked)
+    for artifact in (asked.artifact, asked.options.against):
+        if artifact is not None:
+            engines.get(artifact.runtime).try_program(artifact)
 
 
 def stated_precision(artifact: Artifact, precision: str | None) -> str:
