@@ -10,16 +10,20 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from caliport.core.errors import InputError
+from caliport.core.untrusted import check_regular, read_object, shown
 
 MANIFEST = "manifest.json"
+_MANIFEST_BYTES = 64 * 2**20  # one of a training has a loss for each step
+_SMALL = 10**6  # bytes of a file that is hashed to see whether it is still there
 _SETTLED = 100_000_000  # nanoseconds; longer than one tick of a file system's clock
 _HASHES: dict[tuple[int, ...], str] = {}
+_MADE: set[str] = set()
 _PACKAGES = (
     "caliport",
     "torch",
@@ -102,26 +106,24 @@ def key(stage: str, inputs: Mapping[str, str], settings: Mapping[str, Any]) -> s
 def read_manifest(directory: Path) -> dict[str, Any]:
     """Read a directory's manifest; ``InputError`` if it is missing or not a JSON object."""
     path = directory / MANIFEST
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(
-            f"{directory}: no {MANIFEST}; expected a directory made by caliport"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not readable as JSON ({error})") from None
-    if not isinstance(manifest, dict):
-        raise InputError(f"{path}: found {type(manifest).__name__}, expected a JSON object")
-    return manifest
+    if not path.exists():
+        raise InputError(f"{directory}: no {MANIFEST}; expected a directory made by caliport")
+    return read_object(path, _MANIFEST_BYTES, directory)
 
 
-def check_files(directory: Path) -> None:
+def check_files(directory: Path, hashed: int | None = None) -> None:
     """Check that a finished directory holds exactly the files that its manifest records.
 
     Hidden files are ignored, and so is the manifest, since no hash of it is recorded.
 
+    Args:
+        directory: The finished directory.
+        hashed: Most bytes of a file whose hash is compared, of larger ones the size alone; None
+            to compare all hashes.
+
     Raises:
-        InputError: The first file that is missing, changed or not recorded.
+        InputError: The first file that is missing, changed, not recorded, or not a regular file of
+            the directory.
     """
     again = "the directory is not what was made; make or fetch it again"
     recorded = read_manifest(directory).get("files")
@@ -130,13 +132,19 @@ def check_files(directory: Path) -> None:
     found = files_in(directory)
     for name, facts in recorded.items():
         if not isinstance(facts, dict) or not {"bytes", "sha256"} <= facts.keys():
-            raise InputError(f"{directory / MANIFEST}: files.{name}: expected `bytes` and `sha256`")
+            raise InputError(
+                f"{directory / MANIFEST}: files.{name[:200]}: expected `bytes` and `sha256`"
+            )
         path = directory / name
         if name not in found:
             raise InputError(f"{path}: no such file, but {MANIFEST} records it; {again}")
-        size = path.stat().st_size
+        size = check_regular(path, root=directory)
         if size != facts["bytes"]:
-            raise InputError(f"{path}: {size} bytes, {MANIFEST} records {facts['bytes']}; {again}")
+            raise InputError(
+                f"{path}: {size} bytes, {MANIFEST} records {shown(facts['bytes'])}; {again}"
+            )
+        if hashed is not None and size > hashed:
+            continue
         digest = file_hash(path)
         if digest != facts["sha256"]:
             raise InputError(
@@ -158,10 +166,27 @@ def check_recorded(directory: Path) -> None:
 
 
 def up_to_date(directory: Path, stage_key: str) -> bool:
-    """Whether a finished directory made from the same inputs already exists."""
+    """Whether a finished directory made from the same inputs is there with all of its files.
+
+    Sizes of all files are compared, and hashes of those of up to a megabyte: to hash weights would
+    take as long as to read them. Whatever opens the directory compares all hashes.
+    """
     if not (directory / MANIFEST).is_file():
         return False
     try:
-        return read_manifest(directory).get("key") == stage_key
+        if read_manifest(directory).get("key") != stage_key:
+            return False
+        check_files(directory, _SMALL)
     except InputError:
         return False
+    return True
+
+
+def vouch(digests: Iterable[str]) -> None:
+    """Remember the hashes of files that this process made itself; see ``made_here``."""
+    _MADE.update(digests)
+
+
+def made_here(path: Path) -> bool:
+    """Whether this process itself made a file with this content, so that it is no stranger's."""
+    return file_hash(path) in _MADE

@@ -23,6 +23,7 @@ from caliport.core.directories import (
     key,
     read_manifest,
     versions,
+    vouch,
 )
 from caliport.core.errors import InputError
 from caliport.core.places import FORCED, check_place, check_writable
@@ -143,6 +144,10 @@ def new_directory(
         _remove_abandoned(out)
         partial.mkdir()
         yield partial, extra
+        files = {
+            name: {"bytes": entry.stat().st_size, "sha256": file_hash(entry)}
+            for name, entry in files_in(partial).items()
+        }
         manifest = {
             "stage": stage,
             "key": key(stage, inputs, settings),
@@ -150,11 +155,9 @@ def new_directory(
             "settings": dict(settings),
             "versions": versions(),
             **extra,
-            "files": {
-                name: {"bytes": entry.stat().st_size, "sha256": file_hash(entry)}
-                for name, entry in files_in(partial).items()
-            },
+            "files": files,
         }
+        vouch(str(facts["sha256"]) for facts in files.values())
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
         _replace(partial, out)
     except InputError:

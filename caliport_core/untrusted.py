@@ -102,19 +102,24 @@ def read_object(path: Path, most: int = SETTINGS_BYTES, root: Path | None = None
     return found
 
 
-def parse_json(text: str | bytes, where: object) -> Any:
+def parse_json(text: str | bytes, where: object, *, unique: bool = False) -> Any:
     """Parse JSON as RFC 8259 has it: no NaN or infinities, and at most 64 levels deep.
 
     Args:
         text: The document.
         where: What to name in messages: a file, or a file and line.
+        unique: Whether to refuse a key that stands twice in an object; other parsers may take
+            another of the two.
 
     Raises:
-        InputError: Not JSON, too deep, a number that float64 or Python cannot hold, or half a
-            surrogate pair in a string.
+        InputError: Not JSON, too deep, a number that float64 or Python cannot hold, half a
+            surrogate pair in a string, or see ``unique``.
     """
+    pairs = _unique if unique else None
     try:
-        value = json.loads(text, parse_constant=_no_constant, parse_float=_finite)
+        value = json.loads(
+            text, parse_constant=_no_constant, parse_float=_finite, object_pairs_hook=pairs
+        )
     except RecursionError:
         raise InputError(f"{where}: nested too deep, expected at most {_DEPTH} levels") from None
     except ValueError as error:
@@ -132,6 +137,15 @@ def _finite(digits: str) -> float:
     if not math.isfinite(value):
         raise ValueError(f"{digits[:20]} is beyond float64; expected a finite number")
     return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {shown(twice)} stands twice in an object")
+    return found
 
 
 def _check_value(root: Any, where: object) -> None:

@@ -10,8 +10,10 @@ from typing import Any
 from caliport.core.directories import MANIFEST, check_files, read_manifest
 from caliport.core.errors import InputError
 from caliport.core.prompts import PROMPT, check_prompt
+from caliport.core.untrusted import check_regular
 from caliport.export import runtime as runtimes
-from caliport.export.quantization.choices import PRECISIONS, Quantization
+from caliport.export.manifest import check_artifact_manifest
+from caliport.export.quantization.choices import Quantization
 
 BASE_ALONE = "base alone"
 """What reports call a bundle's base without a composition."""
@@ -42,8 +44,8 @@ class Artifact:
         A directory with a program but no manifest was made by another tool.
 
         Raises:
-            InputError: No program, programs of two runtimes, or a manifest without a known runtime
-                and precision.
+            InputError: No program, programs of two runtimes, something beside it that is not a
+                regular file of the directory, or see ``check_artifact_manifest``.
         """
         directory = Path(directory)
         if not (directory / MANIFEST).is_file() and (found := runtimes.recognized(directory)):
@@ -51,18 +53,12 @@ class Artifact:
                 raise InputError(
                     f"{directory}: has programs of {' and '.join(found)}, expected one runtime's"
                 )
+            _check_entries(directory)
             return cls(directory, found[0], UNKNOWN)
         manifest = read_manifest(directory)
-        runtime, precision = manifest.get("runtime"), manifest.get("precision")
-        if runtime not in runtimes.names():
-            expected = " or ".join(runtimes.names())
-            raise InputError(f"{directory / MANIFEST}: runtime is {runtime!r}, expected {expected}")
-        if not isinstance(precision, str):
-            raise InputError(
-                f"{directory / MANIFEST}: precision is {precision!r}, expected "
-                f"{', '.join(PRECISIONS[:-1])} or {PRECISIONS[-1]}"
-            )
-        return cls(directory, str(runtime), precision, manifest)
+        check_artifact_manifest(manifest, directory)
+        _check_entries(directory)
+        return cls(directory, manifest["runtime"], manifest["precision"], manifest)
 
     @property
     def is_ours(self) -> bool:
@@ -77,8 +73,8 @@ class Artifact:
     @property
     def context(self) -> int | None:
         """Length of its key-value cache in tokens; None if no manifest records it."""
-        context = self.manifest.get("context")
-        return context if isinstance(context, int) else None
+        context: int | None = self.manifest.get("context")
+        return context
 
     @property
     def is_bundle(self) -> bool:
@@ -143,6 +139,13 @@ class Artifact:
         """
         if self.is_ours:
             check_files(self.directory)
+
+
+def _check_entries(directory: Path) -> None:
+    """Check all that a runtime may open by its name alone: no devices, pipes or links elsewhere."""
+    for entry in sorted(directory.iterdir()):
+        if not entry.is_dir() and not entry.name.startswith("."):
+            check_regular(entry, root=directory)
 
 
 def form_of(runtime: str, precision: str, bundle: bool) -> str:

@@ -178,6 +178,7 @@ def check(asked: Validation) -> None:
         InputError: The first that is wrong.
     """
     from caliport.core.model_files.base_model import check_base
+    from caliport.validation.runners import engine as engines
     from caliport.validation.runners.open import check_choice
 
     stated_precision(asked.artifact, asked.options.precision)
@@ -186,6 +187,9 @@ def check(asked: Validation) -> None:
         check_choice(asked.options.against, asked.options.against_runner)
     compositions_to_check(asked)
     check_base(asked.base)
+    for artifact in (asked.artifact, asked.options.against):
+        if artifact is not None:
+            engines.get(artifact.runtime).try_program(artifact)
 
 
 def stated_precision(artifact: Artifact, precision: str | None) -> str:

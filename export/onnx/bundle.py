@@ -54,9 +54,9 @@ def add_composition(bundle: Path, name: str, adapter: Path) -> Path:
         The file, ``bundle/NAME.onnx_adapter``.
 
     Raises:
-        InputError: Not a bundle or one for ExecuTorch, a name that cannot be a file name, or an
-            adapter that cannot be read or updates a layer that the bundle does not have in that
-            shape. The bundle is then unchanged.
+        InputError: Not a bundle or one for ExecuTorch, files that its manifest does not record, a
+            name that cannot be a file name, or an adapter that cannot be read or updates a layer
+            that the bundle does not have in that shape. The bundle is then unchanged.
     """
     from caliport.calibrate.peft_files import read_peft
 
@@ -68,7 +68,12 @@ def add_composition(bundle: Path, name: str, adapter: Path) -> Path:
         )
     if not artifact.is_bundle:
         raise InputError(f"{bundle}: {MANIFEST} has no `bundle`; expected one for onnx")
+    artifact.check()
     manifest = read_manifest(bundle)
+    if "modules" not in manifest["bundle"] or "compositions" not in manifest["bundle"]:
+        raise InputError(
+            f"{bundle / MANIFEST}: bundle lacks `modules` or `compositions`; export it again"
+        )
     update = read_peft(adapter)
     shapes = {module: tuple(shape) for module, shape in manifest["bundle"]["modules"].items()}
     _check_shapes(update, shapes, adapter, bundle)

@@ -25,6 +25,7 @@ from caliport.validation.latency.workload import (
 )
 from caliport.validation.records.latency import Conditions, LatencyReport
 from caliport.validation.records.reports import environment, this_machine
+from caliport.validation.runners.engine import get as get_engine
 
 LOADS = 3  # rounds that begin in a fresh process
 _KEPT = 0.6  # share of the available memory that waiting processes may hold
@@ -184,6 +185,8 @@ def _check(candidates: Sequence[Candidate], workload: Workload, length: int) -> 
         )
     check_candidates(candidates)
     for candidate in candidates:
+        candidate.artifact.check()
+        get_engine(candidate.artifact.runtime).try_program(candidate.artifact)
         context = candidate.artifact.context
         if context is not None and length + new > context:
             raise InputError(

@@ -48,15 +48,16 @@ class Decoding:
     def __init__(self, job: dict[str, Any]) -> None:
         from caliport.export.artifact import Artifact
         from caliport.validation.runners import engine
-        from caliport.validation.runners.open import open_runner
+        from caliport.validation.runners.engine import PLAIN
 
         artifact = Artifact.read(job["directory"])
         self._prompt, self._new_tokens = job["prompt"], job["new_tokens"]
-        engine.get(artifact.runtime).preload()
+        runtime = engine.get(artifact.runtime)
+        runtime.preload()
         artifact.check()  # reads every file, so that all are in the page cache
         idle = memory()[0]
         start = time.perf_counter()
-        self._runner = open_runner(artifact, job["threads"], job["composition"])
+        self._runner = runtime.open(artifact, job["threads"], job["composition"], PLAIN)
         self._runner.prefill(self._prompt[:1])
         load = time.perf_counter() - start
         self.ready = {"load": load, "idle": idle, "load_peak": memory()[1]}

@@ -48,10 +48,10 @@ class Engine(Protocol):
         ...
 
     def try_program(self, artifact: Artifact) -> None:
-        """Run a program that no manifest vouches for in its own process, if it might crash one.
+        """Check a stranger's program before this process opens it; a sound one is remembered.
 
         Raises:
-            InputError: The process crashed.
+            InputError: It would read files elsewhere, load code, or crash the process.
         """
         ...
 

@@ -5,11 +5,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import io
-import json
 import os
 import re
-import signal
-import subprocess
 import sys
 import tempfile
 import weakref
@@ -22,6 +19,7 @@ import numpy as np
 from caliport.core.directories import check_recorded
 from caliport.core.errors import InputError
 from caliport.core.files import TOKENIZER
+from caliport.core.untrusted import check_regular, number, read_object
 from caliport.export import runtime as runtimes
 from caliport.export.artifact import Artifact
 from caliport.export.runtime import Rounding
@@ -34,14 +32,7 @@ if TYPE_CHECKING:
 
 NAME = "executorch"
 BASE_METHOD = "forward"
-_TRY = """
-import sys
-from pathlib import Path
-from caliport.validation.runners.executorch import ExecuTorchRunner
-runner = ExecuTorchRunner(Path(sys.argv[1]), threads=1)
-runner.prefill([0, 0, 0])
-runner.step(0)
-"""
+_MOST = 2**31 - 1
 
 _loaded: weakref.WeakSet[ExecuTorchRunner] = weakref.WeakSet()
 
@@ -87,6 +78,7 @@ class ExecuTorchRunner:
             positions = self._module.method_meta(method).input_tensor_meta(1).sizes()
             self._every = tuple(positions) != (1,)
             self._vocabulary = self._run([0], 0).shape[-1]  # loads it, which packs the weights
+        number(self.context, f"{self._program}: its context", 1, _MOST, whole=True)
         self._position = 0
         self.threads = int(binding()._threadpool_get_thread_count())
         _loaded.add(self)
@@ -155,14 +147,15 @@ def program_in(directory: Path) -> Path:
     """The program of a directory: ``model.pte``, or the only ``.pte`` there is.
 
     Raises:
-        InputError: None, or several of which none is ``model.pte``.
+        InputError: None, several of which none is ``model.pte``, or not a file of the directory.
     """
     usual = runtimes.get(NAME).program
-    if (directory / usual).is_file():
-        return directory / usual
-    found = sorted(directory.glob("*.pte"))
+    found = [directory / usual]
+    if not found[0].exists():
+        found = sorted(directory.glob("*.pte"))
     if len(found) != 1:
         raise InputError(f"{directory}: {len(found)} .pte files, expected {usual} or exactly one")
+    check_regular(found[0], root=directory)
     return found[0]
 
 
@@ -214,7 +207,7 @@ def generate(directory: Path, prompt_text: str, max_new_tokens: int) -> str:
 def _has_chat_template(directory: Path) -> bool:
     settings = directory / "tokenizer_config.json"
     return (directory / "chat_template.jinja").is_file() or (
-        settings.is_file() and "chat_template" in json.loads(settings.read_text(encoding="utf-8"))
+        settings.is_file() and "chat_template" in read_object(settings)
     )
 
 
@@ -331,22 +324,10 @@ class ExecuTorchEngine:
         binding()
 
     def try_program(self, artifact: Artifact) -> None:
-        """Run the program once in its own process, since a damaged one may crash that.
+        """Run the program once in its own process, since a damaged one may crash that."""
+        from caliport.validation.runners.trial import try_program
 
-        The binding asks for a program's verification, but the wheel of executorch 1.5.1 is built
-        without it and follows any offset. Hashes in a manifest make this unnecessary.
-
-        Raises:
-            InputError: The process crashed. Anything else that is wrong is reported by ``open``.
-        """
-        command = [sys.executable, "-P", "-c", _TRY, str(artifact.directory)]
-        done = subprocess.run(command, capture_output=True, check=False)
-        if done.returncode < 0:
-            crash = signal.Signals(-done.returncode).name
-            raise InputError(
-                f"{program_in(artifact.directory)}: ExecuTorch crashed on it ({crash}); expected a "
-                "sound program"
-            )
+        try_program(program_in(artifact.directory))
 
     def open(
         self, artifact: Artifact, threads: int, composition: str | None, runner: str

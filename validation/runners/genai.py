@@ -83,12 +83,21 @@ class GenaiRunner:
         return np.asarray(logits, np.float32).reshape(-1, logits.shape[-1])[-1]
 
     def reset(self) -> None:
-        """Clear the cache, as apps do for a new text: with a new generator."""
+        """Clear the cache, as apps do for a new text: with a new generator.
+
+        Raises:
+            InputError: The configuration does not fit the graph.
+        """
         import onnxruntime_genai as genai
 
-        settings = genai.GeneratorParams(self._model)
-        settings.set_search_options(max_length=self.context, do_sample=False)
-        self._generator = genai.Generator(self._model, settings)
-        if self._adapters is not None:
-            self._generator.set_active_adapter(self._adapters, self._adapter)
+        try:
+            settings = genai.GeneratorParams(self._model)
+            settings.set_search_options(max_length=self.context, do_sample=False)
+            self._generator = genai.Generator(self._model, settings)
+            if self._adapters is not None:
+                self._generator.set_active_adapter(self._adapters, self._adapter)
+        except Exception as error:
+            raise InputError(
+                f"{self._directory}: onnxruntime-genai cannot run it ({line_of(error)})"
+            ) from error
         self._length = 0

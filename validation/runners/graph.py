@@ -15,7 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from caliport.core.errors import InputError, one_line
 from caliport.export.onnx.graph.layouts import unpack
+from caliport.validation.runners.graph_files import check_graph, read_graph
 from caliport.validation.runners.weights import StoredWeight, matrices_of, requested_weight
 
 if TYPE_CHECKING:
@@ -47,15 +49,21 @@ def stored_weights(graph: Path, sizes: Mapping[str, int]) -> Iterator[tuple[str,
 
     Yields:
         Module names with what they hold, for the modules that the graph names.
+
+    Raises:
+        InputError: A graph that cannot be read, or a weight whose numbers are not all there.
     """
-    import onnx
     from onnx import numpy_helper
 
-    model = onnx.load(graph, load_external_data=False).graph
+    check_graph(graph)
+    model = read_graph(graph).graph
     tensors = {tensor.name: tensor for tensor in model.initializer}
 
     def read(name: str) -> np.ndarray:
-        return np.array(numpy_helper.to_array(tensors[name], base_dir=str(graph.parent)))
+        try:
+            return np.array(numpy_helper.to_array(tensors[name], base_dir=str(graph.parent)))
+        except Exception as error:
+            raise InputError(f"{graph}: {name} cannot be read ({one_line(error)})") from error
 
     for name in tensors:
         if (module := name.removesuffix(".weight")) != name and module in sizes:
@@ -63,7 +71,12 @@ def stored_weights(graph: Path, sizes: Mapping[str, int]) -> Iterator[tuple[str,
     for node in model.node:
         if node.op_type in (_PRODUCT, _LOOKUP):
             parts = node.input[0].removesuffix(".qdata") if node.op_type == _LOOKUP else node.name
-            data, scale = _numbers(node, read)
+            try:
+                data, scale = _numbers(node, read)
+            except (KeyError, ValueError, RuntimeError) as error:
+                raise InputError(
+                    f"{graph}: {one_line(node.name)} is no {node.op_type} ({one_line(error)})"
+                ) from error
             start = 0
             for name in parts.split("+"):
                 rows = slice(start, start + sizes.get(name, len(data)))
@@ -79,9 +92,13 @@ def _numbers(node: Any, read: Callable[[str], np.ndarray]) -> tuple[Tensor, Tens
         (given[0], given[2], given[3]) if node.op_type == _LOOKUP else given[1:4]
     )
     bits, block = options["bits"], options["block_size"]
+    if bits not in (4, 8):
+        raise ValueError(f"{bits} bits")
     scale = torch.from_numpy(read(scales))
     packed = read(quantized).reshape(len(scale), -1)
     columns = options.get("K", packed.shape[1] * 8 // bits)
+    if not 0 < columns <= packed.shape[1] * 8 // bits or not 0 < block <= 2 * columns + 32:
+        raise ValueError(f"{columns} columns in blocks of {block}")
     data = torch.from_numpy(unpack(packed, bits, columns))
     if zeros:
         blocks = scale.numel() // len(scale)

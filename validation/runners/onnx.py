@@ -10,17 +10,20 @@ import numpy as np
 
 from caliport.core.directories import check_recorded
 from caliport.core.errors import InputError
+from caliport.core.untrusted import check_regular, shown
 from caliport.export.artifact import Artifact
 from caliport.export.onnx.files import GENAI_CONFIG
 from caliport.export.runtime import Rounding
 from caliport.validation.runners.engine import Differing, Engine
 from caliport.validation.runners.genai_files import (
     check_room,
+    ends_of,
     genai_adapters,
     genai_model,
     line_of,
     read_config,
 )
+from caliport.validation.runners.graph_files import check_graph, read_graph
 from caliport.validation.runners.runner import Runner
 
 if TYPE_CHECKING:
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
 
 GENAI = "genai"
 """The word for onnxruntime-genai as a runner."""
+_MOST = 2**31 - 1  # bytes of an adapter's file
 _FOLDER = "session.model_external_initializers_file_folder_path"
 
 
@@ -68,6 +72,7 @@ class OnnxRunner:
         self._inputs, self._outputs = decoder["inputs"], decoder["outputs"]
         self._graph = directory / decoder["filename"]
         self._session = _open(self._graph, threads, float_activations)
+        self._check_names()
         self._adapter = None if adapter is None else _read_adapter(adapter)
         self._factors = {} if self._adapter is None else self._adapter.get_parameters()
         self._value = onnxruntime.OrtValue.ortvalue_from_numpy
@@ -108,12 +113,35 @@ class OnnxRunner:
                 f"{self._graph}: ONNX Runtime cannot run it ({line_of(error)})"
             ) from error
         self._length = end
-        return np.asarray(logits.numpy()[0, -1])
+        found = logits.numpy()
+        if found.ndim != 3 or not found.size:
+            raise InputError(
+                f"{self._graph}: gives logits {list(found.shape)}, expected [1, tokens, vocabulary]"
+            )
+        return np.asarray(found[0, -1])
 
     def reset(self) -> None:
         """Clear the cache."""
         self._length = 0
         self._caches = [self._value(self._empty) for _ in self._past]
+
+    def _check_names(self) -> None:
+        """Check the configuration's names, of all of its layers, against the graph's."""
+        taken = {entry.name for entry in self._session.get_inputs()}
+        fields = ("input_ids", "attention_mask", "position_ids")
+        named = {*self._past, *(self._inputs[name] for name in fields if name in self._inputs)}
+        given = {entry.name for entry in self._session.get_outputs()}
+        lacking = {*self._present, self._outputs["logits"]} - given
+        for names, whose in (
+            (named - taken, "the graph has no input"),
+            (taken - named, f"{GENAI_CONFIG} does not name the graph's input"),
+            (lacking, "the graph has no output"),
+        ):
+            if names:
+                raise InputError(
+                    f"{self._graph}: {whose} {shown(min(names))}; expected the layers of "
+                    f"{GENAI_CONFIG} in the graph, and no others"
+                )
 
 
 def generate(
@@ -142,7 +170,8 @@ def generate(
             f"{directory}: onnxruntime_genai cannot read its tokenizer ({line_of(error)})"
         ) from error
     prompt = [int(token) for token in tokenizer.encode(prompt_text)]
-    return str(tokenizer.decode(_generate(directory, model, prompt, max_new_tokens, adapter)))
+    written = _generate(directory, model, prompt, max_new_tokens, adapter)
+    return str(tokenizer.decode(written))
 
 
 def generate_ids(
@@ -177,17 +206,22 @@ def _generate(
             f"a prompt of {len(prompt)} tokens; expected 1 to {context - 1}, since the context of "
             f"{directory} is {context}"
         )
-    settings = genai.GeneratorParams(model)
-    length = min(context, len(prompt) + max_new_tokens)
-    settings.set_search_options(max_length=length, do_sample=False)
-    generator = genai.Generator(model, settings)
-    if adapter is not None:
-        adapters = genai_adapters(model, adapter)
-        generator.set_active_adapter(adapters, adapter.stem)
-    generator.append_tokens(np.array([list(prompt)], np.int32))
-    while not generator.is_done():
-        generator.generate_next_token()
-    return [int(token) for token in generator.get_sequence(0)[len(prompt) :]]
+    adapters = None if adapter is None else genai_adapters(model, adapter)
+    try:
+        settings = genai.GeneratorParams(model)
+        length = min(context, len(prompt) + max_new_tokens)
+        settings.set_search_options(max_length=length, do_sample=False)
+        generator = genai.Generator(model, settings)
+        if adapter is not None:
+            generator.set_active_adapter(adapters, adapter.stem)
+        generator.append_tokens(np.array([list(prompt)], np.int32))
+        while not generator.is_done():
+            generator.generate_next_token()
+        return [int(token) for token in generator.get_sequence(0)[len(prompt) :]]
+    except Exception as error:
+        raise InputError(
+            f"{directory}: onnxruntime_genai cannot run it ({line_of(error)})"
+        ) from error
 
 
 def _cache(
@@ -198,21 +232,22 @@ def _cache(
     Raises:
         InputError: The configuration lacks them.
     """
-    kinds = {
-        "inputs": ("past_key_names", "past_value_names"),
-        "outputs": ("present_key_names", "present_value_names"),
-    }
+    inputs, outputs = decoder["inputs"], decoder["outputs"]
     try:
-        layers = range(int(decoder["num_hidden_layers"]))
+        kinds = [
+            (inputs["past_key_names"], outputs["present_key_names"]),
+            (inputs["past_value_names"], outputs["present_value_names"]),
+        ]
+        _ = inputs["input_ids"], inputs["attention_mask"], outputs["logits"]
+        layers = range(decoder["num_hidden_layers"])
         past, present = (
-            [decoder[side][kind] % layer for layer in layers for kind in names]
-            for side, names in kinds.items()
+            [pair[side] % layer for layer in layers for pair in kinds] for side in (0, 1)
         )
-        return past, present, (1, int(decoder["num_key_value_heads"]), 0, int(decoder["head_size"]))
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError) as error:
         raise InputError(
             f"{directory / GENAI_CONFIG}: not of a decoder with keys and values ({line_of(error)})"
         ) from None
+    return past, present, (1, decoder["num_key_value_heads"], 0, decoder["head_size"])
 
 
 def _open(graph: Path, threads: int | None, float_activations: bool) -> Any:
@@ -222,10 +257,11 @@ def _open(graph: Path, threads: int | None, float_activations: bool) -> Any:
     options.log_severity_level = 3  # errors only, and they come as exceptions too
     if threads is not None:
         options.intra_op_num_threads = threads
+    source: str | bytes = str(graph)
+    if float_activations:
+        source = _without_rounding(graph)
     try:
-        source: str | bytes = str(graph)
         if float_activations:
-            source = _without_rounding(graph)
             options.add_session_config_entry(_FOLDER, str(graph.parent))
         # Its fallback is the same provider again, announced on the standard output.
         how: dict[str, Any] = {"providers": ["CPUExecutionProvider"], "enable_fallback": 0}
@@ -242,6 +278,7 @@ def _read_adapter(path: Path) -> Any:
     """
     import onnxruntime
 
+    check_regular(path, _MOST, path.parent)
     try:
         return onnxruntime.AdapterFormat.read_adapter(str(path))
     except Exception as error:
@@ -250,14 +287,17 @@ def _read_adapter(path: Path) -> Any:
 
 def _without_rounding(graph: Path) -> bytes:
     """The graph with every ``MatMulNBits`` set to multiply in float32 (accuracy level 0)."""
-    import onnx
-
-    model = onnx.load(graph, load_external_data=False)
+    model = read_graph(graph)
     for node in model.graph.node:
         for attribute in node.attribute:
             if node.op_type == "MatMulNBits" and attribute.name == "accuracy_level":
                 attribute.i = 0
     return bytes(model.SerializeToString())
+
+
+def _graph_of(artifact: Artifact) -> Path:
+    config = read_config(artifact.directory)
+    return artifact.directory / str(config["model"]["decoder"]["filename"])
 
 
 class OnnxEngine:
@@ -273,7 +313,8 @@ class OnnxEngine:
         import onnxruntime  # noqa: F401
 
     def try_program(self, artifact: Artifact) -> None:
-        """Not needed: ONNX Runtime refuses damaged graphs."""
+        """Check its configuration and its graph; ONNX Runtime refuses damaged ones."""
+        check_graph(_graph_of(artifact))
 
     def open(
         self, artifact: Artifact, threads: int, composition: str | None, runner: str
@@ -307,8 +348,8 @@ class OnnxEngine:
 
     def ends(self, artifact: Artifact) -> list[int]:
         """``eos_token_id`` of ``genai_config.json``."""
-        found = read_config(artifact.directory)["model"].get("eos_token_id", [])
-        return [found] if isinstance(found, int) else [int(token) for token in found]
+        model = read_config(artifact.directory)["model"]
+        return ends_of(model, artifact.directory / GENAI_CONFIG)
 
     def differing_weights(
         self, artifact: Artifact, decoder: ShippedDecoder, ranks: Mapping[str, int]
@@ -316,8 +357,7 @@ class OnnxEngine:
         """By the names of modules in the graph."""
         from caliport.validation.runners.graph import differing_weights
 
-        graph = artifact.directory / read_config(artifact.directory)["model"]["decoder"]["filename"]
-        return differing_weights(graph, decoder)
+        return differing_weights(_graph_of(artifact), decoder)
 
     def _adapter(self, artifact: Artifact, composition: str | None) -> Path | None:
         file = self.selector(artifact, composition)

@@ -30,15 +30,9 @@ class Execution:
     runner: Runner | str = PLAIN
 
     def open(self) -> Runner:
-        """The open runner; a program that no manifest vouches for is first tried elsewhere.
-
-        Raises:
-            InputError: See ``open_runner``, or the program crashes its process.
-        """
+        """The open runner; see ``open_runner``."""
         if not isinstance(self.runner, str):
             return self.runner
-        if not self.artifact.is_ours and self.runner == PLAIN:
-            engines.get(self.artifact.runtime).try_program(self.artifact)
         return open_runner(self.artifact, self.threads, self.composition, self.runner)
 
 
@@ -46,6 +40,8 @@ def open_runner(
     artifact: Artifact, threads: int, composition: str | None = None, runner: str = PLAIN
 ) -> Runner:
     """Open an artifact of ours, whose hashes are checked first, or of another tool.
+
+    Either may be a stranger's, so its program is checked before it is opened in this process.
 
     Args:
         artifact: What to run.
@@ -57,7 +53,8 @@ def open_runner(
 
     Raises:
         InputError: An artifact whose files are not those that its manifest records, that its
-            runtime cannot load, or without such a composition; or see ``check_choice``.
+            runtime cannot load or crashes on, or without such a composition; or see
+            ``check_choice``.
     """
     check_choice(artifact, runner)
     if ":" in runner:
@@ -68,7 +65,10 @@ def open_runner(
                 "context, prefill, step and reset"
             )
         return found
-    return engines.get(artifact.runtime).open(artifact, threads, composition, runner)
+    artifact.check()
+    engine = engines.get(artifact.runtime)
+    engine.try_program(artifact)
+    return engine.open(artifact, threads, composition, runner)
 
 
 def check_choice(artifact: Artifact, runner: str) -> None:
@@ -111,4 +111,6 @@ def stock_generate(
     engine = engines.get(artifact.runtime)
     if (gap := engine.gap(composition)) is not None:
         raise InputError(f"{artifact.directory}: {gap}")
+    artifact.check()
+    engine.try_program(artifact)
     return engine.generate(artifact, text, max_new_tokens, composition)

@@ -11,12 +11,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from caliport.core.errors import InputError, one_line
+from caliport.core.untrusted import check_regular, number
 from caliport.export.quantization.tensors import unpacked
 from caliport.validation.runners.weights import (
     StoredWeight,
@@ -86,6 +88,8 @@ def _alike(program: Program, stored: Tensor, wanted: StoredWeight) -> Iterator[S
         return
     packed = stored.dtype == torch.uint8
     for data, scale in program.pairs():
+        if len(scale) % 4:
+            continue
         scales = torch.from_numpy(scale.copy())
         scales = scales.view(torch.bfloat16 if packed else torch.float32).float()
         if len(data) == count and not scales.numel() % rows:
@@ -99,16 +103,28 @@ class Program:
 
     Args:
         path: A ``.pte``.
+
+    Raises:
+        InputError: Not one, or a segment that it names lies beyond the file; methods likewise.
     """
 
     def __init__(self, path: Path) -> None:
         from executorch.exir._serialize import _flatbuffer_program, _program
 
+        self._path = path
+        if not check_regular(path):
+            raise InputError(f"{path}: empty; expected an ExecuTorch program")
         self._bytes = np.memmap(path, np.uint8, "r")
         header = _program._get_extended_header(bytes(self._bytes[:256]))
-        assert header is not None
+        if header is None:
+            raise InputError(f"{path}: no header; expected an ExecuTorch program with segments")
         size, self._base = header.program_size, header.segment_base_offset
-        self._program = _flatbuffer_program._flatbuffer_to_program(bytes(self._bytes[:size]))
+        try:
+            self._program = _flatbuffer_program._flatbuffer_to_program(bytes(self._bytes[:size]))
+        except Exception as error:
+            raise InputError(f"{path}: not an ExecuTorch program ({one_line(error)})") from error
+        if not _is_whole(self._program):
+            raise InputError(f"{path}: lacks a list or a segment; expected an ExecuTorch program")
         self._named = {
             entry.key: self._segment(entry.segment_index) for entry in self._program.named_data
         }
@@ -121,7 +137,8 @@ class Program:
         """What operators outside of delegates read, each with the padding that follows it."""
         place = self._program.constant_segment
         whole = self._segment(place.segment_index)
-        for start, end in zip(place.offsets, [*place.offsets[1:], len(whole)], strict=True):
+        ends = [*place.offsets[1:], len(whole)]
+        for start, end in zip(place.offsets, ends, strict=False):
             yield whole[start:end]
 
     def pairs(self) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -139,10 +156,13 @@ class Program:
         return found
 
     def constant_method(self, name: str) -> list[int]:
-        """What a method without instructions gives; nothing where there is no such method."""
+        """The integers that a method without instructions gives; none without such a method."""
         for plan in self._program.execution_plan:
             if plan.name == name:
-                return [int(plan.values[index].val.int_val) for index in plan.outputs]
+                values = [plan.values[index].val for index in plan.outputs if _within(index, plan)]
+                found = [getattr(value, "int_val", None) for value in values]
+                where = f"{self._path}: {name}"
+                return [int(number(each, where, 0, 2**31 - 1, whole=True)) for each in found]
         return []
 
     def matrices(self) -> list[np.ndarray]:
@@ -150,6 +170,26 @@ class Program:
         return list(self._named.values())
 
     def _segment(self, index: int) -> np.ndarray:
-        segment = self._program.segments[index]
-        start = self._base + segment.offset
+        segments = self._program.segments
+        segment = segments[index] if 0 <= index < len(segments) else None
+        start = self._base + (segment.offset if segment else 0)
+        if segment is None or start + segment.size > len(self._bytes):
+            raise InputError(f"{self._path}: segment {index} lies beyond the file; it was cut")
         return self._bytes[start : start + segment.size]
+
+
+def _is_whole(program: Any) -> bool:
+    """Whether all that is read here is there; a flatbuffer may leave out any field."""
+    lists = [program.named_data, program.segments, program.execution_plan]
+    for plan in program.execution_plan or ():
+        lists += [plan.values, plan.outputs, plan.delegates]
+        if not all(delegate.processed for delegate in plan.delegates or ()):
+            return False
+    place = program.constant_segment
+    if not all(isinstance(entry.key, str) for entry in program.named_data or ()):
+        return False
+    return place is not None and all(isinstance(each, list) for each in (*lists, place.offsets))
+
+
+def _within(index: int, plan: Any) -> bool:
+    return 0 <= index < len(plan.values)

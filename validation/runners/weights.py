@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -65,4 +66,6 @@ def matrices_of(decoder: ShippedDecoder) -> list[str]:
 
 def energy_beyond(difference: Tensor, rank: int) -> float:
     """The energy of a matrix beyond what two updates of a rank, and one row, can make of it."""
+    if not difference.isfinite().all():
+        return math.inf
     return float(torch.linalg.svdvals(difference)[2 * rank + 1 :].square().sum())
