@@ -18,6 +18,7 @@ from caliport.android_harness.runners.job import Result, Turn
 from caliport.core.directories import file_hash
 from caliport.core.errors import InputError
 from caliport.core.files import TOKENIZER
+from caliport.core.tokenizers import open_file
 from caliport.export import runtime as runtimes
 from caliport.export.artifact import Artifact
 from caliport.validation.evaluation.evaluation import texts_of
@@ -137,12 +138,10 @@ def timed(
     Raises:
         InputError: See ``check_texts``.
     """
-    from tokenizers import Tokenizer
-
     artifact, seconds = candidate.artifact, setup.seconds
     new_tokens, threads = workload.new_tokens, workload.threads
     before, command, there = _brought(held, artifact, program)
-    tokenizer = Tokenizer.from_file(str(artifact.directory / TOKENIZER))
+    tokenizer = open_file(artifact.directory / TOKENIZER)
     turns, loads = [], []
     started = time.monotonic()
     for length in setup.lengths:

@@ -10,6 +10,7 @@ import time
 
 from caliport.core.errors import InputError
 from caliport.core.files import TOKENIZER
+from caliport.core.tokenizers import open_file
 from caliport.export.artifact import Artifact
 from caliport.validation.evaluation.evaluation import Answers, Evaluation, asked_of, runner_answers
 from caliport.validation.evaluation.measures import NotFinite, compare
@@ -146,13 +147,7 @@ def _tokenizer_gates(artifact: Artifact, evaluation: Evaluation) -> list[Gate]:
     path = artifact.directory / TOKENIZER
     if not path.is_file():
         return []
-    from tokenizers import Tokenizer
-
-    try:
-        theirs = Tokenizer.from_file(str(path))
-    except Exception as error:
-        line = " ".join(str(error).split())[:200]
-        raise InputError(f"{path}: not a tokenizer ({line})") from None
+    theirs = open_file(path)
     differ = sum(
         theirs.encode(text, add_special_tokens=False).ids
         != evaluation.tokenizer.encode(text, add_special_tokens=False)

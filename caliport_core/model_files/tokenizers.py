@@ -28,6 +28,7 @@ from caliport.core.untrusted import (
 )
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
 _CONFIG = "tokenizer_config.json"
@@ -75,6 +76,20 @@ def open_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         raise
     except Exception as error:
         raise InputError(f"{path}: not loadable as a tokenizer ({one_line(error)})") from error
+
+
+def open_file(file: Path) -> Tokenizer:
+    """A ``tokenizer.json`` as the tokenizers library reads it, for what needs no transformers.
+
+    Raises:
+        InputError: As ``open_tokenizer``.
+    """
+    from tokenizers import Tokenizer
+
+    check_regular(file, TOKENIZER_BYTES, file.parent)
+    try_tokenizer(file)
+    with no_panic(file):
+        return Tokenizer.from_file(str(file))
 
 
 def check_tokenizer_files(directory: Path) -> None:

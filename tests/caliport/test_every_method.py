@@ -10,6 +10,8 @@ import torch
 
 from caliport.calibrate import LowRankUpdate, read_peft
 from caliport.core.directories import read_manifest
+from caliport.core.prompts import recorded_prompt
+from caliport.data.pocket import PROMPTS
 from tests.forking import forked
 
 RECIPE = """
@@ -103,6 +105,16 @@ def test_flix_is_the_sum_of_its_features(run: Path) -> None:
         torch.testing.assert_close(update.delta(module), wanted, rtol=1e-4, atol=1e-6)
     rank = {update_of(run, "summarize_es", "mixture").rank(m) for m in update.modules}
     assert rank == {4}, "the most that FLix has active at once in training"
+
+
+@pytest.mark.slow
+def test_every_adapter_records_its_prompt(run: Path) -> None:
+    for composition in ("summarize_es", "summarize_casual_es"):
+        composed = sorted((run / "composed" / composition).glob("[!.]*"))
+        assert len(composed) > 18
+        found = {recorded_prompt(path) for path in composed}
+        assert found == {PROMPTS[composition]}, "merges, shared, swept and FLix alike"
+    assert recorded_prompt(run / "adapters/tone_casual") == PROMPTS["tone_casual"]
 
 
 @pytest.mark.slow

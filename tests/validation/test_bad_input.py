@@ -263,7 +263,7 @@ def test_the_tokenizer_of_another_model(validate: Callable[..., Ended], unrecord
     (unrecorded / "tokenizer.json").write_text("{")
     code, said = validate(unrecorded, "--precision", "int4")
     assert code == 2
-    assert "tokenizer.json: not a tokenizer" in said
+    assert "tokenizer.json: not usable as a tokenizer" in said
 
 
 @pytest.mark.parametrize("content", ["", "\n  \n\n"], ids=["empty", "blank"])
