@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING
 
 from caliport.core.checkpoints import load_config
 from caliport.core.errors import InputError
+from caliport.core.files import CONFIG
 from caliport.core.machine import available_memory, free_disk
 from caliport.core.model_files.base_files import local, tensors_of
 from caliport.core.model_files.base_model import check_base
@@ -115,9 +116,11 @@ def needs(request: Request) -> Needs | None:
     base, how, context = request.base, request.quantization, request.context
     costs = runtimes.get(request.runtime).costs
     directory = local(base)
+    if directory is None or not (directory / CONFIG).is_file():
+        return None
     check_base(base)
-    read = {} if directory is None else tensors_of(directory)
-    if directory is None or not read:
+    read = tensors_of(directory)
+    if not read:
         return None
     whole = empty(load_config(directory)[0], buffers=False)
     forms = plan(whole, how.precision, how.int8_layers, how.embedding_bits)

@@ -21,6 +21,7 @@ from caliport.core.untrusted import mapping, read_object, shown
 INDEX_BYTES = 64 * 2**20
 """Most bytes of an index of weights; that of 100,000 tensors has some 10 MB."""
 _MOST_FILES = 4096
+_LONGEST_NAME = 200
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 # Tables that older releases saved with the weights; transformers computes them anew.
@@ -147,6 +148,7 @@ def weight_files(directory: Path) -> list[Path]:
             not isinstance(name, str)
             or not name.endswith(".safetensors")
             or name != os.path.basename(name)
+            or len(name) > _LONGEST_NAME
         ):
             raise InputError(
                 f"{index}: weight_map names {shown(name)}, expected a .safetensors file beside it"

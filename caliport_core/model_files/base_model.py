@@ -122,8 +122,8 @@ def _check(directory: Path, state: tuple[object, ...]) -> None:
         ) from error
     if config.is_encoder_decoder:  # it also loads as a causal one, with some random weights
         raise InputError(
-            f"{directory}: a sequence-to-sequence model (is_encoder_decoder), expected a causal "
-            "language model, a decoder alone"
+            f"{directory}: a sequence-to-sequence model, expected a causal language model, a "
+            "decoder alone (is_encoder_decoder)"
         )
     for name in (CONFIG, GENERATION_CONFIG):
         if (directory / name).is_file():  # the size of the vocabulary may be the model's default

@@ -239,7 +239,7 @@ def with_index(base: Path, weight_map: object) -> None:
         ({EMBEDDING: 5}, "weight_map names 5"),
         ({EMBEDDING: None}, "weight_map names None"),
         ({EMBEDDING: "gone.safetensors"}, "gone.safetensors: no such file"),
-        ({EMBEDDING: f"{'x' * 5000}.safetensors"}, "no such file"),
+        ({EMBEDDING: f"{'x' * 5000}.safetensors"}, "names 'xxxx"),
         ({EMBEDDING: "pytorch_model.bin"}, "names 'pytorch_model.bin', expected a"),
         ({EMBEDDING: "one.safetensors", "a": "two.safetensors"}, "expected each tensor once"),
         ({}, "names 0 files"),
@@ -444,10 +444,11 @@ def on_the_head(base: Path, out: Path) -> Path:
 
 
 def check_logits(found: Any, model: Any, prompt: list[int]) -> None:
+    """Equal but for activations that round to a neighbor; a head without its update is far off."""
     with torch.no_grad():
         wanted = model(torch.tensor([prompt])).logits[0, -1]
-    near = 1e-3 * float(wanted.abs().max())
-    torch.testing.assert_close(torch.tensor(found), wanted, rtol=1e-3, atol=near)
+    near = 1e-2 * float(wanted.abs().max())
+    torch.testing.assert_close(torch.tensor(found), wanted, rtol=0, atol=near)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int4"])
