@@ -31,8 +31,8 @@ from tests.fuzz.seeds import BOTH
 
 MEMORY = 2_500_000_000
 """Most bytes in memory at any moment, the libraries' half a gigabyte included."""
-CPU_SECONDS = 30
-WALL_SECONDS = 90  # as a busy machine gives a command its seconds slowly
+CPU_SECONDS = 15
+WALL_SECONDS = 60  # as a busy machine gives a command its seconds slowly
 _SPARE = 8 * 2**30  # of address space; a command that takes more is stopped
 _LINE = 2100
 _MORE = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
