@@ -162,7 +162,8 @@ def verdict(
             return f"a line of {len(lines[0])}"
         if "internal error" in lines[0]:
             return lines[0][:300]
-        return f"left or changed {', '.join(changed)[:200]}" if changed else None
+        left = [name for name in changed if not _of_stage(name)]
+        return f"left or changed {', '.join(left)[:200]}" if left else None
     if ended.code not in (0, *([1] if asked.fails else ())):
         return f"exit {ended.code}: {last(ended.errors)}"
     outside = [name for name in changed if not _below(name, asked.writes)]
@@ -179,6 +180,11 @@ _STOPPED = ("SIGKILL", "SIGXCPU")
 def _said(line: str) -> bool:
     """Whether a line is of the stages of a run before the one that ended."""
     return not line.strip() or line.endswith((": done", ": up to date, skipped"))
+
+
+def _of_stage(name: str) -> bool:
+    """Whether a path is of a run's stage that was done before another one ended the run."""
+    return name.startswith("work/runs") and ".partial" not in name
 
 
 def last(text: str) -> str:
