@@ -3,6 +3,7 @@
 # make test    lint, type checks, layer checks and all tests; the tests that use adb daemons need
 #              root on Debian, and make test ANDROID=no skips them
 # make test-benchmarks   run the bundle benchmark at tiny scale; takes some minutes
+# make fuzz    thousands of bad inputs to every command; CASES and SEED say how many and which
 # make test-arm64   test the ONNX runner on an emulated ARM64 machine; needs root on Debian
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 # pip prefers a CPU build of this torch if PIP_FIND_LINKS or PIP_EXTRA_INDEX_URL offers one;
@@ -11,7 +12,10 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 ANDROID ?= yes
 
-.PHONY: setup demo test android test-arm64 test-benchmarks lint clean
+CASES ?= 3000
+SEED ?= 0
+
+.PHONY: setup demo test fuzz android test-arm64 test-benchmarks lint clean
 
 setup: .venv/ready
 
@@ -43,6 +47,10 @@ test: lint android
 
 test-benchmarks: setup
 	$(BIN)/pytest -m benchmark
+
+# Says of each bad case how to try it alone; build/fuzz/bad.json lists them.
+fuzz: setup
+	$(BIN)/python -m tests.fuzz --cases $(CASES) --seed $(SEED)
 
 # Runs on an ARM64 machine emulated by QEMU. Missing Debian packages are installed first.
 ARM64 := qemu-system-arm g++-aarch64-linux-gnu cpio

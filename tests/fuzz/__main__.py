@@ -43,9 +43,11 @@ def main() -> int:
     if len(names) == 1:
         return _show(names[0])
     start, tried, bad = time.monotonic(), Counter[str](), []
+    slowest: list[tuple[float, str]] = []
     with ProcessPoolExecutor(given.processes) as pool:
         for count, (name, what, arguments, reason, seconds) in enumerate(pool.map(_one, names), 1):
             tried[name.partition(":")[0]] += 1
+            slowest = sorted([*slowest, (seconds, name)])[-5:]
             if reason is not None:
                 bad.append({"case": name, "bad": reason, "what": what, "arguments": arguments})
                 print(f"{name}: {reason}\n    {what}\n    {' '.join(arguments)[:200]}", flush=True)
@@ -55,6 +57,7 @@ def main() -> int:
     by_kind = Counter(str(one["case"]).partition(":")[0] for one in bad)
     for kind, count in tried.items():
         print(f"{kind:10} {count:6} cases {by_kind[kind]:6} bad")
+    print("slowest:", ", ".join(f"{name} {seconds:.0f} s" for seconds, name in slowest))
     (BUILD / "bad.json").write_text(json.dumps(bad, indent=1))
     return 1 if bad else 0
 
