@@ -20,6 +20,7 @@ from caliport.core.directories import MANIFEST, read_manifest
 from caliport.core.errors import InputError
 from caliport.export.api import add_composition
 from caliport.export.artifact import Artifact
+from caliport.validation.gates.packaging import packaging_gates
 from caliport.validation.runners.open import open_runner, stock_generate
 from tests.exports import to_onnx_bundle
 from tests.faults.making import agree
@@ -269,3 +270,64 @@ def test_nothing_is_added_to_a_bundle_whose_weights_were_cut(
         add_composition(copy, "more", adapter_dirs[1])
     assert {path.name: path.read_bytes() for path in copy.iterdir()} == before
     assert read_manifest(copy)["bundle"]["compositions"].keys() == {"sum"}
+
+
+TOKENIZER, GENERATION = "tokenizer.json", "generation_config.json"
+
+
+@pytest.mark.parametrize(
+    ("file", "path", "value", "gate", "says"),
+    [
+        (TOKENIZER, "normalizer", {"type": "Lowercase"}, "tokenizer", "tokenizer.json: normalizer"),
+        (TOKENIZER, "decoder", {"type": "Fuse"}, "tokenizer", "tokenizer.json: decoder"),
+        (
+            TOKENIZER,
+            "truncation",
+            {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0},
+            "tokenizer",
+            "tokenizer.json: truncation",
+        ),
+        ("tokenizer_config.json", "model_max_length", 4, "tokenizer", "model_max_length"),
+        (GENERATION, "temperature", 9.5, "settings", "generation_config.json: temperature"),
+        (GENERATION, "do_sample", True, "settings", "generation_config.json: do_sample"),
+        (GENERATION, "eos_token_id", [7], "ends", "a text ends at [7], the base's at"),
+        (GENERATION, "eos_token_id", "</s>", "ends", "a text ends at ['</s>']"),
+        (CONFIG, "model/eos_token_id", [7], "ends", "a text ends at [7], the base's at"),
+        (CONFIG, "model/context_length", 64, "settings", "model.context_length"),
+        (CONFIG, "model/vocab_size", 400, "settings", "model.vocab_size"),
+        (CONFIG, "model/bos_token_id", 9, "settings", "model.bos_token_id"),
+        (CONFIG, "search/do_sample", True, "settings", "search.do_sample"),
+        (CONFIG, "search/top_k", 3, "settings", "search.top_k"),
+        (MANIFEST, "context", 64, "settings", "model.context_length"),
+        (MANIFEST, "context", 4096, "settings", "manifest.json: context"),
+        (MANIFEST, "base/vocab_size", 400, "settings", "manifest.json: base.vocab_size"),
+        (MANIFEST, "base/layers", 9, "settings", "manifest.json: base.layers"),
+    ],
+)
+def test_files_beside_the_program_that_are_not_the_bases(
+    copy: Path, base_dir: Path, file: str, path: str, value: object, gate: str, says: str
+) -> None:
+    """No logit shows them, and the manifest agrees with them."""
+    edit(copy / file, path, value)
+    agree(copy, None)
+    failed = {g.name: g.reason for g in packaging_gates(Artifact.read(copy), base_dir)}
+    passed = {g.name for g in packaging_gates(Artifact.read(copy), base_dir) if g.passed}
+    assert failed.keys() - passed == {gate}
+    assert says in failed[gate]
+
+
+@pytest.mark.parametrize(("file", "gate"), [(TOKENIZER, "tokenizer"), (GENERATION, "settings")])
+def test_files_beside_the_program_that_cannot_be_read(
+    copy: Path, base_dir: Path, file: str, gate: str
+) -> None:
+    (copy / file).write_text("[" * 5000)
+    agree(copy, None)
+    (found,) = packaging_gates(Artifact.read(copy), base_dir)
+    assert (found.name, found.passed) == (gate, False)
+    assert "\n" not in found.reason
+
+
+def test_files_beside_a_sound_program(onnx_dir: Path, bundle_dir: Path, base_dir: Path) -> None:
+    for directory in (onnx_dir, bundle_dir):
+        gates = packaging_gates(Artifact.read(directory), base_dir)
+        assert [gate.reason for gate in gates if not gate.passed] == []

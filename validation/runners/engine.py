@@ -16,6 +16,8 @@ from caliport.export.runtime import Rounding
 from caliport.validation.runners.runner import Runner
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
     from caliport.export.decoder.shipped import ShippedDecoder
     from caliport.validation.runners.weights import StoredWeight
 
@@ -103,6 +105,20 @@ class Engine(Protocol):
 
     def ends(self, artifact: Artifact) -> list[int]:
         """Token ids at which the stock runner ends a text, read from the artifact's files."""
+        ...
+
+    def differing_settings(
+        self, artifact: Artifact, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    ) -> list[str]:
+        """Names of settings in the runtime's own files that are not what the base gives.
+
+        Ends of a text (``ends``) and choices of a session, such as threads, are left out.
+
+        Args:
+            artifact: One of ours.
+            model: The base without its weights, with its generation settings.
+            tokenizer: The base's.
+        """
         ...
 
     def differing_weights(

@@ -28,6 +28,8 @@ from caliport.validation.runners.engine import Differing, Engine
 if TYPE_CHECKING:
     from types import ModuleType
 
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
     from caliport.export.decoder.shipped import ShippedDecoder
 
 NAME = "executorch"
@@ -367,6 +369,21 @@ class ExecuTorchEngine:
         from caliport.validation.runners.program import Program
 
         return Program(program_in(artifact.directory)).constant_method("get_eos_ids")
+
+    def differing_settings(
+        self, artifact: Artifact, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    ) -> list[str]:
+        """The program's constant methods against those that the exporter gives the base."""
+        from caliport.export.executorch.lower import constant_methods
+        from caliport.validation.runners.program import Program
+
+        program = Program(program_in(artifact.directory))
+        expected = constant_methods(model, artifact.context or 0, [], tokenizer.bos_token_id)
+        return sorted(
+            name
+            for name, value in expected.items()
+            if name != "get_eos_ids" and program.constant_method(name) != [value]
+        )
 
     def differing_weights(
         self, artifact: Artifact, decoder: ShippedDecoder, ranks: Mapping[str, int]

@@ -27,6 +27,8 @@ from caliport.validation.runners.graph_files import check_graph, read_graph
 from caliport.validation.runners.runner import Runner
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
     from caliport.export.decoder.shipped import ShippedDecoder
 
 GENAI = "genai"
@@ -295,6 +297,15 @@ def _without_rounding(graph: Path) -> bytes:
     return bytes(model.SerializeToString())
 
 
+def _fields(config: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+    """Every field of a configuration by its name, such as ``model.decoder.head_size``."""
+    found: dict[str, Any] = {}
+    for name, value in config.items():
+        inner = isinstance(value, dict)
+        found |= _fields(value, f"{where}{name}.") if inner else {f"{where}{name}": value}
+    return found
+
+
 def _graph_of(artifact: Artifact) -> Path:
     config = read_config(artifact.directory)
     return artifact.directory / str(config["model"]["decoder"]["filename"])
@@ -350,6 +361,22 @@ class OnnxEngine:
         """``eos_token_id`` of ``genai_config.json``."""
         model = read_config(artifact.directory)["model"]
         return ends_of(model, artifact.directory / GENAI_CONFIG)
+
+    def differing_settings(
+        self, artifact: Artifact, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    ) -> list[str]:
+        """``genai_config.json`` against what the exporter writes for the base."""
+        from caliport.export.onnx.lower import genai_config
+
+        expected = _fields(genai_config(model, artifact.context or 0, tokenizer))
+        found = _fields(read_config(artifact.directory))
+        return [
+            name
+            for name in sorted(expected.keys() | found.keys())
+            if expected.get(name) != found.get(name)
+            and "session_options" not in name
+            and not name.endswith("eos_token_id")
+        ]
 
     def differing_weights(
         self, artifact: Artifact, decoder: ShippedDecoder, ranks: Mapping[str, int]

@@ -156,13 +156,14 @@ class Program:
         return found
 
     def constant_method(self, name: str) -> list[int]:
-        """The integers that a method without instructions gives; none without such a method."""
+        """What a method without instructions gives, true as 1; nothing without such a method."""
         for plan in self._program.execution_plan:
             if plan.name == name:
                 values = [plan.values[index].val for index in plan.outputs if _within(index, plan)]
-                found = [getattr(value, "int_val", None) for value in values]
+                found = [getattr(v, "bool_val", getattr(v, "int_val", None)) for v in values]
                 where = f"{self._path}: {name}"
-                return [int(number(each, where, 0, 2**31 - 1, whole=True)) for each in found]
+                whole = [int(each) if isinstance(each, bool) else each for each in found]
+                return [int(number(each, where, 0, 2**31 - 1, whole=True)) for each in whole]
         return []
 
     def matrices(self) -> list[np.ndarray]:

@@ -6,7 +6,6 @@ and follows any offset. Hashes in a manifest say only who wrote both.
 
 from __future__ import annotations
 
-import contextlib
 import signal
 import subprocess
 import sys
@@ -35,7 +34,7 @@ def try_program(program: Path) -> None:
     content = tuple(map(file_hash, files))
     if content in _sound or all(map(made_here, files)):
         return
-    command = [sys.executable, "-P", "-m", "caliport.validation.runners.trial", str(program)]
+    command = [sys.executable, "-P", "-m", "caliport.validation.runners.trial_child", str(program)]
     seconds = _SECONDS + program.stat().st_size // _BYTES_A_SECOND
     try:
         done = subprocess.run(
@@ -55,24 +54,3 @@ def try_program(program: Path) -> None:
         crash = signal.Signals(-done.returncode).name
         raise InputError(f"{program}: ExecuTorch crashed on it ({crash}); expected a sound program")
     _sound.add(content)
-
-
-def _try(program: Path) -> None:
-    """Do all that this process's parent will; errors are left for it to say."""
-    from caliport.validation.runners.executorch import ExecuTorchRunner, binding, generate
-
-    module = binding()._load_for_executorch(str(program))
-    for method in module.method_names():
-        with contextlib.suppress(Exception):
-            if module.method_meta(method).num_inputs() == 0:
-                module.run_method(method, [])
-                continue
-            runner = ExecuTorchRunner(program.parent, threads=1, method=method)
-            runner.prefill([0, 0, 0])
-            runner.step(0)
-    with contextlib.suppress(Exception):
-        generate(program.parent, "a", 1)
-
-
-if __name__ == "__main__":
-    _try(Path(sys.argv[1]))
