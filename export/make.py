@@ -88,7 +88,8 @@ def fill(
         "runtime": request.runtime,
         "precision": how.precision,
         "context": context,
-        "scheme": scheme(how.precision) | ({"cache": SCHEME} if how.cache_bits else {}),
+        "scheme": scheme(how.precision, runtime.rounding)
+        | ({"cache": SCHEME} if how.cache_bits else {}),
         "quantization": how.choices(),
         "sizes": sizes,
         "lowering": lowering,

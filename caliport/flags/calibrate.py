@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from caliport.core.errors import InputError
+from caliport.core.errors import InputError, printable
 from caliport.core.progress import console
 from caliport.core.prompts import PLAIN
 from caliport.recipe.methods import CORRECTED, MERGED, WEIGHTED, parse
@@ -65,9 +65,9 @@ def calibrate_one(
 def inputs_of(adapters: Sequence[Path], data: Path | None, prompt: str | None) -> CompositionInputs:
     """Adapters by their number, with examples if there is data, and their prompt if it is known."""
     source = None if data is None else Source(data, PLAIN if prompt is None else prompt)
-    return CompositionInputs(
-        {str(index): path for index, path in enumerate(adapters, start=1)}, source, prompt
-    )
+    numbered = {str(index): path for index, path in enumerate(adapters, start=1)}
+    names = tuple(printable(path.resolve().name, 100) for path in adapters)
+    return CompositionInputs(numbered, source, prompt, names)
 
 
 def features_one(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from caliport.core.directories import read_manifest
 from caliport.core.prompts import PROMPT
+from caliport.export.package.card import origin_of
 from caliport.recipe.methods import CORRECTED, MERGED, WEIGHTED, Method
 from caliport.stages.sources import Source
 from caliport.stages.stage import stage
@@ -34,11 +35,13 @@ class CompositionInputs:
         adapters: PEFT LoRA directories by task.
         examples: Examples with their prompt.
         prompt: The composition's prompt, for its manifest; default that of the examples.
+        names: What its manifest and cards call the adapters; default the tasks.
     """
 
     adapters: Mapping[str, Path]
     examples: Source | None = None
     prompt: str | None = None
+    names: tuple[str, ...] = ()
 
     @property
     def recorded(self) -> dict[str, str]:
@@ -99,6 +102,7 @@ def pick(out: Path, title: str, source: Path, below: str, prompt: str) -> None:
         copytree(source / below, partial, dirs_exist_ok=True)
         kept = read_manifest(source)
         extra |= {k: kept[k] for k in ("parameters", "curve", "sweep") if k in kept}
+        extra |= origin_of(kept, None if below == "." else below)
         extra |= {"earlier_seconds": seconds_of(kept), PROMPT: prompt}
 
     stage(out, "compose", title, {"source": source}, {"below": below, PROMPT: prompt}, build)
@@ -142,6 +146,8 @@ def _compose(
     def build(partial: Path, extra: dict[str, Any], resume: Path) -> None:
         from caliport.calibrate import write_peft
 
+        if _ONE in inputs and inputs[_ONE].names:
+            extra["composed_of"] = list(inputs[_ONE].names)
         composer = _Composer(inputs, settings, title)
         updates = composer.updates(extra, resume)
         if tune:

@@ -20,7 +20,7 @@ def at_best_rate(out: Path, title: str, rates: Sequence[float], make: Make) -> N
     """Make ``out`` at the one learning rate, or at the best of several.
 
     Each of several is a stage of its own; ``out`` is a copy of the one with the lowest held-out
-    loss, and its manifest lists all that were tried.
+    loss, and its manifest lists all that were tried, and what the one was made from.
     """
     if len(rates) == 1:
         make(out, title, rates[0], False)
@@ -35,6 +35,7 @@ def at_best_rate(out: Path, title: str, rates: Sequence[float], make: Make) -> N
         rate = min(losses, key=lambda r: losses[r])
         copytree(tried[rate], partial, dirs_exist_ok=True)
         extra |= {k: found[rate][k] for k in ("parameters", "curve", PROMPT) if k in found[rate]}
+        extra["chosen"] = {k: found[rate][k] for k in ("inputs", "settings") if k in found[rate]}
         extra["sweep"] = [{"learning_rate": r, "loss": loss} for r, loss in losses.items()]
         extra["learning_rate"] = rate
         extra["earlier_seconds"] = sum(map(seconds_of, found.values()))

@@ -61,12 +61,35 @@ def describe_adapter(directory: Path) -> dict[str, Any]:
         else [modules],
     }
     if (directory / MANIFEST).is_file():
-        manifest = read_manifest(directory)
-        method = (manifest.get("settings") or {}).get("method")
-        labels = [label.partition("adapter ")[2] for label in manifest.get("inputs") or {}]
-        facts |= {"method": method, "composed_of": sorted(filter(None, labels))}
+        facts |= {"method": None, "composed_of": []} | origin_of(read_manifest(directory))
     prompt = recorded_prompt(directory)
     return facts if prompt is None else facts | {PROMPT: prompt}
+
+
+def origin_of(manifest: Mapping[str, Any], composition: str | None = None) -> dict[str, Any]:
+    """By what ``method`` an adapter was made and what it was ``composed_of``, where known.
+
+    Args:
+        manifest: Of the adapter, or of a training for several compositions.
+        composition: Of several, the one whose parts are asked for.
+    """
+    chosen = manifest.get("chosen", manifest)  # of a sweep, the training that was kept
+    inputs, settings = (_object(_object(chosen).get(name)) for name in ("inputs", "settings"))
+    labels = [label.partition("adapter ") for label in inputs]
+    parts = manifest.get("composed_of") or sorted(
+        part for name, mark, part in labels if mark and composition in (None, name.strip())
+    )
+    method = manifest.get("method") or settings.get("method")
+    found: dict[str, Any] = {}
+    if isinstance(method, str):
+        found["method"] = method
+    if isinstance(parts, list) and parts and all(isinstance(part, str) for part in parts):
+        found["composed_of"] = parts
+    return found
+
+
+def _object(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def write_card(directory: Path, facts: Mapping[str, Any]) -> None:

@@ -1,7 +1,8 @@
 """Quantize a decoder's weights; the same integers ship to every runtime.
 
 Every quantized weight is symmetric: w ≈ q · scale, with no zero point. Linear layers also quantize
-their inputs at run time: 8 bits, asymmetric, one scale and zero point per token.
+their inputs at run time to 8 bits: asymmetric with one scale and zero point per token, or symmetric
+with one scale per block, as the runtime does.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from caliport.export.quantization.quantizers.registry import DEFAULTS, QUANTIZER
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from caliport.export.runtime import Rounding
 
 
 _INT4: torch.dtype = torch.int4  # type: ignore[attr-defined]  # not in torch 2.13's stubs
@@ -62,10 +65,14 @@ _SCHEMES: dict[str, dict[str, Any]] = {
 }
 
 
-def scheme(precision: str) -> dict[str, Any]:
+def scheme(precision: str, rounding: Rounding = "token") -> dict[str, Any]:
     """The scheme of ``precision``, for a manifest: bits, granularity, algorithm of each part.
 
     ``scale`` is the type that the scales are rounded to (in memory they are float32).
+
+    Args:
+        precision: One of ``PRECISIONS``.
+        rounding: How the runtime rounds the inputs of quantized products.
 
     Raises:
         InputError: Not one of ``PRECISIONS``.
@@ -75,6 +82,8 @@ def scheme(precision: str) -> dict[str, Any]:
     for part in found.values():
         if "algorithm" in part:
             part["algorithm"] = QUANTIZERS[DEFAULTS[part["bits"]]].algorithm
+    if rounding == "block" and found["activations"]["bits"] == 8:
+        found["activations"] |= {"granularity": "block", "symmetric": True}
     return found
 
 

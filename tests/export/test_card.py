@@ -14,9 +14,13 @@ from commands import ENVIRONMENT
 from huggingface_hub import ModelCard
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig
 
+from caliport.api import compose
 from caliport.core.directories import read_manifest
-from caliport.export.package.card import describe, write_card
+from caliport.core.outputs import new_directory
+from caliport.export.package.card import describe, describe_adapter, origin_of, write_card
 from caliport.export.package.generation import save_generation_config
+from caliport.stages.compose import pick
+from caliport.stages.sweep import at_best_rate
 from tests.exports import to_executorch_bundle, to_onnx_bundle
 
 RUNTIMES = ("onnx", "executorch")
@@ -149,3 +153,51 @@ def test_the_card_of_a_bundle_runs_a_composition(bundle: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
+
+
+def test_a_swept_adapter_says_how_it_was_made(adapter_dirs: list[Path], tmp_path: Path) -> None:
+    """And one that was picked from a training for several compositions."""
+
+    def make(place: Path, title: str, rate: float, tune: bool) -> None:
+        inputs = {"base": "0", "sum adapter a": "1", "sum adapter b": "2", "other adapter c": "3"}
+        with new_directory(place, "compose", inputs, {"method": "lc++"}) as (partial, extra):
+            for name in ("", "sum"):
+                shutil.copytree(adapter_dirs[0], partial / name, dirs_exist_ok=True)
+            extra["tuning_loss"] = rate
+
+    at_best_rate(tmp_path / "swept", "sum", (0.1, 0.2), make)
+    assert describe_adapter(tmp_path / "swept")["method"] == "lc++"
+    assert describe_adapter(tmp_path / "swept")["composed_of"] == ["a", "b", "c"]
+    pick(tmp_path / "picked", "sum", tmp_path / "swept", "sum")
+    assert describe_adapter(tmp_path / "picked")["method"] == "lc++"
+    assert describe_adapter(tmp_path / "picked")["composed_of"] == ["a", "b"]
+
+
+def test_a_composed_adapter_names_directories(
+    base_dir: Path, adapter_dirs: list[Path], tmp_path: Path
+) -> None:
+    compose(base_dir, adapter_dirs, tmp_path / "composed")
+    facts = describe_adapter(tmp_path / "composed")
+    assert facts["composed_of"] == ["task0", "task1"]
+    assert facts["method"] == "linear"
+
+
+def test_a_manifest_that_does_not_say_how_it_was_made() -> None:
+    for odd in (
+        {"settings": [3], "inputs": 3},
+        {"chosen": 3},
+        {"method": 3, "composed_of": [None]},
+        {},
+    ):
+        assert origin_of(odd) == {}
+
+
+def test_activations_are_as_the_runtime_rounds_them(artifact: Path) -> None:
+    found = read_manifest(artifact)["scheme"]["activations"]
+    card = (artifact / "README.md").read_text()
+    if artifact.name == "onnx":
+        assert (found["granularity"], found["symmetric"]) == ("block", True)
+        assert "8 bits per block, dynamic, symmetric" in card
+    else:
+        assert (found["granularity"], found["symmetric"]) == ("token", False)
+        assert "8 bits per token, dynamic, asymmetric" in card
