@@ -32,6 +32,26 @@ _OURS = re.compile(
 )
 
 
+def check_path(path: Path, expected: str = "a file or directory") -> None:
+    """Check that a path can be one: what is there is not looked at.
+
+    Raises:
+        InputError: It is too long or has control characters.
+    """
+    shown = printable(str(path), 200)
+    if any(character < " " or character == "\x7f" for character in str(path)):
+        raise InputError(f"{shown}: has a control character, expected the path of {expected}")
+    try:
+        names = [len(os.fsencode(part)) for part in path.parts]
+    except UnicodeEncodeError:
+        raise InputError(f"{shown}: is not text, expected the path of {expected}") from None
+    if max(names, default=0) > _LONGEST_NAME or sum(names) + len(names) > _LONGEST_PATH:
+        raise InputError(
+            f"{shown}: is too long, expected names of at most {_LONGEST_NAME} bytes and a path of "
+            f"{_LONGEST_PATH:,}"
+        )
+
+
 def check_place(out: Path, expected: str) -> None:
     """Check that something can be written at a path, whatever is there now.
 
@@ -40,21 +60,10 @@ def check_place(out: Path, expected: str) -> None:
         expected: What is to be there, for messages.
 
     Raises:
-        InputError: The path is too long or has control characters, is a link, or lies in something
-            that is not a directory.
+        InputError: See ``check_path``; or it is a link, or lies in something that is not a
+            directory.
     """
-    shown = printable(str(out), 200)
-    if any(character < " " or character == "\x7f" for character in str(out)):
-        raise InputError(f"{shown}: has a control character, expected the path of {expected}")
-    try:
-        names = [len(os.fsencode(part)) for part in out.parts]
-    except UnicodeEncodeError:
-        raise InputError(f"{shown}: is not text, expected the path of {expected}") from None
-    if max(names, default=0) > _LONGEST_NAME or sum(names) + len(names) > _LONGEST_PATH:
-        raise InputError(
-            f"{shown}: is too long, expected names of at most {_LONGEST_NAME} bytes and a path of "
-            f"{_LONGEST_PATH:,}"
-        )
+    check_path(out, expected)
     try:
         if out.is_symlink():
             raise InputError(f"{out}: is a link, expected {expected}")

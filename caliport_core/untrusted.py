@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import stat
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +22,8 @@ SETTINGS_BYTES = 4 * 2**20
 TOKENIZER_BYTES = 128 * 2**20
 """Most bytes of a tokenizer's file; the largest in use have some 35 MB."""
 _DEPTH = 64
+_NAME = re.compile(r"\w[\w-]*")
+_LONGEST_NAME = 100  # bytes; a file system's 255, less what temporary names and endings add
 
 
 def check_inside(path: Path, root: Path) -> None:
@@ -200,6 +203,23 @@ def number(
 
 def _bound(value: float) -> str:
     return str(value) if isinstance(value, int) and abs(value) < 10**9 else f"{value:g}"
+
+
+def check_name(name: str, what: str) -> None:
+    """Check a name that becomes part of a file's or a module's name.
+
+    Args:
+        name: Such as a task's.
+        what: What it names, for the message.
+
+    Raises:
+        InputError: Other characters than letters, digits, ``-`` and ``_``, or too long.
+    """
+    if _NAME.fullmatch(name) is None or len(name.encode()) > _LONGEST_NAME:
+        raise InputError(
+            f"{what} {shown(name)}: expected a name of letters, digits, - and _, of at most "
+            f"{_LONGEST_NAME} bytes"
+        )
 
 
 def mapping(value: object, where: str) -> Mapping[str, Any]:

@@ -23,6 +23,7 @@ from caliport.calibrate.training.batches import Encoded
 from caliport.calibrate.training.loop import TrainRun, fit
 from caliport.calibrate.training.lora import COMPONENTS
 from caliport.core.errors import InputError
+from caliport.core.untrusted import check_name
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,11 @@ class FeatureSettings:
     scale: float = 2.0
     dropout: float = 0.1
     target_modules: tuple[str, ...] = COMPONENTS
+
+    def __post_init__(self) -> None:
+        """Check the names: each becomes a directory; ``InputError`` for one that cannot."""
+        for name in self.ranks:
+            check_name(name, "the feature")
 
 
 @dataclass(frozen=True)

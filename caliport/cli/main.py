@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import logging
+import os
+import select
+import stat
 import sys
 import warnings
 from collections.abc import Callable
@@ -12,10 +16,14 @@ from caliport.cli.app import app
 from caliport.core.errors import InputError, one_line
 
 _INTERRUPTED = 130
+_PIPE_CLOSED = 141  # what a shell says of a program that SIGPIPE ended
 
 
 def main() -> None:
     """Run the command line; invalid input ends in a one-line message."""
+    for stream in (sys.stdout, sys.stderr):  # an ASCII terminal gets ? for what it cannot show
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     debug = "--debug" in sys.argv
     goes_on = "calibrate" in sys.argv or any(a.endswith((".yaml", ".yml")) for a in sys.argv)
     sys.exit(guarded(lambda: app(standalone_mode=False), "caliport --help", debug, goes_on))
@@ -33,14 +41,21 @@ def guarded(call: Callable[[], Any], usage: str, debug: bool, goes_on: bool = Fa
     if not debug:  # libraries log deprecations in each other and optional parts that are missing
         logging.disable(logging.WARNING)
         warnings.simplefilter("ignore")
+    piped = _is_pipe()
     try:
         code = call()
+        if sys.stdout is not None:
+            sys.stdout.flush()  # or a closed pipe would be found when Python ends
     except InputError as error:
         code = _fail(str(error), 2)
     except KeyboardInterrupt:
         code = _INTERRUPTED
-    except Exception as error:
-        if debug:
+    except BaseException as error:  # a panic of a library in Rust is no Exception
+        # rich and typer turn a closed pipe into exit code 1, which says that a gate failed
+        if piped and _reader_is_gone() and isinstance(error, BrokenPipeError | SystemExit):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            return _PIPE_CLOSED
+        if debug or isinstance(error, SystemExit):
             raise
         shown = getattr(error, "format_message", None)  # only click's errors have it
         if shown is not None:
@@ -53,6 +68,22 @@ def guarded(call: Callable[[], Any], usage: str, debug: bool, goes_on: bool = Fa
     if code == _INTERRUPTED:  # typer turns Ctrl-C into this code without a message
         _fail(f"interrupted{'; run the same command again to resume' * goes_on}", code)
     return code if isinstance(code, int) else 0
+
+
+def _is_pipe() -> bool:
+    try:
+        return stat.S_ISFIFO(os.fstat(1).st_mode)
+    except OSError:
+        return False
+
+
+def _reader_is_gone() -> bool:
+    """Whether standard output, a pipe at first, has no reader any more, or rich replaced it."""
+    if not _is_pipe():
+        return True
+    state = select.poll()
+    state.register(1, 0)
+    return any(events & select.POLLERR for _, events in state.poll(0))
 
 
 def _fail(message: str, code: int) -> int:

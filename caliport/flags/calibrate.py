@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from caliport.core import bounds
 from caliport.core.errors import InputError, printable
 from caliport.core.progress import console
 from caliport.core.prompts import PLAIN
+from caliport.core.untrusted import check_name, number, shown
 from caliport.recipe.methods import CORRECTED, MERGED, WEIGHTED, parse
 from caliport.stages.compose import ComposeSettings, CompositionInputs, compose_to
 from caliport.stages.sources import Source
@@ -97,11 +100,10 @@ def features_one(
     found = {}
     for text in ranks:
         name, _, rank = text.partition("=")
-        if not name.replace("_", "").replace("-", "").isalnum() or not rank.isdecimal():
-            raise InputError(f"--rank {text}: expected NAME=RANK, such as de=8")
-        if int(rank) < 1:
-            raise InputError(f"--rank {text}: expected a rank of at least 1")
-        found[name] = int(rank)
+        if re.fullmatch(r"[0-9]{1,9}", rank) is None:
+            raise InputError(f"--rank {shown(text)}: expected NAME=RANK, such as de=8")
+        check_name(name, "--rank: the feature")
+        found[name] = int(number(int(rank), f"--rank: {name}", 1, bounds.RANK, whole=True))
     features_to(
         out,
         f"FLix: {', '.join(found)}",

@@ -7,11 +7,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from caliport.core.errors import InputError
+from caliport.core.places import check_path
+from caliport.core.untrusted import read_text, shown
 from caliport.recipe.schema import Recipe
+from caliport.recipe.yaml_file import parse_yaml
+
+_BYTES = 1 << 18  # the largest recipe of ours has 4 kB
+_PARENTS = 8
 
 
 def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -24,16 +29,10 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         InputError: One line that names the field, what was found and what was expected.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such recipe; create one with `caliport init`") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not readable as UTF-8 text ({error})") from None
-    try:
-        content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise InputError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    check_path(path, "a recipe")
+    if not path.exists():
+        raise InputError(f"{path}: no such recipe; create one with `caliport init`")
+    content = parse_yaml(read_text(path, _BYTES), path)
     if not isinstance(content, dict):
         raise InputError(f"{path}: found {type(content).__name__}, expected fields and values")
     for override in overrides:
@@ -49,6 +48,8 @@ def _override(content: dict[str, Any], override: str) -> None:
     if not equals or not field:
         raise InputError(f"--set {override}: expected FIELD=VALUE, such as lora.rank=16")
     *parents, last = field.split(".")
+    if len(parents) > _PARENTS:
+        raise InputError(f"--set {override}: expected a field of at most {_PARENTS + 1} parts")
     place = content
     for parent in parents:
         if place.get(parent) is None:
@@ -56,10 +57,7 @@ def _override(content: dict[str, Any], override: str) -> None:
         place = place[parent]
         if not isinstance(place, dict):
             raise InputError(f"--set {override}: {parent} has no subfields")
-    try:
-        place[last] = yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise InputError(f"--set {override}: {value!r} is not a YAML value") from None
+    place[last] = parse_yaml(value, f"--set {field}")
 
 
 def _first(error: ValidationError) -> str:
@@ -77,7 +75,7 @@ def _first(error: ValidationError) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error":
         return message if field == "recipe" else f"{field}: {message}"
-    return f"{field}: found {problem['input']!r}, {message[0].lower()}{message[1:]}"
+    return f"{field}: found {shown(problem['input'])}, {message[0].lower()}{message[1:]}"
 
 
 def _fields(location: tuple[int | str, ...]) -> list[str]:

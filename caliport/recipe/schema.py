@@ -6,66 +6,44 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    PositiveFloat,
-    model_validator,
-)
+from pydantic import Field, model_validator
 
+from caliport.core import bounds
 from caliport.core.errors import InputError
-from caliport.core.prompts import check_prompt
 from caliport.export.runtime import get, names
-from caliport.recipe.methods import CORRECTED, MERGED, Method, parse
+from caliport.recipe.fields import (
+    Count,
+    Layers,
+    Limit,
+    MergeName,
+    MethodName,
+    Metric,
+    Part,
+    Place,
+    Precision,
+    PromptTemplate,
+    Rank,
+    Rate,
+    Real,
+    Runtime,
+    Tokens,
+    Whole,
+    Width,
+    checked_name,
+)
+from caliport.recipe.methods import CORRECTED, Method, parse
 from caliport.validation.baseline.regression import RegressionLimits
 
 
-def _runtime(name: str) -> str:
-    if name not in names():
-        raise ValueError(f"expected one of {', '.join(names())}")
-    return name
-
-
-Runtime = Annotated[str, AfterValidator(_runtime)]
-Precision = Literal["fp32", "int8", "int4"]
-
-
-def _merge(name: str) -> str:
-    if name not in MERGED:
-        raise ValueError(f"expected one of {', '.join(MERGED)}")
-    return name
-
-
-MergeName = Annotated[str, AfterValidator(_merge)]
-MethodName = Annotated[str, AfterValidator(lambda name: parse(name).name)]
-Metric = Literal["rougeL", "chrf", "weighted_rouge"]
-
-
-def _template(text: str) -> str:
-    try:
-        return check_prompt(text, "prompt")
-    except InputError as error:
-        raise ValueError(str(error)) from None
-
-
-PromptTemplate = Annotated[str, AfterValidator(_template)]
-
-
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
-
-
-class TaskFiles(_Part):
+class TaskFiles(Part):
     """A task's examples, JSON Lines with ``input`` and ``output``, and its prompt template."""
 
-    train: Path
-    validation: Path
+    train: Place
+    validation: Place
     prompt: PromptTemplate
 
 
-class Paper(_Part):
+class Paper(Part):
     """The paper's data sets and models: see ``caliport.data.paper`` and docs/paper_benchmark.md.
 
     Attributes:
@@ -77,26 +55,28 @@ class Paper(_Part):
         compositional: Maximum training examples of a composition, each rewritten by a model.
     """
 
-    dialogsum: Path = Path("dialogsum")
-    persona_chat: Path = Path("persona_chat")
-    ted: Path = Path("ted")
-    sound_natural: Path = Path("sound_natural")
-    translation: dict[Annotated[str, Field(pattern="^(es|fr|de)$")], str] = {}
+    dialogsum: Place = Path("dialogsum")
+    persona_chat: Place = Path("persona_chat")
+    ted: Place = Path("ted")
+    sound_natural: Place = Path("sound_natural")
+    translation: dict[Annotated[str, Field(pattern="^(es|fr|de)$")], str] = Field(
+        default_factory=dict
+    )
     tone: str | None = None
-    cache: Path = Path("runs/paper-rewritten.jsonl")
+    cache: Place = Path("runs/paper-rewritten.jsonl")
     split: Literal["validation", "test"] = "test"
-    compositional: int = Field(10_000, gt=0)
+    compositional: Count = 10_000
 
 
-class Data(_Part):
+class Data(Part):
     """The source of the examples, and how many of each task are used."""
 
     source: Literal["pocket", "multi30k", "paper", "files"]
-    directory: Path | None = None
-    files: dict[str, TaskFiles] = {}
+    directory: Place | None = None
+    files: dict[str, TaskFiles] = Field(default_factory=dict)
     paper: Paper | None = None
-    train: int | None = Field(None, gt=0)
-    validation: int | None = Field(None, gt=0)
+    train: Count | None = None
+    validation: Count | None = None
     too_long: Literal["refuse", "leave-out"] = "refuse"
 
     @model_validator(mode="after")
@@ -110,18 +90,18 @@ class Data(_Part):
         return self
 
 
-class Train(_Part):
+class Train(Part):
     """Settings of one training: see ``caliport.calibrate.training.loop.TrainSettings``.
 
     If there are several learning rates, each is tried and the one with the lowest loss on
     ``calibration.tuning`` examples is kept.
     """
 
-    steps: int = Field(gt=0)
-    batch_size: int = Field(32, gt=0)
-    learning_rate: PositiveFloat | tuple[PositiveFloat, ...] = 5e-4
+    steps: Count
+    batch_size: Count = 32
+    learning_rate: Rate | Annotated[tuple[Rate, ...], Field(min_length=1, max_length=100)] = 5e-4
     schedule: Literal["constant_with_warmup", "linear", "cosine"] = "cosine"
-    warmup: float = Field(0.05, ge=0, le=1)
+    warmup: Real = Field(0.05, ge=0, le=1)
     prompt_loss: bool = False
 
     @property
@@ -131,19 +111,19 @@ class Train(_Part):
         return rate if isinstance(rate, tuple) else (rate,)
 
 
-class Shape(_Part):
+class Shape(Part):
     """A base trained from scratch: see ``caliport.calibrate.training.small_base.BaseShape``."""
 
-    vocab_size: int = Field(2048, ge=300)
-    hidden_size: int = Field(256, gt=0)
-    intermediate_size: int = Field(704, gt=0)
-    layers: int = Field(4, gt=0)
-    heads: int = Field(4, gt=0)
-    key_value_heads: int = Field(2, gt=0)
-    context: int = Field(256, gt=0)
+    vocab_size: Whole = Field(2048, ge=300, le=1_000_000)
+    hidden_size: Width = 256
+    intermediate_size: Width = 704
+    layers: Layers = 4
+    heads: Layers = 4
+    key_value_heads: Layers = 2
+    context: Tokens = 256
 
 
-class Base(_Part):
+class Base(Part):
     """The base model: a checkpoint's ``path``, or ``train`` and ``shape`` to train one."""
 
     path: str | None = None
@@ -159,12 +139,12 @@ class Base(_Part):
         return self
 
 
-class Lora(_Part):
+class Lora(Part):
     """Shape and training of the single-task adapters that the recipe trains."""
 
-    rank: int = Field(8, gt=0)
-    alpha: float = Field(16, gt=0)
-    dropout: float = Field(0.05, ge=0, lt=1)
+    rank: Rank = 8
+    alpha: Real = Field(16, gt=0, le=1e6)
+    dropout: Real = Field(0.05, ge=0, lt=1)
     target_modules: tuple[str, ...] = (
         "q_proj",
         "k_proj",
@@ -177,13 +157,13 @@ class Lora(_Part):
     train: Train | None = None
 
 
-class Calibration(_Part):
+class Calibration(Part):
     """How the corrections and the joint expert are trained on compositional examples."""
 
-    examples: int = Field(10_000, gt=0)
-    tuning: int = Field(0, ge=0)
+    examples: Count = 10_000
+    tuning: Whole = Field(0, ge=0, le=bounds.COUNT)
     merge: MergeName = "linear"
-    density: float = Field(0.5, gt=0, le=1)
+    density: Real = Field(0.5, gt=0, le=1)
     methods: tuple[MethodName, ...] = (
         "zero-shot",
         "lora",
@@ -198,7 +178,7 @@ class Calibration(_Part):
     lcpp: Train = Field(Train(steps=300, learning_rate=5e-3), alias="lc++")
     scales: Train = Train(steps=300, learning_rate=5e-3)
     joint: Train = Train(steps=300, learning_rate=1e-3)
-    overrides: dict[MethodName, Train] = {}
+    overrides: dict[MethodName, Train] = Field(default_factory=dict)
 
     def training(self, method: Method) -> Train:
         """How a method is trained: its entry in ``overrides``, or else its kind's field.
@@ -210,7 +190,7 @@ class Calibration(_Part):
         return self.overrides.get(method.name) or kinds.get(method.kind, default)
 
 
-class Flix(_Part):
+class Flix(Part):
     """FLix, and one LoRA on the same mixture with the rank of the active features.
 
     Attributes:
@@ -223,16 +203,18 @@ class Flix(_Part):
             prompt.
     """
 
-    ranks: dict[str, Annotated[int, Field(gt=0)]]
+    ranks: dict[str, Rank]
     features: dict[str, tuple[str, ...]]
     train_on: tuple[str, ...]
-    dropout: float = Field(0.1, ge=0, lt=1)
+    dropout: Real = Field(0.1, ge=0, lt=1)
     prompt: PromptTemplate | None = None
     train: Train
     mixture: Train | None = None
 
     @model_validator(mode="after")
     def _names_fit(self) -> Flix:
+        for feature in self.ranks:
+            checked_name(feature, "the feature")
         for task, features in self.features.items():
             for feature in features:
                 if feature not in self.ranks:
@@ -252,7 +234,7 @@ class Flix(_Part):
         return max(sum(self.ranks[f] for f in self.features[t]) for t in self.train_on)
 
 
-class Judge(_Part):
+class Judge(Part):
     """The model that judges answers: ``endpoint`` (OpenAI-compatible) and ``model``, or ``path``.
 
     ``key_variable`` is the environment variable with the endpoint's key; see
@@ -262,8 +244,8 @@ class Judge(_Part):
     endpoint: str | None = None
     model: str | None = None
     key_variable: str | None = None
-    timeout: float = Field(60, gt=0)
-    tries: int = Field(5, gt=0)
+    timeout: Real = Field(60, gt=0, le=bounds.SECONDS)
+    tries: Whole = Field(5, gt=0, le=100)
     path: str | None = None
 
     @model_validator(mode="after")
@@ -275,7 +257,7 @@ class Judge(_Part):
         return self
 
 
-class Evaluation(_Part):
+class Evaluation(Part):
     """How methods are scored on the validation split.
 
     ``quantized`` lists methods that are also scored with quantized weights, folded (``int4``) or
@@ -285,15 +267,15 @@ class Evaluation(_Part):
 
     quantized: dict[
         Literal["int8", "int4", "int8-bundle", "int4-bundle"], tuple[MethodName, ...]
-    ] = {}
+    ] = Field(default_factory=dict)
     judge: Judge | None = None
-    examples: int | None = Field(None, gt=0)
-    max_new_tokens: int = Field(48, gt=0)
-    batch_size: int = Field(64, gt=0)
+    examples: Count | None = None
+    max_new_tokens: Tokens = 48
+    batch_size: Count = 64
     metric: Metric = "rougeL"
 
 
-class Export(_Part):
+class Export(Part):
     """What is exported: every runtime in every precision.
 
     ``ship`` is ``fold`` for one artifact per composition, ``bundle`` for one artifact with all.
@@ -305,13 +287,13 @@ class Export(_Part):
     ship: tuple[Literal["fold", "bundle"], ...] = Field(("fold",), min_length=1)
     runtimes: tuple[Runtime, ...] = names()
     precisions: tuple[Precision, ...] = ("fp32", "int8", "int4")
-    context: int | None = Field(None, gt=0)
+    context: Tokens | None = None
     int8_layers: tuple[str, ...] = ()
     embedding_bits: Literal[4, 8] | None = None
     cache_bits: Literal[8] | None = None
 
 
-class Validation(_Part):
+class Validation(Part):
     """How artifacts are checked: see ``caliport.validation.gates.limits`` for the limits.
 
     ``runner`` runs the ONNX artifacts: ONNX Runtime itself (``plain``), or onnxruntime-genai.
@@ -320,29 +302,40 @@ class Validation(_Part):
     streams to the error budget.
     """
 
-    examples: int = Field(32, gt=0)
-    threads: int | None = Field(None, gt=0)
-    repetitions: int = Field(6, gt=0)
+    examples: Count = 32
+    threads: Whole | None = Field(None, gt=0, le=bounds.THREADS)
+    repetitions: Whole = Field(6, gt=0, le=bounds.ROUNDS)
     by_layer: bool = False
     runner: Literal["plain", "genai"] = "plain"
-    limits: dict[Precision, dict[str, float]] = {}
-    baseline: Path | None = None
+    limits: dict[Precision, dict[Limit, Annotated[Real, Field(ge=0, le=1e6)]]] = Field(
+        default_factory=dict
+    )
+    baseline: Place | None = None
     regression: RegressionLimits = RegressionLimits()
 
+    @model_validator(mode="after")
+    def _levels_fit(self) -> Validation:
+        for precision, limits in self.limits.items():
+            if not 0 < limits.get("confidence", 0.5) < 1:
+                raise ValueError(
+                    f"limits.{precision}.confidence: expected more than 0, less than 1"
+                )
+        return self
 
-class Recipe(_Part):
+
+class Recipe(Part):
     """The whole recipe. Paths are relative to the current directory."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    seed: int = 0
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
+    seed: Whole = Field(0, ge=-bounds.SEED, le=bounds.SEED)
     data: Data
     base: Base
-    adapters: dict[str, Path | None]
+    adapters: dict[str, Place | None]
     lora: Lora = Lora()
     compositions: dict[str, tuple[str, ...]]
     calibration: Calibration = Calibration()
     flix: Flix | None = None
-    micro_batch: int | None = Field(None, gt=0)
+    micro_batch: Count | None = None
     evaluation: Evaluation = Evaluation()
     export: Export = Export()
     validation: Validation = Validation()
@@ -360,8 +353,7 @@ class Recipe(_Part):
                         f"adapter; expected one of: {known}"
                     )
         for name in (*self.adapters, *self.compositions):
-            if not name.replace("_", "").replace("-", "").isalnum():
-                raise ValueError(f"{name!r}: expected letters, digits, - and _ in a task's name")
+            checked_name(name, "the task")
         untrained = [task for task, path in self.adapters.items() if path is None]
         if untrained and self.lora.train is None:
             raise ValueError(

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from caliport.export.decoder.shipped import ShippedDecoder
     from caliport.export.quantization.choices import Form
 
-_METHOD = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
+_METHOD = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,99}")
 
 
 class ExecuTorch:

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from caliport.export.request import Request
 
 ENDING = ".onnx_adapter"
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _ERRORS_ONLY = 3
 _VERSION = 1
 

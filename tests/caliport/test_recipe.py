@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,12 @@ import pytest
 from caliport.core.errors import InputError
 from caliport.recipe.read import read_recipe
 from caliport.recipe.schema import prompts_of
+from caliport.recipe.yaml_file import parse_yaml
 
+LAUGHS = b"a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + b"".join(
+    b"a%d: &a%d [%s]\n" % (n, n, b", ".join([b"*a%d" % (n - 1)] * 10)) for n in range(1, 20)
+)
+"""Ten of ten of ten …"""
 ROOT = Path(__file__).parents[2]
 SHIPPED = [
     *sorted((ROOT / "recipes").glob("*.yaml")),
@@ -49,6 +55,57 @@ def test_shipped_recipes_are_valid(path: Path) -> None:
         ("calibration.methods=[linear]", None),
         ("export.method=lc", None),
         ("export.ship=[]", "export.ship: found []"),
+        ("base.train.steps=1000000000000000000", "base.train.steps: found an integer of more than"),
+        (f"base.train.steps={'9' * 5000}", "--set base.train.steps: not YAML"),
+        ("base.train.steps=true", "base.train.steps: found true, expected a number"),
+        ("base.train.steps=0x" + "f" * 5000, "base.train.steps: found an integer of more than 18"),
+        ("base.train.batch_size=-1", "base.train.batch_size: found -1"),
+        ("base.train.learning_rate=.nan", "base.train.learning_rate"),
+        ("base.train.learning_rate=[]", "base.train.learning_rate"),
+        ("base.train.learning_rate=[1.0e-3, .inf]", "base.train.learning_rate"),
+        ("base.train.warmup=.nan", "base.train.warmup: found nan"),
+        ("lora.alpha=1.0e+400", "lora.alpha: found inf"),
+        ("lora.alpha=1.0e+38", "lora.alpha: found 1e+38"),
+        ("lora.rank=100000000", "lora.rank: found 100000000"),
+        ("seed=99999999999999", "seed: found 99999999999999"),
+        ("calibration.density=.nan", "calibration.density: found nan"),
+        ("validation.threads=1000000000000", "validation.threads: found"),
+        ("validation.limits.int4.kl=.nan", "validation.limits.int4.kl: found nan"),
+        ("validation.limits.int4.kl=-1", "validation.limits.int4.kl: found -1"),
+        ("validation.limits.int4.confidence=1", "limits.int4.confidence: expected more than 0"),
+        (
+            "validation.limits.int4.speed=1",
+            "validation.limits.int4.speed.[key]: expected one of max_abs",
+        ),
+        ("validation.regression.kl=.inf", "validation.regression.kl: found inf"),
+        ("validation.repetitions=1000000", "validation.repetitions: found 1000000"),
+        ("export.context=100000000000", "export.context: found 100000000000"),
+        ("name=" + "n" * 300, "name: found 'nnn"),
+        ("compositions={../../up: [summarize, translate_es]}", "'../../up': expected a name of"),
+        (f"compositions={{{'n' * 101}: [summarize, translate_es]}}", "of at most 100 bytes"),
+        ("compositions={'': [summarize, translate_es]}", "the task '': expected a name of letters"),
+        ('compositions={"a\\u001bb": [summarize, translate_es]}', "expected a name of letters"),
+        (
+            "flix={ranks: {../../pwn: 1}, features: {}, train_on: [], train: {steps: 1}}",
+            "'../../pw",
+        ),
+        (
+            "flix={ranks: {/etc/x: 1}, features: {}, train_on: [], train: {steps: 1}}",
+            "'/etc/x': ex",
+        ),
+        (
+            "flix={ranks: {a.b: 1}, features: {}, train_on: [], train: {steps: 1}}",
+            "'a.b': expected",
+        ),
+        ('base={path: "a\\0b"}', None),
+        ('validation.baseline="a\\nb"', "validation.baseline: a b: has a control character"),
+        (f"validation.baseline={'n' * 300}", "is too long"),
+        ("a.a.a.a.a.a.a.a.a.a=1", "expected a field of at most 9 parts"),
+        (
+            "lora.rank={on: 1}",
+            "--set lora.rank, line 1: the key 'on' is a bool; put it into quotes",
+        ),
+        ("name=2024-01-01", "is a date, expected text"),
     ],
 )
 def test_overrides_and_mistakes(change: str, says: str | None) -> None:
@@ -60,7 +117,7 @@ def test_overrides_and_mistakes(change: str, says: str | None) -> None:
         read_recipe(path, [change])
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
-    assert str(path) in str(caught.value)
+    assert "--set" in str(caught.value) or str(path) in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -68,7 +125,30 @@ def test_overrides_and_mistakes(change: str, says: str | None) -> None:
     [
         (b"- a\n- b\n", "found list"),
         (b"a: [", "not YAML"),
-        (b"\xff\xfe", "not readable as UTF-8"),
+        (b"\xff\xfe", "byte 0 is not UTF-8"),
+        (b"a: 1\nb: 2\na: 3\n", "line 3: 'a' is there twice"),
+        (b"a: {b: 1, b: 2}", "line 1: 'b' is there twice"),
+        (b"on: 1\n", "line 1: the key 'on' is a bool; put it into quotes"),
+        (b"1: 1\n", "line 1: the key '1' is a int; put it into quotes"),
+        (b"null: 1\n", "line 1: the key 'null' is a null; put it into quotes"),
+        (b"? [a]\n: 1\n", "line 1: a sequence as a key"),
+        (b"a: !!python/object/apply:os.system [x]\n", "could not determine a constructor"),
+        (b"a: !!python/name:os.system\n", "could not determine a constructor"),
+        (b"a: !!set {b, c}\n", "is a set, expected text"),
+        (b"a: 2024-99-99\n", "month must be in"),
+        (b"a: " + b"9" * 5000, "not YAML"),
+        (b"a: &a [*a]\n", "nested too deep"),
+        (b"a: " + b"[" * 60_000, "nested too deep"),
+        (b"a: " + b"[" * 200 + b"]" * 200, "nested too deep"),
+        (b"a: " + b"{b: " * 200 + b"1" + b"}" * 200, "nested too deep"),
+        (b"- " * 50_000, "nested too deep"),
+        (LAUGHS, "more than 20,000 values"),
+        (b"a: " + b"x" * 300_000, "300,003 bytes, expected at most 262,144"),
+        (b"\x00\x01", "not YAML"),
+        (b"%YAML 9.9\n---\na: 1", "not YAML"),
+        (b"a: 1\n---\nb: 2\n", "not YAML: expected a single document"),
+        (b"a: \x1b[31mred\n", "not YAML"),
+        (b"", "found NoneType"),
         (b"name: x\n", "data: missing"),
     ],
 )
@@ -78,6 +158,23 @@ def test_files_that_are_no_recipes(content: bytes, says: str, tmp_path: Path) ->
     with pytest.raises(InputError, match=says) as caught:
         read_recipe(path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("place", ["/dev/zero", "pipe", "directory", "n" * 5000, "a\nb"])
+def test_places_that_hold_no_recipe(place: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "directory").mkdir()
+    with pytest.raises(InputError) as caught:
+        read_recipe(tmp_path / place)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 1000
+
+
+def test_references_are_followed_and_an_override_changes_one_place(tmp_path: Path) -> None:
+    value = parse_yaml("a: &one {x: 1, y: [2]}\nb: *one\nc: {<<: *one, x: 3}\n", "r.yaml")
+    assert value == {"a": {"x": 1, "y": [2]}, "b": {"x": 1, "y": [2]}, "c": {"x": 3, "y": [2]}}
+    assert value["a"] is not value["b"]
+    assert value["a"]["y"] is not value["c"]["y"]
 
 
 def test_missing_recipe_and_bad_override(tmp_path: Path) -> None:

@@ -156,3 +156,25 @@ def test_what_caliport_wrote_is_written_again(
         for _ in range(2):
             assert guarded(lambda: app(call, standalone_mode=False), "", False) == 0  # noqa: B023
     assert not [name for name in everything(here) if name.endswith(".new") and name != "mine/b.new"]
+
+
+NAMES = ("../../pwn", "/etc/x", "", ".", "..", "a.b", "a/b", "a\nb", "a\x1b[0m", "n" * 10**6, "-a")
+
+
+@pytest.mark.parametrize("name", NAMES, ids=[repr(name)[:20] for name in NAMES])
+def test_names_of_features_that_are_no_names(name: str, refused: Said) -> None:
+    """Of flags, and of the settings that Python gives."""
+    from caliport.calibrate.training.flix import FeatureSettings
+    from caliport.core.errors import InputError
+
+    flix = ("calibrate", "--base", "base", "--method", "flix", "--data", "run", "--out", "new")
+    said = refused(*flix, f"--rank={name}=2")
+    assert "expected a name of letters, digits, - and _" in said
+    with pytest.raises(InputError, match="expected a name of letters"):
+        FeatureSettings({name: 2})
+
+
+@pytest.mark.parametrize("rank", ["0", "-1", "1e3", "9" * 5000, "99999999", "", "nan"])
+def test_ranks_that_are_none(rank: str, refused: Said) -> None:
+    flix = ("calibrate", "--base", "base", "--method", "flix", "--data", "run", "--out", "new")
+    refused(*flix, f"--rank=de={rank}")
