@@ -13,10 +13,14 @@ from typing import TYPE_CHECKING, cast
 
 from torch import Tensor
 
+from caliport.calibrate.names import names_in
 from caliport.core.errors import InputError
 
 if TYPE_CHECKING:
     from torch import nn
+
+LARGEST = 1e30
+"""Largest value of A, B and ΔW, so that ΔW times any weight of a merge is finite in float32."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,40 @@ class LowRankUpdate:
     def parameter_count(self) -> int:
         """Number of values in all A and B."""
         return sum(t.numel() for pair in (self.a, self.b) for t in pair.values())
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether every ΔW is 0 because its A or its B is."""
+        return not any(self.a[name].any() and self.b[name].any() for name in self.modules)
+
+    def check_finite(self, source: object) -> None:
+        """Check that no value of A, B or ΔW is NaN, infinite or above ``LARGEST``.
+
+        No ΔW is built: the norms of B's rows and A's columns bound its values (Cauchy–Schwarz).
+
+        Raises:
+            InputError: There is such a value; ``source`` begins the message.
+        """
+        for name in self.modules:
+            a, b = self.a[name].double(), self.b[name].double()
+            if not a.numel() or not b.numel():
+                continue
+            bound = b.norm(dim=1).amax() * a.norm(dim=0).amax()
+            if not max(float(a.abs().amax()), float(b.abs().amax()), float(bound)) <= LARGEST:
+                raise InputError(
+                    f"{source}: {name} has values that are not finite or above {LARGEST:g}, "
+                    "its scaling included; expected finite weights"
+                )
+
+    def fitted(self, model: nn.Module, source: str | Path) -> LowRankUpdate:
+        """The update with the base's names of its modules, checked as ``check_fits`` does."""
+        known = {name for name, _ in model.named_modules()}
+        names = names_in(known, self.modules, source)
+        found = LowRankUpdate(
+            {names[n]: t for n, t in self.a.items()}, {names[n]: t for n, t in self.b.items()}
+        )
+        found.check_fits(model, source)
+        return found
 
     def check_fits(self, model: nn.Module, source: str | Path) -> None:
         """Check that every module is a linear layer of ``model`` of the right shape.

@@ -1,119 +1,109 @@
 """Read and write LoRA adapters as PEFT directories.
 
-A directory holds ``adapter_config.json`` and ``adapter_model.safetensors``. ``read_peft`` accepts
-an adapter only if PEFT's forward pass with it is W0·x + B·(A·x); it refuses all others by name.
+A directory holds ``adapter_config.json`` and ``adapter_model.safetensors``. ``read_adapter`` reads
+an adapter only if PEFT's forward pass with it is that of one set of weights, which a fold makes;
+``read_peft`` only if it is W0·x + B·(A·x). All others are refused by name.
 """
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from caliport.calibrate.adapter import Adapter
 from caliport.calibrate.low_rank import LowRankUpdate
+from caliport.calibrate.mlx_adapter import is_mlx, mlx_adapter
+from caliport.calibrate.names import Key, parse_key
+from caliport.calibrate.peft_settings import LoraSettings, read_config, read_settings
 from caliport.core.errors import InputError
-from caliport.core.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from caliport.core.model_files.tensor_files import check_safetensors
+from caliport.core.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MLX_WEIGHTS
+from caliport.core.model_files.tensor_files import read_header
+from caliport.core.untrusted import check_regular, shown
+
+if TYPE_CHECKING:
+    from torch import nn
 
 _PREFIX = "base_model.model."
-
-# Settings with which the adapter is not W0 + B·A of the published base, and why. From PEFT
-# 0.21.2's LoraConfig and LoRA variants; a test compares the lists with its fields.
-_REFUSED = {
-    "use_dora": "DoRA rescales each row of W0 + ΔW, which is no low-rank update; "
-    "retrain without DoRA or merge it into the base",
-    "lora_bias": "it adds a bias beside ΔW; retrain without it or merge it into the base",
-    "modules_to_save": "it replaces whole layers of the base; "
-    "retrain without it or merge it into the base",
-    "trainable_token_indices": "it replaces rows of the embedding; "
-    "retrain without it or merge it into the base",
-    "target_parameters": "it updates bare parameters, not linear layers; "
-    "retrain with target_modules or merge it into the base",
-    "layer_replication": "it belongs to a base whose layers are repeated; save that base as a "
-    "checkpoint of its own and retrain on it",
-    "use_qalora": "QA-LoRA averages the inputs in groups before A, and its A is [R, groups]; "
-    "retrain without it",
-    "use_bdlora": "BD-LoRA saves only the blocks of a block-diagonal A or B; retrain without it",
-    "alora_invocation_tokens": "aLoRA adds ΔW only from its invocation tokens on, which no fixed "
-    "W0 + ΔW does; retrain without it",
-    "arrow_config": "Arrow chooses among adapters token by token, which no fixed ΔW does; "
-    "give the adapters it chooses from",
-    "kasa_config": "KaSA cuts the smallest singular values off the base's weights, so it does not "
-    "fit the base as published; retrain without it or merge it into the base",
-    "megatron_config": "it belongs to Megatron's parallel layers; retrain on the Hugging Face "
-    "checkpoint",
-}
-
-# Settings that read_peft uses; settings about training or target layers, which do not change what
-# the adapter computes; and initialisations that do not change the base.
-# fan_in_fan_out: the base stores its weight transposed; A and B are the same.
-# fmt: off
-_READ = frozenset((
-    "peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora",
-    "fan_in_fan_out", "bias", "init_lora_weights",
-))
-_HARMLESS = frozenset((
-    "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
-    "inference_mode", "runtime_config", "target_modules", "exclude_modules",
-    "layers_to_transform", "layers_pattern", "lora_dropout", "megatron_core", "loftq_config",
-    "eva_config", "corda_config", "lora_ga_config", "velora_config", "monteclora_config",
-    "qalora_group_size", "ensure_weight_tying",
-))
-_STARTS = frozenset(("true", "false", "none", "gaussian", "eva", "orthogonal", "mica"))
-# fmt: on
-# Initialisations that also change the base's weights, so that the adapter fits only that base.
-_CHANGES_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
-
+_MOST_BYTES = 32 * 2**30
+_FLOATS = ("F64", "F32", "F16", "BF16")
 # Training state of VeLoRA and MonteCLoRA, whose forward in eval mode is a plain LoRA's.
 _TRAINING_STATE = (".lora_velora_embed", ".lora_monteclora_sampler.")
 
-_OTHER_TENSORS = {
-    ".lora_embedding_": "LoRA on an embedding looks A up by token, it is no update of a linear "
-    "layer; retrain without the embedding in target_modules or merge it into the base",
-    ".lora_magnitude_vector": _REFUSED["use_dora"],
-    ".lora_B.bias": _REFUSED["lora_bias"],
-    ".base_layer.": "a layer of the base saved along with the adapter, which may differ from the "
-    "base as published; save the adapter again with save_embedding_layers=False",
+_FOLD = "fold it into the base with caliport export"
+_BEYOND = {
+    "use_dora": "DoRA rescales each row of W0 + ΔW, which is no low-rank update; "
+    f"retrain without DoRA or {_FOLD}",
+    "lora_bias": f"it adds a bias beside ΔW; retrain without it or {_FOLD}",
+    "modules_to_save": f"it replaces whole layers of the base; retrain without it or {_FOLD}",
+    "bias": f"the base's biases were trained too, expected none; retrain without them or {_FOLD}",
+    "embedding": "LoRA on an embedding looks A up by token, it is no update of a linear layer; "
+    f"retrain without the embedding in target_modules or {_FOLD}",
 }
 
 
-def read_peft(directory: str | Path) -> LowRankUpdate:
-    """Read a PEFT LoRA directory; the scaling (α/r, or α/√r for rsLoRA) goes into B.
+def read_peft(directory: str | Path, *, zero: bool = False) -> LowRankUpdate:
+    """Read a LoRA directory as updates of linear layers; the scaling (α/r or α/√r) goes into B.
+
+    Args:
+        directory: A PEFT or mlx-lm LoRA directory.
+        zero: Whether an adapter that changes nothing is allowed.
+
+    Raises:
+        InputError: See ``read_adapter``; or the adapter's effect is not B·A on linear layers (DoRA,
+            biases, fully trained modules, LoRA on embeddings, …). The message names the setting
+            or tensor and the reason.
+    """
+    return read_adapter(directory, zero=zero).low_rank(directory)
+
+
+def read_update(
+    directory: str | Path, model: nn.Module, read: Callable[[str], Tensor] | None = None
+) -> LowRankUpdate:
+    """As ``read_peft``, for a base that is known, with the base's names of modules.
+
+    Args:
+        directory: A PEFT or mlx-lm LoRA directory.
+        model: The base, on any device.
+        read: Reads a parameter of the base by name; default from ``model``.
+
+    Raises:
+        InputError: See ``read_peft``; or it does not fit the base.
+    """
+    adapter = read_adapter(directory).fitted(model, directory)
+    return adapter.check_saved(read or model.get_parameter, directory).low_rank(directory)
+
+
+def read_adapter(directory: str | Path, *, zero: bool = False) -> Adapter:
+    """Read a LoRA directory with all that it changes in a base.
+
+    Args:
+        directory: A PEFT or mlx-lm LoRA directory.
+        zero: Whether an adapter that changes nothing is allowed.
 
     Raises:
         InputError: The directory or a file is missing; the weights are pickled, truncated or not
-            finite; or the adapter's effect is not B·A on linear layers (DoRA, biases, fully
-            trained modules, LoRA on embeddings, …) or not known to this version. The message
-            names the setting or tensor and the reason.
+            finite, or all ΔW are 0; or settings or tensors whose effect is not that of changed
+            weights or not known to this version. The message names the setting or tensor.
     """
     directory = Path(directory)
-    config = _read_config(directory)
-    weights = directory / ADAPTER_WEIGHTS
-    a: dict[str, Tensor] = {}
-    b: dict[str, Tensor] = {}
-    for key, tensor in _read_tensors(directory).items():
-        name, side = _parse_key(key, weights)
-        (a if side == "A" else b)[name] = tensor.to(torch.float32)
-    if not a:
-        raise InputError(f"{weights}: no LoRA matrices; expected …lora_A.weight, …lora_B.weight")
-    for name in sorted(a.keys() | b.keys()):
-        if name not in a or name not in b:
-            raise InputError(f"{weights}: {name} has only one of lora_A and lora_B")
-        rank, alpha = _rank_and_alpha(config, name)
-        if a[name].shape[0] != rank or b[name].shape[1] != rank:
-            raise InputError(
-                f"{weights}: {name} has rank {a[name].shape[0]} and {b[name].shape[1]}, "
-                f"{ADAPTER_CONFIG} says {rank}"
-            )
-        b[name] = b[name] * (alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
-    return LowRankUpdate(a, b)
+    config = read_config(directory)
+    if is_mlx(config):
+        path = directory / MLX_WEIGHTS
+        tensors = read_floats(path, directory)
+        adapter = mlx_adapter(directory, config, tensors, _BEYOND["use_dora"])
+    else:
+        path = directory / ADAPTER_WEIGHTS
+        adapter = _peft_adapter(directory, read_settings(directory, config))
+    _check_finite(adapter, path)
+    if not zero and adapter.is_zero:
+        raise InputError(f"{directory}: the adapter changes nothing, all ΔW are 0; was it trained?")
+    return adapter
 
 
 def write_peft(update: LowRankUpdate, directory: str | Path, base: str | None = None) -> None:
@@ -125,9 +115,13 @@ def write_peft(update: LowRankUpdate, directory: str | Path, base: str | None = 
         update: The adapter.
         directory: Where to write; created if missing.
         base: The base model's directory or hub name, for ``base_model_name_or_path``.
+
+    Raises:
+        InputError: Values that are not finite or beyond ``low_rank.LARGEST``.
     """
     from peft import LoraConfig
 
+    update.check_finite("the result")
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     ranks = {name: max(update.rank(name), 1) for name in update.modules}
@@ -158,144 +152,172 @@ def write_peft(update: LowRankUpdate, directory: str | Path, base: str | None = 
     save_file(tensors, directory / ADAPTER_WEIGHTS, metadata={"format": "pt"})
 
 
-def check_same_base(directories: Sequence[str | Path]) -> None:
-    """Check that PEFT adapters name one base: equal last path components, whatever their case.
-
-    Adapters may refer to one base at different paths, so only the last component is compared (for
-    a hub cache, models--ORG--NAME/snapshots/HASH, that is NAME). Adapters that name no base are not
-    compared; nor are revisions that are missing or "main", which moves.
-
-    Raises:
-        InputError: A directory without a readable ``adapter_config.json``, or two adapters that
-            name different bases or different revisions of one.
-    """
-    first: tuple[str, str, Path] | None = None
-    revised: tuple[str, str, Path] | None = None
-    for directory in map(Path, directories):
-        config = _read_json(directory)
-        base, revision = config.get("base_model_name_or_path"), config.get("revision")
-        if not isinstance(base, str) or not base.strip():
-            continue
-        first = first or (_base_name(base), base, directory)
-        if _base_name(base) != first[0]:
-            raise InputError(
-                f"{directory / ADAPTER_CONFIG}: base {base}, but {first[2] / ADAPTER_CONFIG} "
-                f"has base {first[1]}; expected adapters of one base"
-            )
-        if isinstance(revision, str) and revision not in ("", "main"):
-            revised = revised or (revision, base, directory)
-            if revision != revised[0]:
+def _peft_adapter(directory: Path, settings: LoraSettings) -> Adapter:
+    path = directory / ADAPTER_WEIGHTS
+    parts: dict[str, dict[str, Tensor]] = {}
+    copied: set[str] = set()
+    tensors = _read_tensors(directory)
+    keys = {key: parse_key(key, path) for key in tensors}
+    _check_one_adapter(keys, path)
+    for key, tensor in tensors.items():
+        found = keys[key]
+        if parts.setdefault(found.part, {}).setdefault(found.name, tensor) is not tensor:
+            raise InputError(f"{path}: {key}: {found.name} is in the file twice")
+        if found.copied:
+            copied.add(found.name)
+    pairs = {end: _pair(parts, end, path) for end in ("", "embedding_")}
+    names = sorted(name for a, _ in pairs.values() for name in a)
+    if not names:
+        raise InputError(f"{path}: no LoRA matrices; expected …lora_A.weight, …lora_B.weight")
+    scalings = settings.scalings(names)
+    for a, b in pairs.values():
+        for name in a:
+            rank, scaling = scalings[name]
+            if a[name].shape[0] != rank or b[name].shape[1] != rank:
                 raise InputError(
-                    f"{directory / ADAPTER_CONFIG}: base {base} at revision {revision}, but "
-                    f"{revised[2] / ADAPTER_CONFIG} has base {revised[1]} at revision "
-                    f"{revised[0]}; expected adapters of one base"
+                    f"{path}: {name} has rank {a[name].shape[0]} and {b[name].shape[1]}, "
+                    f"{ADAPTER_CONFIG} says {rank}"
                 )
+            b[name] = b[name] * scaling
+    own, embeddings = pairs.values()
+    others, biases = parts.get("parameter", {}), parts.get("bias", {})
+    trained = {n for n in others if _is_trained(n, n in copied, settings)}
+    adapter = Adapter(
+        LowRankUpdate(*own),
+        # PEFT looks A up by token and multiplies with B: ΔW [rows, width] is their transpose.
+        LowRankUpdate(
+            {n: t.T.contiguous() for n, t in embeddings[1].items()},
+            {n: t.T.contiguous() for n, t in embeddings[0].items()},
+        ),
+        magnitudes={n: t.float() for n, t in parts.get("magnitude_vector", {}).items()},
+        biases={n: t.float() * scalings.get(n, (1, 1.0))[1] for n, t in biases.items()},
+        replaced={n: t.float() for n, t in others.items() if n in trained},
+        saved={n: t for n, t in others.items() if n not in trained},
+        bias=settings.bias,
+        beyond=_beyond(settings, directory, keys),
+    )
+    _check_parts(adapter, settings, path)
+    return adapter
 
 
-def _base_name(base: str) -> str:
-    parts = [part for part in base.strip().lower().replace("\\", "/").split("/") if part]
-    if len(parts) > 2 and parts[-2] == "snapshots":
-        return parts[-3].rpartition("--")[2]
-    return parts[-1] if parts else ""
+def _check_one_adapter(keys: Mapping[str, Key], path: Path) -> None:
+    names = sorted({key.adapter for key in keys.values() if key.adapter is not None})
+    if len(names) > 1:
+        raise InputError(
+            f"{path}: has adapters {', '.join(names[:4])}; expected one adapter in a file"
+        )
 
 
-def _read_json(directory: Path) -> dict[str, Any]:
-    path = directory / ADAPTER_CONFIG
-    if not directory.is_dir():
-        raise InputError(f"{directory}: no such directory; expected a PEFT LoRA adapter")
-    if not path.is_file():
-        raise InputError(f"{directory}: no {ADAPTER_CONFIG}; expected a PEFT LoRA adapter")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON ({error})") from None
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
-        raise InputError(f"{path}: peft_type is {kind}, expected LORA")
-    return config
+def _pair(
+    parts: Mapping[str, dict[str, Tensor]], start: str, path: Path
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A and B by module in float32."""
+    a, b = parts.get(f"{start}A", {}), parts.get(f"{start}B", {})
+    for name in sorted(a.keys() | b.keys()):
+        if name not in a or name not in b:
+            raise InputError(f"{path}: {name} has only one of lora_{start}A and lora_{start}B")
+        for tensor in (a[name], b[name]):
+            if tensor.dim() != 2 or not tensor.numel():
+                raise InputError(
+                    f"{path}: {name} has a LoRA of shape {tuple(tensor.shape)}, expected a "
+                    "matrix; only LoRA on linear layers is supported"
+                )
+    return {n: t.float() for n, t in a.items()}, {n: t.float() for n, t in b.items()}
 
 
-def _read_config(directory: Path) -> dict[str, Any]:
-    config, path = _read_json(directory), directory / ADAPTER_CONFIG
-    for field, value in config.items():
-        if value and field in _REFUSED:
-            raise InputError(f"{path}: {field} = {value!r}: {_REFUSED[field]}")
-        if value and field not in _READ | _HARMLESS:
+def _is_trained(name: str, copied: bool, settings: LoraSettings) -> bool:
+    """Whether a parameter was trained, not just saved along."""
+    is_bias = settings.bias != "none" and name.endswith(".bias")
+    return copied or is_bias or settings.is_copied(name)
+
+
+def _beyond(settings: LoraSettings, directory: Path, keys: Mapping[str, Key]) -> tuple[str, ...]:
+    """Why an adapter is more than updates of linear layers."""
+    config, weights = settings.path, directory / ADAPTER_WEIGHTS
+    modules = list(settings.modules_to_save)
+    found = {
+        "use_dora": f"{config}: use_dora = True" if settings.dora else "",
+        "lora_bias": f"{config}: lora_bias = True" if settings.lora_bias else "",
+        "modules_to_save": f"{config}: modules_to_save = {modules!r}" if modules else "",
+        "bias": f"{config}: bias = {settings.bias!r}" if settings.bias != "none" else "",
+    }
+    for key, one in keys.items():
+        if one.part.startswith("embedding"):
+            found.setdefault("embedding", f"{weights}: {key}")
+        elif one.part == "magnitude_vector":
+            found["use_dora"] = found["use_dora"] or f"{weights}: {key}"
+        elif one.part == "bias":
+            found["lora_bias"] = found["lora_bias"] or f"{weights}: {key}"
+        elif one.copied:
+            found["modules_to_save"] = found["modules_to_save"] or f"{weights}: {key}"
+    return tuple(f"{what}: {_BEYOND[kind]}" for kind, what in found.items() if what)
+
+
+def _check_parts(adapter: Adapter, settings: LoraSettings, path: Path) -> None:
+    """Check that the parts belong together, and are those that the settings name."""
+    modules = set(adapter.update.modules)
+    wanted = {
+        "use_dora": (settings.dora, "lora_magnitude_vector", adapter.magnitudes),
+        "lora_bias": (settings.lora_bias, "lora_B.bias", adapter.biases),
+    }
+    for field, (stated, tensor, found) in wanted.items():
+        odd = sorted(modules ^ found.keys() if stated else found.keys())
+        if odd:
+            has = "a" if odd[0] in found else "no"
             raise InputError(
-                f"{path}: {field} = {value!r} is not known here and may change what the adapter "
-                "computes; expected a plain LoRA"
+                f"{path}: {odd[0]} has {has} {tensor}, {ADAPTER_CONFIG} has {field} = {stated}; "
+                "expected one for each module, or none"
             )
-    if config.get("bias", "none") != "none":
-        raise InputError(
-            f"{path}: bias = {config['bias']!r}: the base's biases were trained too, expected "
-            "none; retrain without them or merge the adapter into the base"
-        )
-    start = str(config.get("init_lora_weights", True)).lower()
-    if start.startswith(_CHANGES_BASE):
-        raise InputError(
-            f"{path}: init_lora_weights = {start!r} changes the base's weights; convert the "
-            "adapter to a plain LoRA first (PEFT: path_initial_model_for_weight_conversion)"
-        )
-    if start not in _STARTS:
-        raise InputError(
-            f"{path}: init_lora_weights = {start!r} is not known here and may change the base's "
-            f"weights; expected one of {', '.join(sorted(_STARTS))}"
-        )
-    numbers = {field: config.get(field) for field in ("r", "lora_alpha")}
-    for field in ("rank_pattern", "alpha_pattern"):
-        pattern = config.get(field) or {}
-        if not isinstance(pattern, dict):
-            raise InputError(f"{path}: {field} is {pattern!r}, expected a mapping to numbers")
-        numbers |= {f"{field}.{key}": value for key, value in pattern.items()}
-    for field, value in numbers.items():
-        if not isinstance(value, (int, float)) or not 0 < value < math.inf:
-            raise InputError(f"{path}: {field} is {value!r}, expected a positive number")
-    return config
+    if settings.dora and adapter.embeddings.modules:
+        name = adapter.embeddings.modules[0]
+        raise InputError(f"{path}: DoRA on {name}, an embedding; expected it on linear layers only")
+    for end in settings.modules_to_save:
+        if not any(end in name for name in adapter.replaced):
+            raise InputError(
+                f"{path}: has nothing of {end!r}, which {ADAPTER_CONFIG} names in modules_to_save"
+            )
+    both = sorted(modules & {n.removesuffix(".weight") for n in adapter.replaced})
+    if both:
+        raise InputError(f"{path}: {both[0]} has a LoRA and a new weight; expected one of the two")
+
+
+def _check_finite(adapter: Adapter, path: Path) -> None:
+    adapter.update.check_finite(path)
+    adapter.embeddings.check_finite(path)
+    more = (adapter.magnitudes, adapter.biases, adapter.replaced, adapter.saved)
+    for name, values in (item for part in more for item in part.items()):
+        if not values.isfinite().all():
+            raise InputError(f"{path}: {name} holds values that are not finite")
 
 
 def _read_tensors(directory: Path) -> dict[str, Tensor]:
-    """The tensors that decide what the adapter computes, all finite matrices."""
+    """The tensors that decide what the adapter computes, of floating-point types."""
     path = directory / ADAPTER_WEIGHTS
     pickled = directory / "adapter_model.bin"
-    if not path.is_file() and pickled.is_file():
+    if not path.exists() and pickled.is_file():
         raise InputError(
             f"{pickled}: pickled weights, expected {ADAPTER_WEIGHTS}; pickles are not read"
         )
-    check_safetensors(path)
+    return read_floats(path, directory)
+
+
+def read_floats(path: Path, root: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, without training state; all of floating-point types.
+
+    Raises:
+        InputError: A file that cannot be read or is outside ``root``, or a tensor of another type.
+    """
+    header = read_header(path, root)
+    check_regular(path, _MOST_BYTES)
+    wanted = {k: t for k, t in header.items() if not any(mark in k for mark in _TRAINING_STATE)}
+    for key, entry in wanted.items():
+        if entry.dtype not in _FLOATS:
+            raise InputError(
+                f"{path}: {shown(key)} is of type {shown(entry.dtype)}, expected one of "
+                f"{', '.join(_FLOATS)}"
+            )
     try:
         tensors = load_file(path)
     except SafetensorError as error:
         raise InputError(f"{path}: not a readable safetensors file ({error})") from None
-    for mark, reason in _OTHER_TENSORS.items():
-        for key in tensors:
-            if mark in key:
-                raise InputError(f"{path}: {key}: {reason}")
-    tensors = {k: t for k, t in tensors.items() if not any(mark in k for mark in _TRAINING_STATE)}
-    for key, tensor in tensors.items():
-        if key.endswith(".weight") and ".lora_" in key and tensor.dim() != 2:
-            raise InputError(
-                f"{path}: {key} has shape {tuple(tensor.shape)}, expected a matrix; "
-                "only LoRA on linear layers is supported"
-            )
-        if not torch.isfinite(tensor).all():
-            raise InputError(f"{path}: {key} holds values that are not finite")
-    return tensors
-
-
-def _parse_key(key: str, file: Path) -> tuple[str, str]:
-    for side in ("A", "B"):
-        tail = f".lora_{side}.weight"
-        if key.endswith(tail):
-            return key.removesuffix(tail).removeprefix(_PREFIX), side
-    raise InputError(f"{file}: {key} is not a LoRA matrix of a linear layer; refused, not dropped")
-
-
-def _rank_and_alpha(config: dict[str, Any], name: str) -> tuple[int, float]:
-    rank, alpha = config["r"], config["lora_alpha"]
-    if config.get("rank_pattern") or config.get("alpha_pattern"):
-        from peft.utils.other import get_pattern_key
-
-        ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
-        rank = ranks.get(get_pattern_key(list(ranks), name), rank)
-        alpha = alphas.get(get_pattern_key(list(alphas), name), alpha)
-    return int(rank), float(alpha)
+    return {key: tensors[key] for key in wanted}

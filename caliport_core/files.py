@@ -1,4 +1,4 @@
-"""Names of files that transformers, PEFT and tokenizers define."""
+"""Names of files that transformers, PEFT, mlx-lm and tokenizers define."""
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
@@ -8,3 +8,4 @@ TOKENIZER = "tokenizer.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+MLX_WEIGHTS = "adapters.safetensors"

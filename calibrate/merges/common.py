@@ -8,7 +8,6 @@ of 1 make sums. An update that does not target a module counts as ΔW = 0 there,
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +18,11 @@ from torch import Tensor
 from caliport.calibrate.low_rank import LowRankUpdate
 from caliport.calibrate.parameters import parameters_of
 from caliport.core.errors import InputError
+
+LARGEST_WEIGHT = 1_000_000
+"""Largest weight of an adapter in a merge; with it, no ΔW that is read overflows float32."""
+LARGEST_DENSE = 2**27
+"""Most values of a dense ΔW: TIES and DARE hold some eight of its size, in all 4 GiB."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +55,12 @@ class Merge:
         """Merge.
 
         Raises:
-            InputError: Updates, weights or parameters outside the merge's limits.
+            InputError: Updates, weights or parameters outside the merge's limits, or a merge whose
+                values are not finite in float32.
         """
-        return self.function(updates, weights, **parameters)
+        merged = self.function(updates, weights, **parameters)
+        merged.check_finite(f"{self.name} merge")
+        return merged
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -91,7 +98,9 @@ class WeightSearch:
         Raises:
             InputError: Updates or parameters outside the search's limits.
         """
-        return self.function(updates, loss, **parameters)
+        merged, weights = self.function(updates, loss, **parameters)
+        merged.check_finite(f"{self.name} merge")
+        return merged, weights
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -158,7 +167,7 @@ def resolve_weights(
     """The weights, 1/N each for None.
 
     Raises:
-        InputError: No updates, or not one finite weight per update.
+        InputError: No updates, or not one weight per update, finite and at most ``LARGEST_WEIGHT``.
     """
     if not updates:
         raise InputError("a merge needs at least one adapter, found none")
@@ -167,9 +176,36 @@ def resolve_weights(
     if len(weights) != len(updates):
         raise InputError(f"{len(weights)} weights for {len(updates)} adapters; expected one each")
     for index, weight in enumerate(weights, start=1):
-        if not math.isfinite(weight):
-            raise InputError(f"weight {index} is {weight}, expected a finite number")
+        check_weight(weight, f"weight {index}")
     return weights
+
+
+def check_weight(weight: float, where: str) -> None:
+    """Check one weight of a merge.
+
+    Raises:
+        InputError: It is NaN or beyond ``LARGEST_WEIGHT``; ``where`` names it.
+    """
+    if not -LARGEST_WEIGHT <= weight <= LARGEST_WEIGHT:
+        raise InputError(
+            f"{where} is {weight}, expected a finite number, at most {LARGEST_WEIGHT:,} either way"
+        )
+
+
+def check_dense(merge: str, updates: Sequence[LowRankUpdate]) -> None:
+    """Check, before any is made, that the dense ΔW of every module fits into memory.
+
+    Raises:
+        InputError: A module of more than ``LARGEST_DENSE`` values.
+    """
+    for update in updates:
+        for name in update.modules:
+            out, into = update.shape(name)
+            if out * into > LARGEST_DENSE:
+                raise InputError(
+                    f"{merge} merge: {name} is [{out}, {into}], a dense ΔW of {out * into:,} "
+                    f"values; expected at most {LARGEST_DENSE:,} (exact, svd and slerp make none)"
+                )
 
 
 def check_rank(rank: int | None) -> None:

@@ -8,6 +8,8 @@ from caliport.calibrate.low_rank import LowRankUpdate
 from caliport.calibrate.merges.common import Merge, check_shapes, resolve_weights, summed
 from caliport.core.errors import InputError
 
+_ANY = "exact takes any: --method exact, or merge: exact in a recipe, also under a correction"
+
 
 def linear(
     updates: Sequence[LowRankUpdate], weights: Sequence[float] | None = None
@@ -54,12 +56,12 @@ def _check_equal(updates: Sequence[LowRankUpdate]) -> None:
             odd = sorted(set(first.modules) ^ set(other.modules))[0]
             raise InputError(
                 f"linear merge: {odd} is in only one of adapters 1 and {index}; "
-                "expected the same target modules (the exact merge takes any)"
+                f"expected the same target modules ({_ANY})"
             )
         for name in first.modules:
             if first.rank(name) != other.rank(name):
                 raise InputError(
                     f"linear merge: {name} has rank {first.rank(name)} in adapter 1 and "
                     f"{other.rank(name)} in adapter {index}; expected equal ranks "
-                    "(the exact merge takes any)"
+                    f"({_ANY})"
                 )

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from caliport.core.errors import InputError
+
 
 def trim(delta: Tensor, density: float) -> Tensor:
     """Keep the ⌊density·n⌋ values of largest magnitude (at least one); set the others to 0.
@@ -71,9 +73,14 @@ def factor(delta: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
     Returns:
         A [R, in] and B [out, R], float32, each with the square roots of the singular values.
+
+    Raises:
+        InputError: Values that are not finite.
     """
     from scipy.linalg import eigh
 
+    if not delta.isfinite().all():
+        raise InputError("a merged ΔW is not finite in float32; expected smaller weights")
     tall = delta.shape[0] > delta.shape[1]
     wide = (delta.T if tall else delta).double()
     n = wide.shape[0]

@@ -9,6 +9,7 @@ from torch import Tensor
 from caliport.calibrate.low_rank import LowRankUpdate
 from caliport.calibrate.merges.common import (
     Merge,
+    check_dense,
     check_density,
     check_rank,
     check_shapes,
@@ -42,13 +43,14 @@ def ties(
             Σ rᵢ of the module, the cost of the exact sum. min(out, in) keeps all of it.
 
     Raises:
-        InputError: A module has different shapes in two updates, or density or rank is out of
-            range.
+        InputError: A module has different shapes in two updates or is too large for a dense ΔW, or
+            density or rank is out of range.
     """
     weights = resolve_weights(updates, weights)
     check_shapes(updates)
     check_rank(rank)
     check_density(density)
+    check_dense("ties", updates)
 
     def merged(name: str) -> tuple[Tensor, Tensor]:
         parts, shares = targeting(name, updates, weights)

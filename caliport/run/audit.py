@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
@@ -88,9 +87,9 @@ def audit_composition(
     """
     from caliport.calibrate import read_peft
     from caliport.calibrate.audit import audit_merge, audit_module, check_one_base, norm_of
+    from caliport.calibrate.bases import check_same_base
     from caliport.calibrate.merges.exact import exact
     from caliport.calibrate.merges.registry import MERGES
-    from caliport.calibrate.peft_files import check_same_base
     from caliport.validation.records.reports import CompositionAudit
 
     used = _weights(len(adapters), weights)
@@ -140,13 +139,14 @@ def _names(directories: Sequence[Path]) -> list[str]:
 
 
 def _weights(adapters: int, weights: Sequence[float] | None) -> list[float]:
+    from caliport.calibrate.merges.common import check_weight
+
     if not weights:
         return [1 / max(adapters, 1)] * adapters
     if len(weights) != adapters:
         raise InputError(f"{len(weights)} weights for {adapters} adapters; expected one each")
     for weight in weights:
-        if not math.isfinite(weight):
-            raise InputError(f"a weight is {weight}, expected a finite number")
+        check_weight(weight, "a weight")
     return list(weights)
 
 

@@ -148,17 +148,18 @@ def _judged(space: Workspace, composition: str, method: str) -> float | None:
 
 def _with_adapter(space: Workspace, adapter: Path | None, variant: str = FP32) -> PreTrainedModel:
     """The base with an adapter folded in: in fp32, quantized, or beside a quantized base."""
-    from caliport.calibrate import read_peft
+    from caliport.calibrate.peft_files import read_update
     from caliport.core.checkpoints import load_base
     from caliport.export.decoder.fold import fold
     from caliport.export.quantization.tensors import as_shipped, quantize
 
     model = load_base(space.base)
     precision, _, bundle = variant.partition("-")
+    update = None if adapter is None else read_update(adapter, model)
     if bundle:
         model = as_shipped(model, precision)
-    if adapter is not None:
-        model = fold(model, read_peft(adapter), adapter)
+    if adapter is not None and update is not None:
+        model = fold(model, update, adapter)
     return model if bundle else quantize(model, precision)
 
 

@@ -191,7 +191,8 @@ class _Composer:
     def __init__(
         self, inputs: Mapping[str, CompositionInputs], settings: ComposeSettings, title: str
     ) -> None:
-        from caliport.calibrate.peft_files import check_same_base, read_peft
+        from caliport.calibrate.bases import check_same_base, note_base
+        from caliport.calibrate.peft_files import read_update
         from caliport.core.checkpoints import load_base
 
         self.inputs, self.settings, self.title = inputs, settings, title
@@ -199,9 +200,9 @@ class _Composer:
         self.rounding: Rounding | None = None
         paths = {path for one in inputs.values() for path in one.adapters.values()}
         check_same_base(sorted(paths))
-        read = {path: read_peft(path) for path in paths}
-        for path, update in read.items():
-            update.check_fits(self.model, path)
+        for path in paths:
+            note_base(path, settings.base)
+        read = {path: read_update(path, self.model) for path in paths}
         self.adapters = {
             name: {task: read[path] for task, path in one.adapters.items()}
             for name, one in inputs.items()

@@ -150,7 +150,7 @@ def read_features(directory: Path) -> dict[str, Any]:
     found = sorted(p.parent for p in directory.glob("*/adapter_config.json"))
     if not found:
         raise InputError(f"{directory}: no features in it; expected a PEFT directory for each")
-    return {path.name: read_peft(path) for path in found}
+    return {path.name: read_peft(path, zero=True) for path in found}
 
 
 def compose_features_to(

@@ -18,12 +18,14 @@ from torch import nn
 from caliport.core.patching import exclusive
 from caliport.export.decoder.fold import untie
 from caliport.export.decoder.skeleton import Layers, empty, group_layers
-from caliport.export.decoder.stored import Weights, can_stream, store
+from caliport.export.decoder.stored import Weights, can_stream, reading, store
 from caliport.export.quantization.choices import Form, Quantization
 from caliport.export.quantization.tensors import plan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from caliport.calibrate.adapter import Adapter
 
 
 @dataclass(frozen=True)
@@ -35,12 +37,14 @@ class ShippedDecoder:
         forms: How each linear layer and embedding ships.
         stored: Future of the parameters, folded and quantized.
         cache_bits: 8 for keys and values in int8, None for float32.
+        adapter: What was folded in, with the decoder's names; None for nothing.
     """
 
     whole: PreTrainedModel
     forms: dict[str, Form]
     stored: Future[Weights]
     cache_bits: int | None = None
+    adapter: Adapter | None = None
 
     @property
     def weights(self) -> Weights:
@@ -123,9 +127,10 @@ def shipped_decoder(
         check: Called with the decoder on the ``meta`` device before any weight is read.
 
     Raises:
-        InputError: See ``plan``, ``check`` and ``LowRankUpdate``.
+        InputError: See ``plan``, ``check``, ``read_adapter`` and ``Adapter``.
     """
-    from caliport.calibrate.peft_files import read_peft
+    from caliport.calibrate.bases import note_base
+    from caliport.calibrate.peft_files import read_adapter
     from caliport.core.checkpoints import load_config
 
     how = Quantization(how) if isinstance(how, str) else how
@@ -133,20 +138,23 @@ def shipped_decoder(
     whole = empty(config)
     if generation is not None:
         whole.generation_config = generation
+    tied = {**(whole.all_tied_weights_keys or {})}  # before an adapter unties the head
+    changes = None
+    if adapter is not None:
+        note_base(adapter, base)
+        changes = read_adapter(adapter).fitted(whole, adapter)
+        with reading(base) as read:
+            changes = changes.check_saved(lambda name: read(tied.get(name, name)), adapter)
+        untie(whole, changes)
     check(whole)
-    tied = {**(whole.all_tied_weights_keys or {})}  # before an update unties the head
-    update = None if adapter is None else read_peft(adapter)
-    if update is not None and adapter is not None:
-        update.check_fits(whole, adapter)
-        untie(whole, update)
     forms = plan(whole, how.precision, how.int8_layers, how.embedding_bits)
     with exclusive(), TemporaryDirectory(dir=scratch, prefix="weights-") as directory:
-        fill = partial(store, base, whole, forms, update, Path(directory), tied)
+        fill = partial(store, base, whole, forms, changes, Path(directory), tied)
         if not can_stream(base, whole, tied):
             # Loading builds modules while the body patches how modules are built.
             stored: Future[Weights] = Future()
             stored.set_result(fill())
-            yield ShippedDecoder(whole, forms, stored, how.cache_bits)
+            yield ShippedDecoder(whole, forms, stored, how.cache_bits, changes)
             return
         # torch.export 2.13 replaces math.pow while it traces; numba must be loaded before that.
         import caliport.export.quantization.quantizers.hqq  # noqa: F401
@@ -155,6 +163,6 @@ def shipped_decoder(
         with ThreadPoolExecutor(1) as pool:
             stored = pool.submit(copy_context().run, fill, stop)
             try:
-                yield ShippedDecoder(whole, forms, stored, how.cache_bits)
+                yield ShippedDecoder(whole, forms, stored, how.cache_bits, changes)
             finally:
                 stop.set()

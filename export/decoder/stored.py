@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from caliport.core.errors import InputError
 from caliport.core.model_files.base_files import tensors_of
 from caliport.core.progress import at
+from caliport.export.decoder.fold import Folded
 from caliport.export.quantization.choices import GROUP_SIZE, Form
 from caliport.export.quantization.integers import integers
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-    from caliport.calibrate.low_rank import LowRankUpdate
+    from caliport.calibrate.adapter import Adapter
 
 
 Read = Callable[[str], Tensor]
@@ -121,7 +122,7 @@ def store(
     source: str | Path,
     shell: PreTrainedModel,
     forms: Mapping[str, Form],
-    update: LowRankUpdate | None,
+    adapter: Adapter | None,
     directory: Path,
     tied: Mapping[str, str],
     stop: Event | None = None,
@@ -133,7 +134,7 @@ def store(
         shell: The decoder on the ``meta`` device, for names and shapes.
         forms: How each linear layer and embedding ships, by module name
             (``caliport.export.quantization.tensors.plan``); the other parameters ship in float32.
-        update: ΔW to add, or None.
+        adapter: What to add or replace, with the decoder's names; None for nothing.
         directory: Directory for the files.
         tied: For each tied parameter, the name that it is stored by.
         stop: Event that stops storing early.
@@ -157,13 +158,8 @@ def store(
                         f"{source}: {full} is {list(value.shape)}, the model of config.json has "
                         f"{list(parameter.shape)}"
                     )
-                delta = None
-                if update is not None and name in update.modules and key == "weight":
-                    delta = update.delta(name)
-                    if _is_transposed(module):
-                        delta = delta.T
                 form = forms.get(name) if key == "weight" else None
-                _store_one(weights, full, value, delta, form)
+                _store_one(weights, full, Folded.of(adapter, module, full, value), form)
     return weights
 
 
@@ -180,22 +176,15 @@ def put_matrix(weights: Weights, name: str, value: Tensor, form: Form | None) ->
     Equal contents are stored once, so storing the same matrix again adds none.
     """
     before = weights.nbytes
-    _store_one(weights, name, value, None, form)
+    _store_one(weights, name, Folded(value), form)
     return weights.nbytes - before
 
 
-def _is_transposed(module: nn.Module) -> bool:
-    from transformers.pytorch_utils import Conv1D
+def _store_one(weights: Weights, name: str, folded: Folded, form: Form | None) -> None:
+    value = folded.value
 
-    return isinstance(module, Conv1D)
-
-
-def _store_one(
-    weights: Weights, name: str, value: Tensor, delta: Tensor | None, form: Form | None
-) -> None:
     def rows(start: int, stop: int) -> Tensor:
-        part = value[start:stop].float()
-        part = part if delta is None else part + delta[start:stop]
+        part = folded.rows(start, stop)
         if not part.sum().isfinite():
             raise InputError(f"{name}: found NaN or infinite weights, expected finite ones")
         return part

@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from caliport.calibrate.bases import note_base
 from caliport.calibrate.low_rank import LowRankUpdate
-from caliport.calibrate.peft_files import read_peft
+from caliport.calibrate.peft_files import read_update
 from caliport.core.errors import InputError
 
 _SAME = 1e-5
@@ -100,11 +101,17 @@ def read_updates(base: str | Path, adapters: Mapping[str, Path]) -> dict[str, Lo
     """
     from caliport.core.checkpoints import load_config
     from caliport.export.decoder.skeleton import empty
+    from caliport.export.decoder.stored import reading
 
     whole = empty(load_config(base)[0])
-    updates = {name: read_peft(path) for name, path in adapters.items()}
+    tied = {**(whole.all_tied_weights_keys or {})}
+    with reading(base) as read:
+        updates = {
+            name: read_update(path, whole, lambda key: read(tied.get(key, key)))
+            for name, path in adapters.items()
+        }
     for name, update in updates.items():
-        update.check_fits(whole, adapters[name])
+        note_base(adapters[name], base)
         for module in update.modules:
             if not isinstance(layer := whole.get_submodule(module), nn.Linear):
                 raise InputError(

@@ -5,7 +5,6 @@ The card has no dates, times or paths, so that the same inputs give the same byt
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from caliport.core.directories import MANIFEST, read_manifest, versions
 from caliport.core.errors import printable
 from caliport.core.files import ADAPTER_CONFIG, CHAT_TEMPLATE
 from caliport.core.prompts import PLAIN, PROMPT, put_in, recorded_prompt
+from caliport.core.untrusted import read_object
 from caliport.export import runtime as runtimes
 from caliport.export.decoder.parts import cache_shape
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 CARD = "README.md"
 
 _TEMPLATE = "card.md.j2"
+_LONGEST = 80  # characters of a module's name, and
+_MODULES = 64  # names of modules that a card lists
 
 
 def describe(
@@ -50,15 +52,18 @@ def describe(
 
 def describe_adapter(directory: Path) -> dict[str, Any]:
     """Ranks and target modules from ``adapter_config.json``; method and parts from its manifest."""
-    config = json.loads((directory / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    modules = config.get("target_modules") or []
-    ranks = {config.get("r"), *(config.get("rank_pattern") or {}).values()} - {None}
+    config = read_object(directory / ADAPTER_CONFIG)
+    settings = config if "peft_type" in config else config.get("lora_parameters") or {}  # mlx-lm
+    modules = settings.get("keys") or config.get("target_modules") or []
+    if isinstance(modules, list):
+        modules = {str(name).rpartition(".")[2] for name in modules}
+    else:
+        modules = {str(modules)}
+    ranks = {settings.get("r", settings.get("rank")), *(config.get("rank_pattern") or {}).values()}
     facts: dict[str, Any] = {
-        "type": config.get("peft_type"),
+        "type": config.get("peft_type", "LORA"),
         "ranks": sorted(ranks),
-        "modules": sorted({name.rpartition(".")[2] for name in modules})
-        if isinstance(modules, list)
-        else [modules],
+        "modules": sorted(printable(name, _LONGEST) for name in modules)[:_MODULES],
     }
     if (directory / MANIFEST).is_file():
         facts |= {"method": None, "composed_of": []} | origin_of(read_manifest(directory))

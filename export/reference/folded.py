@@ -24,16 +24,16 @@ def eager(base: str | Path, adapter: Path | None, how: Quantization | str) -> Pr
         InputError: Unknown precision, a base or adapter that cannot be read, or an adapter that
             does not fit the base.
     """
-    from caliport.calibrate.peft_files import read_peft
+    from caliport.calibrate.peft_files import read_adapter
     from caliport.core.checkpoints import load_base
     from caliport.export.decoder.fold import fold
     from caliport.export.quantization.tensors import plan, quantize
 
     how = Quantization(how) if isinstance(how, str) else how
-    update = None if adapter is None else read_peft(adapter)
+    changes = None if adapter is None else read_adapter(adapter)
     model = load_base(base)
-    if update is not None and adapter is not None:
-        fold(model, update, adapter)
+    if changes is not None and adapter is not None:
+        fold(model, changes, adapter)
     return quantize(
         model, how.precision, plan(model, how.precision, how.int8_layers, how.embedding_bits)
     )

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from caliport.calibrate import LowRankUpdate
+from caliport.calibrate.bases import check_same_base
 from caliport.calibrate.merges.common import rank_zero
 from caliport.calibrate.merges.dare import dare
 from caliport.calibrate.merges.exact import exact
@@ -22,7 +23,6 @@ from caliport.calibrate.merges.registry import MERGES
 from caliport.calibrate.merges.slerp import slerp
 from caliport.calibrate.merges.svd import svd
 from caliport.calibrate.merges.ties import ties
-from caliport.calibrate.peft_files import check_same_base
 from caliport.core.errors import InputError
 
 OUT, INTO = 7, 5

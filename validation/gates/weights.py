@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from caliport.core.directories import content_hash
 from caliport.export.artifact import Artifact
@@ -31,7 +31,6 @@ from caliport.validation.runners.weights import (
 )
 
 if TYPE_CHECKING:
-    from caliport.calibrate.low_rank import LowRankUpdate
     from caliport.export.decoder.shipped import ShippedDecoder
 
 _INSPECTED = 8  # differing matrices whose cause is looked for
@@ -62,16 +61,15 @@ def weights_gate(artifact: Artifact, source: Source) -> Gate:
     Raises:
         InputError: The base or the adapter cannot be read, or do not fit.
     """
-    from caliport.calibrate.peft_files import read_peft
     from caliport.export.decoder.shipped import shipped_decoder
 
     how = artifact.quantization
-    update = None if source.adapter is None else read_peft(source.adapter)
     with TemporaryDirectory(prefix="caliport-weights-") as scratch, ExitStack() as made:
         decoder = made.enter_context(
             shipped_decoder(source.base, source.adapter, how, Path(scratch))
         )
         count = len(matrices_of(decoder))
+        update = decoder.adapter.update if decoder.adapter is not None else None
         ranks = {} if update is None else {name: update.rank(name) for name in update.modules}
         engine = engines.get(artifact.runtime)
         odd = engine.differing_weights(artifact, decoder, ranks)
@@ -82,8 +80,7 @@ def weights_gate(artifact: Artifact, source: Source) -> Gate:
             return _gate(len(odd), count, "adapter", stale)
         plain = made.enter_context(shipped_decoder(source.base, None, "fp32", Path(scratch)))
         causes = [
-            _cause(name, find(), decoder, plain, update)
-            for name, find in list(odd.items())[:_INSPECTED]
+            _cause(name, find(), decoder, plain) for name, find in list(odd.items())[:_INSPECTED]
         ]
     stage, _ = Counter(stage for stage, _ in causes).most_common(1)[0]
     reason = dict(reversed(causes))[stage]
@@ -118,11 +115,7 @@ def _stale(artifact: Artifact, source: Source) -> str | None:
 
 
 def _cause(
-    name: str,
-    found: StoredWeight | None,
-    decoder: ShippedDecoder,
-    plain: ShippedDecoder,
-    update: LowRankUpdate | None,
+    name: str, found: StoredWeight | None, decoder: ShippedDecoder, plain: ShippedDecoder
 ) -> tuple[str, str]:
     """The stage that a differing matrix is attributed to, and the evidence for it."""
     if found is None:
@@ -136,12 +129,17 @@ def _cause(
             return "quantization", f"{groups[0]} scales a row, expected {groups[1]}"
         if torch.equal(found.data, wanted.data):
             return "quantization", "the integers are right, the scales are not"
-    base = plain.weights[f"{name}.weight"].tensor()
-    delta = update.delta(name) if update is not None and name in update.modules else None
-    if delta is not None and _is_transposed(plain.whole.get_submodule(name)):
-        delta = delta.T
-    rank = update.rank(name) if update is not None and delta is not None else 0
-    return _cause_of_values(found, wanted, base, delta, rank)
+    from caliport.export.decoder.fold import Folded
+
+    full = f"{name}.weight"
+    base, adapter = plain.weights[full].tensor(), decoder.adapter
+    if adapter is None or full not in adapter.parameters:
+        return _cause_of_values(found, wanted, base, None, 0)
+    folded = Folded.of(adapter, plain.whole.get_submodule(name), full, base)
+    rank = min(base.shape)
+    if folded.factor is None and name in adapter.update.modules:
+        rank = adapter.update.rank(name)
+    return _cause_of_values(found, wanted, base, folded.rows(0, len(base)) - base, rank)
 
 
 def _cause_of_values(
@@ -163,9 +161,3 @@ def _cause_of_values(
         return "lowering", "the difference is of full rank"
     held = float(((found.values() - base) * delta).sum() / delta.square().sum())
     return "adapter", f"the difference is of low rank, as an adapter is; it holds {held:.2f} of ΔW"
-
-
-def _is_transposed(module: nn.Module) -> bool:
-    from transformers.pytorch_utils import Conv1D
-
-    return isinstance(module, Conv1D)
