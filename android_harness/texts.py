@@ -10,8 +10,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from caliport.core.tokenizers import open_file
-
 from caliport.android_harness.device.facts import artifact_files, check_abi, facts, obstacles
 from caliport.android_harness.parity import HostReference, rounding_of, used
 from caliport.android_harness.run import Ran
@@ -20,6 +18,7 @@ from caliport.android_harness.runners.job import Result, Turn
 from caliport.core.directories import file_hash
 from caliport.core.errors import InputError
 from caliport.core.files import TOKENIZER
+from caliport.core.model_files.tokenizers import open_file
 from caliport.export import runtime as runtimes
 from caliport.export.artifact import Artifact
 from caliport.validation.evaluation.evaluation import texts_of

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import time
 
-from caliport.core.tokenizers import open_file
-
 from caliport.core.errors import InputError
 from caliport.core.files import TOKENIZER
+from caliport.core.model_files.tokenizers import open_file
 from caliport.export.artifact import Artifact
 from caliport.validation.evaluation.evaluation import Answers, Evaluation, asked_of, runner_answers
 from caliport.validation.evaluation.measures import NotFinite, compare

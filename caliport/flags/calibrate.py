@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from caliport.core import bounds
 from caliport.core.errors import InputError, printable
 from caliport.core.progress import console
 from caliport.core.prompts import PLAIN
 from caliport.core.untrusted import check_name, number, shown
+from caliport.recipe import bounds
 from caliport.recipe.methods import CORRECTED, MERGED, WEIGHTED, parse
 from caliport.stages.compose import ComposeSettings, CompositionInputs, compose_to
 from caliport.stages.sources import Source

@@ -15,12 +15,12 @@ from pydantic import (
     StringConstraints,
 )
 
-from caliport.core import bounds
 from caliport.core.errors import InputError
 from caliport.core.places import check_path
 from caliport.core.prompts import check_prompt
 from caliport.core.untrusted import check_name
 from caliport.export.runtime import names
+from caliport.recipe import bounds
 from caliport.recipe.methods import MERGED, parse
 from caliport.validation.gates.limits import Limits
 

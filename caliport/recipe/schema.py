@@ -8,9 +8,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from caliport.core import bounds
 from caliport.core.errors import InputError
 from caliport.export.runtime import get, names
+from caliport.recipe import bounds
 from caliport.recipe.fields import (
     Count,
     Layers,

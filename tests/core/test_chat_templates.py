@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from caliport.core import chat_templates
 from caliport.core.checkpoints import encode_prompt, render_prompt
 from caliport.core.errors import InputError
+from caliport.core.model_files import chat_templates
 from caliport.core.model_files.chat_templates import render_chat
 from tests.commands import ENVIRONMENT
 
@@ -129,7 +129,8 @@ def test_many_are_rendered_fast(tokenizer: PreTrainedTokenizerBase) -> None:
 def test_the_child_ends_with_its_parent(base_dir: Path, how: signal.Signals) -> None:
     code = f"""
 import time
-from caliport.core import chat_templates, checkpoints
+from caliport.core import checkpoints
+    from caliport.core.model_files import chat_templates
 checkpoints.render_prompt(checkpoints.load_tokenizer({str(base_dir)!r}), "Hi")
 print(*[child.pid for child in chat_templates._children.values()], flush=True)
 time.sleep(60)
