@@ -1,4 +1,4 @@
-"""Rank and number of launched processes, read from the launcher's environment variables.
+"""Launched processes: rank and number from the launcher's environment; signals that end them.
 
 ``torchrun`` and ``accelerate launch`` set RANK and WORLD_SIZE; for mpirun, the same variables are
 read as accelerate reads. This needs no torch, so the command line can ask before importing it.
@@ -7,8 +7,11 @@ read as accelerate reads. This needs no torch, so the command line can ask befor
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Callable
+from types import FrameType
+from typing import NoReturn
 
 _RANK = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 _WORLD = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
@@ -37,3 +40,35 @@ def wait_until(done: Callable[[], bool]) -> None:
     """
     while not done():
         time.sleep(_POLL_SECONDS)
+
+
+SIGNALS = (signal.SIGTERM, signal.SIGHUP)
+"""Signals that end a command as Ctrl-C does, once ``end_on_signals`` was called."""
+_seen: list[int] = []
+
+
+def end_on_signals() -> None:
+    """Raise KeyboardInterrupt on SIGTERM and SIGHUP, so that what was begun is removed.
+
+    Only the first one counts: removing goes on. What ``nohup`` ignores stays ignored.
+    """
+    for number in SIGNALS:
+        if signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, _interrupt)
+
+
+def note_signal(number: int) -> None:
+    """Remember which signal ends this process."""
+    _seen.append(number)
+
+
+def interrupted_code() -> int:
+    """Exit code of an interrupted process: 128 and the signal's number, 130 for Ctrl-C."""
+    return 128 + (_seen[0] if _seen else signal.SIGINT)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    note_signal(number)
+    for other in SIGNALS:
+        signal.signal(other, signal.SIG_IGN)
+    raise KeyboardInterrupt

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -20,9 +21,23 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from caliport.core.errors import printable
 from caliport.core.processes import is_main
 
-console = Console(stderr=True, quiet=not is_main())
+
+class PlainConsole(Console):
+    """A console that shows strings as they are: no markup in them, and nothing unprintable.
+
+    Names of files, adapters and devices may come from strangers. Use ``rich.text.Text`` for style.
+    """
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Render a string without markup, emoji codes and control characters."""
+        plain = "\n".join(printable(line, len(line) + 1) for line in text.split("\n"))
+        return super().render_str(plain, **{**options, "markup": False, "emoji": False})
+
+
+console = PlainConsole(stderr=True, quiet=not is_main())
 
 Advance = Callable[[int, str], None]
 """Called with the number of units done so far and a short note, such as the loss."""
@@ -40,12 +55,12 @@ def progress(title: str, total: int | None) -> Iterator[Advance]:
     """
     columns = (
         SpinnerColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
     )
     with Progress(
         *columns, console=console, transient=True, disable=console.quiet or not console.is_terminal
@@ -63,8 +78,8 @@ def working(title: str) -> Iterator[None]:
     """Show the stage set by ``at``, elapsed time and this process's memory while the body runs."""
     columns = (
         SpinnerColumn(),
-        TextColumn("{task.description}: {task.fields[stage]}"),
-        TextColumn("{task.fields[count]}"),
+        TextColumn("{task.description}: {task.fields[stage]}", markup=False),
+        TextColumn("{task.fields[count]}", markup=False),
         TimeElapsedColumn(),
         MemoryColumn(),
     )

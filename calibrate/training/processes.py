@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from caliport.core.errors import InputError
-from caliport.core.processes import process_count
+from caliport.core.processes import SIGNALS, note_signal, process_count
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 _PRECISION = "ACCELERATE_MIXED_PRECISION"
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = (signal.SIGINT, *SIGNALS)
 
 
 @contextmanager
@@ -158,7 +158,7 @@ class Stop:
 
 @contextmanager
 def stoppable(active: bool) -> Iterator[Stop]:
-    """Turn SIGINT and SIGTERM into ``asked`` inside the block, so that it can save and stop.
+    """Turn SIGINT, SIGTERM and SIGHUP into ``asked`` inside the block, which can save and stop.
 
     In a single process a second signal interrupts at once. Launched processes ignore a second one:
     they get each signal twice, from the terminal and from the launcher, which stops them itself.
@@ -171,7 +171,8 @@ def stoppable(active: bool) -> Iterator[Stop]:
         yield stop
         return
 
-    def ask(*_: object) -> None:
+    def ask(number: int, frame: object) -> None:
+        note_signal(number)
         if stop.asked and process_count() == 1:
             raise KeyboardInterrupt
         stop.asked = True

@@ -61,9 +61,9 @@ def show(
     place: Annotated[Path, typer.Argument(metavar="FILE_OR_DIR", help="A stored baseline.")],
 ) -> None:
     """Show a stored baseline and whether it was made on a machine and versions like these."""
-    from rich.console import Console
     from rich.text import Text
 
+    from caliport.core.progress import PlainConsole
     from caliport.show.tables import table_of
     from caliport.validation.baseline.baseline import read_baseline
     from caliport.validation.baseline.regression import differences
@@ -71,7 +71,7 @@ def show(
 
     path, baseline = read_baseline(place, this_machine())
     machine = baseline.machine
-    console = Console()
+    console = PlainConsole()
     console.print(Text(f"{path}: {machine.cpu}, {machine.cores} cores, {machine.os}"))
     if baseline.device is not None:
         device = baseline.device
@@ -113,11 +113,12 @@ def compare(
 def show_comparison(comparison: Comparison) -> None:
     """Verdicts, what differs around the runs, and every figure and gate that is not the same."""
     from rich.box import SIMPLE_HEAD
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    console = Console()
+    from caliport.core.progress import PlainConsole
+
+    console = PlainConsole()
     for name, found in zip(comparison.names, comparison.headlines, strict=True):
         colour = {"pass": "green", "fail": "red"}.get(found.state, "yellow")
         console.print(Text.assemble(f"{name}: ", (found.title, f"bold {colour}"), f" {found.text}"))

@@ -47,8 +47,7 @@ def devices(
 
 
 def _show(found: Sequence[Facts]) -> None:
-    from rich.console import Console
-
+    from caliport.core.progress import PlainConsole
     from caliport.show.tables import table_of
 
     heads = ("device", "", "model", "Android", "ABI", "cores", "features")
@@ -73,7 +72,7 @@ def _show(found: Sequence[Facts]) -> None:
             "-" if facts.celsius is None else f"{facts.celsius:.1f}",
             "-" if facts.thermal is None else str(facts.thermal),
         )
-    console = Console()
+    console = PlainConsole()
     console.print(table)
     console.print(room)
 

@@ -9,9 +9,10 @@ from importlib import metadata
 from pathlib import Path
 
 from packaging.requirements import Requirement
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from caliport.core.progress import PlainConsole
 from caliport.export.runtime import get, names
 
 _SMALL_MEMORY = 4e9
@@ -35,7 +36,7 @@ def examine() -> bool:
 
     from caliport.validation.records.reports import this_machine
 
-    console = Console()
+    console = PlainConsole()
     versions = Table("package", "installed", "wanted", "", title="Packages", title_justify="left")
     problems = []
     for requirement in _requirements():
@@ -45,7 +46,7 @@ def examine() -> bool:
             requirement.name,
             found or "-",
             str(requirement.specifier),
-            "ok" if right else "[red]untested version[/red]",
+            "ok" if right else Text("untested version", "red"),
         )
         if not right:
             problems.append(
@@ -69,12 +70,12 @@ def examine() -> bool:
     table = Table("ability", "", title="Abilities", title_justify="left")
     for ability, modules in abilities().items():
         reason = _import_problem(modules)
-        table.add_row(ability, f"[red]{reason}[/red]" if reason else "ok")
+        table.add_row(ability, Text(reason, "red") if reason else "ok")
         if reason:
             problems.append(f"{ability}: {reason}")
     console.print(table)
     for problem in problems:
-        console.print(f"[red]would not work:[/red] {problem}")
+        console.print(Text.assemble(("would not work:", "red"), f" {problem}"))
     if not problems:
         console.print("everything would work")
     return not problems

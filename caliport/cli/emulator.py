@@ -99,9 +99,8 @@ def stop(
 @emulators.command("list")
 def show() -> None:
     """List the AVDs, and which of them are running."""
-    from rich.console import Console
-
     from caliport.android_harness.emulator.emulator import avds, running
+    from caliport.core.progress import PlainConsole
     from caliport.show.tables import table_of
 
     runs = {one.avd: one for one in running()}
@@ -110,7 +109,7 @@ def show() -> None:
         one = runs.get(name)
         cells = ("-", "", "") if one is None else (one.serial, str(one.ram), _until(one))
         table.add_row(name, image.package, *cells)
-    Console().print(table)
+    PlainConsole().print(table)
 
 
 @emulators.command()

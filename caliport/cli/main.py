@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import logging
 import os
@@ -14,8 +15,10 @@ from typing import Any
 
 from caliport.cli.app import app
 from caliport.core.errors import InputError, one_line
+from caliport.core.processes import end_on_signals, interrupted_code
 
 _INTERRUPTED = 130
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES}
 _PIPE_CLOSED = 141  # what a shell says of a program that SIGPIPE ended
 
 
@@ -24,6 +27,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):  # an ASCII terminal gets ? for what it cannot show
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+    end_on_signals()
     debug = "--debug" in sys.argv
     goes_on = "calibrate" in sys.argv or any(a.endswith((".yaml", ".yml")) for a in sys.argv)
     sys.exit(guarded(lambda: app(standalone_mode=False), "caliport --help", debug, goes_on))
@@ -62,10 +66,14 @@ def guarded(call: Callable[[], Any], usage: str, debug: bool, goes_on: bool = Fa
             code = _fail(f"{one_line(shown(), 400)} See {usage}.", 2)
         elif type(error).__name__ == "Abort":
             code = _INTERRUPTED
+        elif isinstance(error, OSError) and error.errno in _NO_ROOM:
+            where = "writing" if error.filename is None else error.filename
+            code = _fail(one_line(f"{where}: {error.strerror}", 400), 2)
         else:
             line = one_line(f"{type(error).__name__}: {error}", 300)
             code = _fail(f"internal error: {line} (--debug shows where)", 3)
     if code == _INTERRUPTED:  # typer turns Ctrl-C into this code without a message
+        code = interrupted_code()
         _fail(f"interrupted{'; run the same command again to resume' * goes_on}", code)
     return code if isinstance(code, int) else 0
 

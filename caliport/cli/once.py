@@ -1,15 +1,30 @@
-"""Options that take one value are refused when they are given twice, and empty arguments too."""
+"""What every command refuses: an option twice, an empty argument, a value out of range."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import typer
 from typer.core import TyperCommand, TyperOption
 
 from caliport.core.errors import InputError
+from caliport.core.places import check_path
+from caliport.core.untrusted import number, shown
+from caliport.recipe import bounds
 
+_LONGEST = 10_000  # characters of a text
+_MOST = {
+    "threads": bounds.THREADS,
+    "core": bounds.THREADS,
+    "context": bounds.TOKENS,
+    "prompt_tokens": bounds.TOKENS,
+    "new_tokens": bounds.TOKENS,
+    "max_new_tokens": bounds.TOKENS,
+    "seed": bounds.SEED,
+    "learning_rate": bounds.RATE,
+}
 _HINTS = {"--adapter": "caliport calibrate composes several adapters into one"}
 
 
@@ -34,7 +49,12 @@ class Once(TyperCommand):
                 hint = _HINTS.get(flag)
                 raise InputError(f"{flag}: found twice, expected once{f'; {hint}' if hint else ''}")
             seen.add(name)
-        return super().parse_args(ctx, args)
+        rest = super().parse_args(ctx, args)
+        for known in self.params:
+            value = ctx.params.get(str(known.name))
+            for one in value if isinstance(value, list | tuple) else [value]:
+                _check(known.opts[0], str(known.name), one)
+        return rest
 
     def _given(self, args: list[str]) -> Iterator[TyperOption]:
         """The options among the arguments, in order; values of options are not looked at."""
@@ -54,6 +74,20 @@ class Once(TyperCommand):
             yield option
             if not given and not option.is_flag:
                 next(rest, None)
+
+
+def _check(flag: str, name: str, value: object) -> None:
+    """Check a value's size; a command checks what it means."""
+    if isinstance(value, Path):
+        check_path(value)
+    elif isinstance(value, int) and not isinstance(value, bool):
+        most = _MOST.get(name, bounds.COUNT)
+        number(value, flag, -most, most, whole=True)
+    elif isinstance(value, float):
+        most = _MOST.get(name, bounds.SECONDS)
+        number(value, flag, -most, most)
+    elif isinstance(value, str) and (len(value) > _LONGEST or "\0" in value):
+        raise InputError(f"{flag} is {shown(value)}, expected at most {_LONGEST:,} characters")
 
 
 def take_options_once(app: typer.Typer) -> None:

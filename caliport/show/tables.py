@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from caliport.core.progress import PlainConsole
 
 if TYPE_CHECKING:
     from caliport.validation.records.budget import Budget
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     )
     from caliport.validation.report.audit_summary import Summary
 
-_console = Console()
+_console = PlainConsole()
 
 
 def show_tables(reports: Path) -> None:
@@ -143,12 +144,12 @@ def show_budget(budget: Budget) -> None:
     _console.print(table)
 
 
-def _verdict(result: ArtifactResult | DeviceResult) -> str:
+def _verdict(result: ArtifactResult | DeviceResult) -> Text:
     if not result.passed:
-        return f"[red]FAIL: {result.lost_at}[/red]"
+        return Text(f"FAIL: {result.lost_at}", "red")
     if not all(gate.decided for gate in result.gates):
-        return "[yellow]undecided[/yellow]"
-    return "[green]pass[/green]"
+        return Text("undecided", "yellow")
+    return Text("pass", "green")
 
 
 def table_of(title: str, heads: tuple[str, ...]) -> Table:
@@ -273,9 +274,9 @@ def show_gates(result: ArtifactResult | DeviceResult) -> None:
     for name in ("gate", "found", "limit", "verdict", "reason"):
         table.add_column(name)
     for gate in result.gates:
-        verdict = "[green]pass[/green]" if gate.passed else f"[red]FAIL: {gate.stage}[/red]"
+        verdict = Text("pass", "green") if gate.passed else Text(f"FAIL: {gate.stage}", "red")
         if gate.passed and not gate.decided:
-            verdict = "[yellow]undecided[/yellow]"
+            verdict = Text("undecided", "yellow")
         found = "" if gate.found is None else f"{gate.found:.3g}"
         table.add_row(gate.name, found, f"{gate.limit:.3g}", verdict, gate.reason)
     _console.print(table)

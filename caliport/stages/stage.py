@@ -11,6 +11,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from rich.text import Text
+
 from caliport.core.directories import input_hash, key, up_to_date
 from caliport.core.model_files.base_files import check_files
 from caliport.core.outputs import check_output, new_directory
@@ -56,7 +58,7 @@ def stage(
     plain = {label: _plain(value) for label, value in settings.items()}
     stage_key = key(name, hashes, plain)
     if up_to_date(out, stage_key):
-        console.print(f"[dim]{title}: up to date, skipped[/dim]")
+        console.print(Text(f"{title}: up to date, skipped", "dim"))
         return
     resume = out.parent / f".{out.name}.resume-{stage_key[:16]}"
     if not is_main():

@@ -210,3 +210,28 @@ def test_no_command_replaces_what_is_not_ours(
     mine.write_text("again")
     assert run(*merge, "--weight", 1, "--weight", 0, "--out", mine.parent) == 2
     assert mine.read_text() == "again"
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--weight", "1e38"], "--weight"),
+        (["--weight", "nan"], "--weight"),
+        (["--learning-rate", "inf"], "--learning-rate"),
+        (["--learning-rate", "nan"], "--learning-rate"),
+        (["--steps", "1" + "0" * 30], "--steps"),
+        (["--seed", "1" + "0" * 30], "--seed"),
+        (["--base", "y" * 100_000], "--base"),
+        (["--out", "y" * 100_000], "yyy"),
+    ],
+)
+def test_values_out_of_range(
+    flags: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from caliport.cli.main import app, guarded
+
+    assert guarded(lambda: app(["calibrate", *flags], standalone_mode=False), "", False) == 2
+    error = capsys.readouterr().err
+    assert says in error
+    assert error.count("\n") == 1
+    assert len(error) < 2100

@@ -1,4 +1,4 @@
-"""Ctrl-C ends a command with one line and code 130, and the same command goes on."""
+"""Ctrl-C, SIGTERM and SIGHUP end a command with one line, and the same command goes on."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from caliport.data.examples import Example, write_jsonl
 from tests.commands import ENVIRONMENT
 
 
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.usefixtures("ctrl_c")
 def test_an_interrupted_calibration_goes_on(
-    base_dir: Path, adapter_dirs: list[Path], tmp_path: Path
+    how: signal.Signals, base_dir: Path, adapter_dirs: list[Path], tmp_path: Path
 ) -> None:
     write_jsonl(tmp_path / "data.jsonl", [Example("tennis", "park"), Example("Tom", "Anna")])
     flags = [f for adapter in adapter_dirs for f in ("--adapter", str(adapter))]
@@ -35,9 +36,9 @@ def test_an_interrupted_calibration_goes_on(
         assert time.monotonic() < deadline
         time.sleep(0.05)
     time.sleep(0.5)
-    running.send_signal(signal.SIGINT)
+    running.send_signal(how)
     _, errors = running.communicate(timeout=60)
-    assert running.returncode == 130
+    assert running.returncode == 128 + how
     said = "caliport: interrupted; run the same command again to resume"
     assert errors.splitlines()[-1] == said
     assert errors.count("caliport: ") == 1

@@ -7,9 +7,11 @@ import re
 
 import pytest
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from caliport.core import progress
-from caliport.core.progress import at, working
+from caliport.core.progress import PlainConsole, at, working
 
 
 def shown(monkeypatch: pytest.MonkeyPatch, *, terminal: bool) -> str:
@@ -36,3 +38,17 @@ def test_logs_stay_readable(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_stages_may_be_named_where_nothing_shows_them() -> None:
     at("quantizing", 3, 16)
+
+
+def test_names_are_shown_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    """No markup in them, no emoji codes and no control characters."""
+    table = Table("name")
+    table.add_row("[/red] :smile: \x1b[2J")
+    table.add_row(Text("styled", "red"))
+    console = PlainConsole(width=60)
+    console.print(table)
+    console.print("[bold]a[/bold]\n\x1b]0;owned\x07")
+    shown = capsys.readouterr().out
+    assert "[/red] :smile: \\x1b[2J" in shown
+    assert "[bold]a[/bold]\n\\x1b]0;owned\\x07" in shown
+    assert "\x1b" not in shown

@@ -130,7 +130,7 @@ def test_the_child_ends_with_its_parent(base_dir: Path, how: signal.Signals) -> 
     code = f"""
 import time
 from caliport.core import checkpoints
-    from caliport.core.model_files import chat_templates
+from caliport.core.model_files import chat_templates
 checkpoints.render_prompt(checkpoints.load_tokenizer({str(base_dir)!r}), "Hi")
 print(*[child.pid for child in chat_templates._children.values()], flush=True)
 time.sleep(60)
