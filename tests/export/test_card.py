@@ -95,6 +95,7 @@ def test_the_bases_own_settings_are_kept(tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text(
         json.dumps({"temperature": 0.6, "do_sample": False, "top_k": 7, "eos_token_id": 9})
     )
+    LlamaConfig().save_pretrained(tmp_path)
     (tmp_path / "out").mkdir()
     save_generation_config(tmp_path, LlamaConfig(), tmp_path / "out", [2, 3], 1)
     found = json.loads((tmp_path / "out/generation_config.json").read_text())
@@ -168,7 +169,7 @@ def test_a_swept_adapter_says_how_it_was_made(adapter_dirs: list[Path], tmp_path
     at_best_rate(tmp_path / "swept", "sum", (0.1, 0.2), make)
     assert describe_adapter(tmp_path / "swept")["method"] == "lc++"
     assert describe_adapter(tmp_path / "swept")["composed_of"] == ["a", "b", "c"]
-    pick(tmp_path / "picked", "sum", tmp_path / "swept", "sum")
+    pick(tmp_path / "picked", "sum", tmp_path / "swept", "sum", "{input}")
     assert describe_adapter(tmp_path / "picked")["method"] == "lc++"
     assert describe_adapter(tmp_path / "picked")["composed_of"] == ["a", "b"]
 

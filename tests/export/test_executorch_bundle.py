@@ -205,7 +205,13 @@ def test_layers_without_terms_are_refused(tmp_path: Path) -> None:
     """GPT-2's Conv1D can be folded into, but a bundle would leave its update out."""
     base = tmp_path / "base"
     GPT2Config(
-        n_layer=1, n_embd=32, n_head=2, vocab_size=64, architectures=["GPT2LMHeadModel"]
+        n_layer=1,
+        n_embd=32,
+        n_head=2,
+        vocab_size=64,
+        bos_token_id=0,
+        eos_token_id=0,
+        architectures=["GPT2LMHeadModel"],
     ).save_pretrained(base)
     write_peft(_random({"transformer.h.0.attn.c_attn": (96, 32)}, 2, 0), tmp_path / "adapter")
     with pytest.raises(InputError, match=r"c_attn, a Conv1D; a bundle supports updates of linear"):

@@ -127,7 +127,9 @@ def test_what_ships_is_what_is_folded(
 def test_dora_on_a_transposed_weight(tmp_path: Path) -> None:
     """GPT-2's Conv1D."""
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=96, n_embd=16, n_layer=1, n_head=2))
+    model = GPT2LMHeadModel(
+        GPT2Config(vocab_size=96, n_embd=16, n_layer=1, n_head=2, eos_token_id=0, bos_token_id=0)
+    )
     model.save_pretrained(tmp_path / "base")
     adapter = randomized(
         random_adapter(

@@ -227,10 +227,10 @@ def test_a_damaged_or_busy_cache(rewriter: Rewriter, tmp_path: Path) -> None:
     with rewriter.cache.open("rb") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
         check(rewriter, "es", TEXTS[:1], "another run is writing it; wait for that or name another")
-    rewriter.cache.write_text('{"key": 1, "output": "x"}\n')
+    rewriter.cache.write_text('{"key": "1", "output": 2}\n')
     check(rewriter, "es", TEXTS[:1], "line 1: expected key and output, two strings; remove the")
     rewriter.cache.write_text("junk\n")
-    check(rewriter, "es", TEXTS[:1], "line 1: found text that is not JSON")
+    check(rewriter, "es", TEXTS[:1], "not a cache of rewritten texts")
     (tmp_path / "file").write_text("")
     inside = Rewriter(rewriter.translation, None, tmp_path / "file" / "cache.jsonl")
     check(inside, "es", TEXTS[:1], "cannot be written")
