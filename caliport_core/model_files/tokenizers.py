@@ -39,9 +39,11 @@ _TEMPLATE_BYTES = 2**20
 _SECONDS = 120
 _TRY = f"""
 import resource, sys
-resource.setrlimit(resource.RLIMIT_AS, (6 * 2**30,) * 2)
-resource.setrlimit(resource.RLIMIT_CPU, ({_SECONDS}, {_SECONDS + 5}))
-resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+for kind, most in (("AS", 6 * 2**30), ("CPU", {_SECONDS}), ("CORE", 0)):
+    number = getattr(resource, "RLIMIT_" + kind)
+    given = resource.getrlimit(number)[1]  # which may be lower already and cannot be raised
+    most = most if given == resource.RLIM_INFINITY else min(most, given)
+    resource.setrlimit(number, (most, given))
 try:
     from tokenizers import Tokenizer
     tokenizer = Tokenizer.from_file(sys.argv[1])

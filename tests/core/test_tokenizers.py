@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from caliport.core.errors import InputError
 from caliport.core.model_files.tokenizers import end_trouble, no_panic, open_tokenizer
 from caliport.export.package.tokenizer import read_tokenizer
 from caliport.stages.sources import Source
+from tests.commands import ENVIRONMENT
 
 Change = Callable[[Path], Any]
 
@@ -185,3 +188,16 @@ def test_export_tells_of_ends_that_differ(
     edit("generation_config.json", eos_token_id=0)(base)
     to_onnx(base, tmp_path / "out")
     assert "but the model stops at 0; add 2 to eos_token_id" in capsys.readouterr().err
+
+
+def test_a_process_with_less_memory_tries_tokenizers_too(base_dir: Path) -> None:
+    """Limits below the trial's own cannot be raised."""
+    code = f"""
+import resource
+from pathlib import Path
+from caliport.core.model_files.tokenizers import try_tokenizer
+resource.setrlimit(resource.RLIMIT_AS, (4 * 2**30,) * 2)
+resource.setrlimit(resource.RLIMIT_CPU, (60, 60))
+try_tokenizer(Path({str(base_dir)!r}) / "tokenizer.json")
+"""
+    subprocess.run([sys.executable, "-P", "-c", code], check=True, env=ENVIRONMENT)
