@@ -1,6 +1,6 @@
 """Thousands of seeded bad inputs to every command, each judged by what is promised of bad input.
 
-``make test`` tries some hundred with a fixed seed, ``make fuzz`` thousands. A case is named by its
+``make test`` tries a hundred with a fixed seed, ``make fuzz`` thousands. A case is named by its
 kind and a number, which give the same bad input again: ``python -m tests.fuzz adapter:17``.
 
 - ``seeds``: tiny valid inputs, which every case starts from
