@@ -349,7 +349,7 @@ def _files(change: Callable[[Path], None]) -> dict[str, Callable[[Path], None]]:
 _ROPE = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
 
 FAULTS = [
-    Fault("adapter left out", "adapter", adapter=lambda t: {n: 0 * v for n, v in t.items()}),
+    Fault("adapter left out", "adapter", adapter=lambda t: {n: 1e-9 * v for n, v in t.items()}),
     Fault("adapter left out of one module", "adapter", adapter=_without("layers.1.self_attn.v_")),
     Fault("adapter left out of one layer", "adapter", adapter=_without("layers.1.")),
     Fault("LoRA scaling off by 2", "adapter", adapter=_doubled),
