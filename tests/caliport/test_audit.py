@@ -61,7 +61,7 @@ def test_nothing_is_written_unasked_and_weights_count(
         (["ONE"], "found 1, expected 2 or more"),
         (["ONE", "gone"], "gone: no such directory"),
         (["ONE", "TWO", "--weight", "1"], "1 weights for 2 adapters; expected one each"),
-        (["ONE", "TWO", "--weight", "nan", "--weight", "1"], "a weight is nan"),
+        (["ONE", "TWO", "--weight", "nan", "--weight", "1"], "--weight is nan"),
         ([], "Missing argument"),
         (["ONE", "OTHER"], "expected adapters of one base"),
     ],
@@ -126,5 +126,5 @@ def test_directories_of_one_name_stay_apart(adapter_dirs: list[Path], tmp_path: 
 def test_output_that_cannot_be_written(adapter_dirs: list[Path], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     audit = audit_composition(dict(zip("ab", adapter_dirs, strict=True)))
-    with pytest.raises(InputError, match="cannot be written"):
+    with pytest.raises(InputError, match="is a file, expected a directory"):
         write_audit({"both": audit}, tmp_path / "file" / AUDIT)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import GPT2Config, PreTrainedModel
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from caliport.calibrate.low_rank import LowRankUpdate
 from caliport.calibrate.merges.exact import exact
@@ -204,15 +204,10 @@ def _value(schema: Any, index: int, kind: Any) -> Any:
 def test_layers_without_terms_are_refused(tmp_path: Path) -> None:
     """GPT-2's Conv1D can be folded into, but a bundle would leave its update out."""
     base = tmp_path / "base"
-    GPT2Config(
-        n_layer=1,
-        n_embd=32,
-        n_head=2,
-        vocab_size=64,
-        bos_token_id=0,
-        eos_token_id=0,
-        architectures=["GPT2LMHeadModel"],
-    ).save_pretrained(base)
+    config = GPT2Config(
+        n_layer=1, n_embd=32, n_head=2, vocab_size=64, bos_token_id=0, eos_token_id=0
+    )
+    GPT2LMHeadModel(config).save_pretrained(base)
     write_peft(_random({"transformer.h.0.attn.c_attn": (96, 32)}, 2, 0), tmp_path / "adapter")
     with pytest.raises(InputError, match=r"c_attn, a Conv1D; a bundle supports updates of linear"):
         to_executorch_bundle(base, {"one": tmp_path / "adapter"}, tmp_path / "out")
