@@ -33,7 +33,7 @@ def bad(names: list[str], seeds: Path) -> list[str]:
     ]
 
 
-# The long run still finds bad cases of these kinds: what a device says, edited reports, and a sparse
+# The long run still finds bad cases of these kinds: what a device says, edited reports, a sparse
 # file of gigabytes as an adapter.
 OPEN = ("adapter", "device", "reports")
 OPEN_EXAMPLES = ("@facts", "@result", "@llama", "compare", "report", "baseline")
