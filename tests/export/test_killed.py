@@ -25,7 +25,7 @@ checked = set()
 def survey(out):
     '''What a user finds: none, or the setting of a whole artifact; and what lies beside it.'''
     from caliport.core.directories import check_files, key, read_manifest
-    left = sorted(path.name.rpartition("-")[0] for path in out.parent.glob(".*"))
+    left = sorted(path.name.partition("-")[0] for path in out.parent.glob(".*"))
     if not out.exists():
         return None, left
     check_files(out)
