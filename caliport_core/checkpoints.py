@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from caliport.core.errors import InputError, one_line
 from caliport.core.files import GENERATION_CONFIG
-from caliport.core.model_files.base_files import check_files, local
-from caliport.core.model_files.base_model import check_base, check_loaded
+from caliport.core.model_files.base_files import check_base_files, local
+from caliport.core.model_files.base_model import check_base, check_loaded, silent
 from caliport.core.model_files.chat_templates import render_chat
 from caliport.core.model_files.tokenizers import no_panic, open_tokenizer
 
@@ -42,14 +42,15 @@ def load_base(path: str | Path, dtype: torch.dtype | None = None) -> PreTrainedM
     check_base(path)
     loaded: Any
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=dtype or torch.float32,
-            use_safetensors=True,
-            trust_remote_code=False,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
+        with silent():
+            loaded = AutoModelForCausalLM.from_pretrained(
+                path,
+                dtype=dtype or torch.float32,
+                use_safetensors=True,
+                trust_remote_code=False,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
     except Exception as error:
         raise InputError(
             f"{path}: not loadable as a causal language model ({one_line(error)})"
@@ -88,7 +89,7 @@ def load_generation(path: str | Path) -> GenerationConfig | None:
     """
     from transformers import GenerationConfig
 
-    check_files(path)
+    check_base_files(path)
     directory = local(path)
     if directory is not None and not (directory / GENERATION_CONFIG).exists():
         return None
@@ -108,7 +109,7 @@ def load_tokenizer(path: str | Path, model: nn.Module | None = None) -> PreTrain
     Raises:
         InputError: No tokenizer, or more tokens than the model's embedding has rows.
     """
-    check_files(path)
+    check_base_files(path)
     tokenizer = open_tokenizer(path)
     if model is not None:
         rows = model.get_input_embeddings().num_embeddings  # type: ignore[operator]

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
 from caliport.android_harness.device.adb import NO_DEVICE, Device, listed
 from caliport.core.errors import InputError
+from caliport.core.untrusted import shown
 from caliport.export.artifact import Artifact
 from caliport.validation.records.record import Record
 
@@ -21,6 +23,8 @@ ABIS = {"arm64-v8a": 183, "x86_64": 62}
 _MACHINES = {"aarch64": "arm64-v8a", "x86_64": "x86_64"}
 _FEATURES = {"asimddp": "dotprod", "i8mm": "i8mm"}  # /proc/cpuinfo's name, and the field's
 _MARK = "caliport-fact"
+_CORES = re.compile(r"\d{1,4}(-\d{1,4})?(,\d{1,4}(-\d{1,4})?)*")
+_DIGITS = 15  # of a number; more is no amount of memory or space
 # One round trip. What a device does not have leaves its part empty.
 _ASK = f"""
 for name in ro.product.cpu.abi ro.build.version.release ro.product.manufacturer \
@@ -77,7 +81,7 @@ def facts(device: Device) -> Facts:
     """Ask a device what it is.
 
     Raises:
-        InputError: It went away, or does not say how much memory or space it has.
+        InputError: It went away, or does not say how many cores, how much memory or space it has.
     """
     parts = _parts(device.script(_ASK).out)
     emulated = "1" in (parts["ro.kernel.qemu"], parts["ro.boot.qemu"])
@@ -96,7 +100,7 @@ def facts(device: Device) -> Facts:
         model=maker or machine,
         android=android,
         abi=parts["ro.product.cpu.abi"] or _MACHINES.get(machine, machine),
-        cores=_cores(parts["cores"]),
+        cores=_cores(parts["cores"], device),
         features=tuple(name for key, name in _FEATURES.items() if key in names),
         memory=1024 * _needed(r"MemTotal:\s*(\d+)", parts["meminfo"], device, "/proc/meminfo"),
         free_memory=1024
@@ -117,14 +121,15 @@ def parse_space(text: str, device: Device) -> int:
     return 1024 * _needed(r"(\d+)\s+\d+%\s+\S+\s*$", text, device, f"df -k {ROOT}")
 
 
-def _parts(text: str) -> dict[str, str]:
+def _parts(text: str) -> Mapping[str, str]:
+    """What a device said to each question; nothing where an answer is not there."""
     pieces = (piece.partition("\n") for piece in text.split(f"{_MARK} ")[1:])
-    return {name.strip(): body.strip() for name, _, body in pieces}
+    return defaultdict(str, {name.strip(): body.strip() for name, _, body in pieces})
 
 
 def _number(pattern: str, text: str) -> int | None:
     found = re.search(pattern, text)
-    return None if found is None else int(found[1])
+    return None if found is None or len(found[1]) > _DIGITS else int(found[1])
 
 
 def _needed(pattern: str, text: str, device: Device, source: str) -> int:
@@ -135,10 +140,15 @@ def _needed(pattern: str, text: str, device: Device, source: str) -> int:
     return found
 
 
-def _cores(text: str) -> int:
+def _cores(text: str, device: Device) -> int:
     """Of a list such as ``0-3,6``."""
-    spans = [[int(n) for n in span.split("-")] for span in text.split(",") if span]
-    return sum(span[-1] - span[0] + 1 for span in spans)
+    spans = re.findall(r"(\d{1,4})(?:-(\d{1,4}))?", text) if _CORES.fullmatch(text) else []
+    sizes = [int(last or first) - int(first) + 1 for first, last in spans]
+    if not sizes or min(sizes) < 1:
+        raise InputError(
+            f"device {device.serial}: found cores {shown(text)}, expected a list such as 0-3,6"
+        )
+    return sum(sizes)
 
 
 def all_facts() -> tuple[list[Facts], list[str]]:

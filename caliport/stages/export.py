@@ -9,7 +9,7 @@ from threading import Thread
 from typing import Any
 
 from caliport.core.directories import MANIFEST
-from caliport.core.model_files.base_files import check_files
+from caliport.core.model_files.base_files import check_base_files
 from caliport.core.outputs import check_output
 from caliport.core.progress import working
 from caliport.export import runtime as runtimes
@@ -31,7 +31,7 @@ def export_to(out: Path, title: str, request: Request, *, refuse: bool = True) -
     """
     runtimes.get(request.runtime).check(request)
     check_output(out, "export", request.inputs().values())
-    check_files(request.base)
+    check_base_files(request.base)
     # Print the needs before any work, unless the export may be skipped.
     may_be_skipped = (out / MANIFEST).is_file()
     if not may_be_skipped:

@@ -14,7 +14,7 @@ from typing import Any
 from rich.text import Text
 
 from caliport.core.directories import input_hash, key, up_to_date
-from caliport.core.model_files.base_files import check_files
+from caliport.core.model_files.base_files import check_base_files
 from caliport.core.outputs import check_output, new_directory
 from caliport.core.processes import is_main, wait_until
 from caliport.core.progress import console
@@ -53,7 +53,7 @@ def stage(
     """
     check_output(out, name, inputs.values())
     if "base" in inputs:
-        check_files(inputs["base"])
+        check_base_files(inputs["base"])
     hashes = hashes_of(inputs)
     plain = {label: _plain(value) for label, value in settings.items()}
     stage_key = key(name, hashes, plain)

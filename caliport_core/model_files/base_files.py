@@ -44,7 +44,7 @@ _SCHEMES = (
 _SAVE_16 = "expected a base in 16 or 32 bits: use the checkpoint it was quantized from"
 
 
-def check_files(path: str | Path) -> None:
+def check_base_files(path: str | Path) -> None:
     """Check all that can be told from a base's files without reading a weight.
 
     Args:
@@ -100,7 +100,7 @@ def state_of(directory: Path) -> tuple[tuple[object, ...], ...]:
 
 
 def settings_of(directory: Path) -> dict[str, Any]:
-    """A base's ``config.json``, checked; see ``check_files`` for errors."""
+    """A base's ``config.json``, checked; see ``check_base_files`` for errors."""
     path = directory / CONFIG
     if not os.path.lexists(path):
         raise InputError(f"{directory}: no config.json; expected a Hugging Face checkpoint")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from caliport.core.errors import InputError, one_line, printable
 from caliport.core.files import CONFIG, GENERATION_CONFIG, WEIGHTS
 from caliport.core.model_files.base_files import (
-    check_files,
+    check_base_files,
     is_buffer,
     is_whole,
     local,
@@ -49,11 +49,11 @@ def check_base(path: str | Path) -> None:
             of it is there.
 
     Raises:
-        InputError: See ``check_files``; a model that transformers cannot build; weights that the
-            model misses, does not expect or that have another shape; a stored head that differs
-            from the embedding that it is tied to.
+        InputError: See ``check_base_files``; a model that transformers cannot build; weights that
+            the model misses, does not expect or that have another shape; a stored head that
+            differs from the embedding that it is tied to.
     """
-    check_files(path)
+    check_base_files(path)
     directory = local(path)
     if directory is not None and is_whole(path, directory):
         _check(directory, state_of(directory))

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 from tests.fuzz.cases import EXPORT, TEMPLATES, YAMLS
-from tests.fuzz.judge import Asked
-from tests.fuzz.mutate import ANSI, Pairs, Raw, deep, dump
-from tests.fuzz.seeds import BASE, BOTH, DATA, sign
+from tests.fuzz.changes import (
+    Change,
+    Example,
+    data_at,
+    edit,
+    first_line,
+    index_of,
+    key_twice,
+    link_to,
+    pipe_at,
+    set_fields,
+    signed,
+    write,
+)
+from tests.fuzz.mutate import ANSI, Raw, deep, dump
+from tests.fuzz.seeds import BASE, BOTH, DATA
 
-Change = Callable[[Path], object]
 MERGE = ("calibrate", *BOTH, "--method", "linear", "--out", "out")
 TRAIN = ("calibrate", *BOTH, "--method", "lc", *DATA, "--out", "out")
 FLIX = ("calibrate", *BASE, "--method", "flix", *DATA, "--rank", "x=2", "--out", "out")
@@ -26,106 +34,6 @@ QUICK = ("--prompt-tokens", "4", "--new-tokens", "2", "--repetitions", "1", "--t
 BENCH = ("bench", "onnx", *QUICK)
 CHECK = ("validate", "onnx", *BASE, "--adapter", "first", "--no-latency")
 
-
-@dataclass(frozen=True)
-class Example:
-    """A change of the seeds and a command; ``refused`` is False where an answer is right too."""
-
-    what: str
-    change: Change
-    arguments: Sequence[str]
-    refused: bool = True
-    writes: Sequence[str] = ("out",)
-
-    def make(self, work: Path) -> Asked:
-        """Change a copy of the seeds and say what to ask."""
-        self.change(work)
-        return Asked(self.arguments, self.what, self.writes, self.refused, fails=True)
-
-
-def _edit(name: str, **changes: Any) -> Change:
-    """Set fields of a JSON file; a dot in a name, here ``__``, goes down."""
-
-    def change(work: Path) -> None:
-        path = work / name
-        found = json.loads(path.read_text())
-        for keys, value in changes.items():
-            *parents, last = keys.split("__")
-            place = found
-            for key in parents:
-                place = place[int(key) if isinstance(place, list) else key]
-            place[last] = value
-        path.write_text(dump(found), encoding="utf-8", errors="surrogatepass")
-
-    return change
-
-
-def _signed(change: Change, name: str = "onnx") -> Change:
-    def both(work: Path) -> None:
-        change(work)
-        sign(work / name)
-
-    return both
-
-
-def _text(name: str, text: str) -> Change:
-    return lambda work: (work / name).write_text(text, "utf-8", "surrogatepass")
-
-
-def _link(name: str, to: str) -> Change:
-    def change(work: Path) -> None:
-        (work / name).unlink(missing_ok=True)
-        (work / name).symlink_to(to)
-
-    return change
-
-
-def _pipe(name: str) -> Change:
-    def change(work: Path) -> None:
-        (work / name).unlink()
-        os.mkfifo(work / name)
-
-    return change
-
-
-def _twice(name: str, key: str, value: Any) -> Change:
-    def change(work: Path) -> None:
-        found = json.loads((work / name).read_text())
-        (work / name).write_text(dump(Pairs([*found.items(), (key, value)])))
-
-    return change
-
-
-def _index(shard: Any) -> Change:
-    def change(work: Path) -> None:
-        base = work / "base"
-        (base / "model.safetensors").rename(base / "moved.safetensors")
-        index = {"metadata": {}, "weight_map": {"model.embed_tokens.weight": shard}}
-        (base / "model.safetensors.index.json").write_text(dump(index))
-
-    return change
-
-
-def _set(**fields: str) -> Sequence[str]:
-    found = [f"{name.replace('__', '.')}={value}" for name, value in fields.items()]
-    return [word for text in found for word in ("--set", text)]
-
-
-def _line(text: str) -> Change:
-    return _text("data.jsonl", text + "\n" + '{"input": "a", "output": "b"}\n' * 3)
-
-
-def _external(location: str) -> Change:
-    def change(work: Path) -> None:
-        path = work / "onnx/model.onnx"
-        data = path.read_bytes()
-        old = b"model.onnx.data"
-        assert old in data
-        path.write_bytes(data.replace(old, location.encode().ljust(len(old), b"/")[: len(old)]))
-
-    return _signed(change)
-
-
 _CONFIG, _SETTINGS = "second/adapter_config.json", "base/config.json"
 _GENAI, _MANIFEST = "onnx/genai_config.json", "onnx/manifest.json"
 _SESSION = "model__decoder__session_options__"
@@ -136,36 +44,36 @@ _NUMBERS: tuple[tuple[str, Any], ...] = (
 )
 _INVALID = ("(", "*a", "x{99999999}")  # the others are valid and match nothing
 _ADAPTERS = [
-    *[Example(f"{k} = {str(v)[:12]}", _edit(_CONFIG, **{k: v}), MERGE) for k, v in _NUMBERS],
+    *[Example(f"{k} = {str(v)[:12]}", edit(_CONFIG, **{k: v}), MERGE) for k, v in _NUMBERS],
     *[
-        Example(f"{kind} {text!r}", _edit(_CONFIG, **{kind: {text: 2}}), MERGE, text in _INVALID)
+        Example(f"{kind} {text!r}", edit(_CONFIG, **{kind: {text: 2}}), MERGE, text in _INVALID)
         for kind in ("rank_pattern", "alpha_pattern")
         for text in (*_INVALID, "(a+)+$", "(a|a)*b", "(.*)*(.*)*(.*)*(.*)*x")
     ],
-    Example("rank_pattern a list", _edit(_CONFIG, rank_pattern=[1]), MERGE),
-    Example("rank 10^30 by pattern", _edit(_CONFIG, rank_pattern={"q_proj": 10**30}), MERGE),
-    Example("alpha NaN by pattern", _edit(_CONFIG, alpha_pattern={"q_proj": Raw("NaN")}), MERGE),
-    Example("peft_type with a newline", _edit(_CONFIG, peft_type="LORA\n"), MERGE),
-    Example("peft_type of escapes", _edit(_CONFIG, peft_type=ANSI), MERGE),
-    Example("peft_type a list", _edit(_CONFIG, peft_type=["LORA"]), AUDIT),
-    Example("bias of escapes", _edit(_CONFIG, bias=ANSI), MERGE),
-    Example("unknown key of escapes", _edit(_CONFIG, **{ANSI: True}), MERGE, False),
-    Example("a key of 1 MB", _edit(_CONFIG, **{"k" * 10**6: True}), MERGE, False),
-    Example("base of escapes", _edit(_CONFIG, base_model_name_or_path=ANSI), MERGE, False),
-    Example("r twice", _twice(_CONFIG, "r", 3), MERGE, False),
-    Example("nested 10,000 deep", _edit(_CONFIG, more=deep(10_000)), MERGE),
-    Example("settings a device", _link(_CONFIG, "/dev/zero"), MERGE),
-    Example("settings a pipe", _pipe(_CONFIG), MERGE),
-    Example("weights a pipe", _pipe("second/adapter_model.safetensors"), MERGE),
-    Example("weights a device", _link("second/adapter_model.safetensors", "/dev/zero"), AUDIT),
-    Example("settings outside", _link(_CONFIG, "../../outside/secret"), MERGE),
-    Example("weights outside", _link("second/adapter_model.safetensors", "/etc/passwd"), MERGE),
+    Example("rank_pattern a list", edit(_CONFIG, rank_pattern=[1]), MERGE),
+    Example("rank 10^30 by pattern", edit(_CONFIG, rank_pattern={"q_proj": 10**30}), MERGE),
+    Example("alpha NaN by pattern", edit(_CONFIG, alpha_pattern={"q_proj": Raw("NaN")}), MERGE),
+    Example("peft_type with a newline", edit(_CONFIG, peft_type="LORA\n"), MERGE),
+    Example("peft_type of escapes", edit(_CONFIG, peft_type=ANSI), MERGE),
+    Example("peft_type a list", edit(_CONFIG, peft_type=["LORA"]), AUDIT),
+    Example("bias of escapes", edit(_CONFIG, bias=ANSI), MERGE),
+    Example("unknown key of escapes", edit(_CONFIG, **{ANSI: True}), MERGE, False),
+    Example("a key of 1 MB", edit(_CONFIG, **{"k" * 10**6: True}), MERGE, False),
+    Example("base of escapes", edit(_CONFIG, base_model_name_or_path=ANSI), MERGE, False),
+    Example("r twice", key_twice(_CONFIG, "r", 3), MERGE, False),
+    Example("nested 10,000 deep", edit(_CONFIG, more=deep(10_000)), MERGE),
+    Example("settings a device", link_to(_CONFIG, "/dev/zero"), MERGE),
+    Example("settings a pipe", pipe_at(_CONFIG), MERGE),
+    Example("weights a pipe", pipe_at("second/adapter_model.safetensors"), MERGE),
+    Example("weights a device", link_to("second/adapter_model.safetensors", "/dev/zero"), AUDIT),
+    Example("settings outside", link_to(_CONFIG, "../../outside/secret"), MERGE),
+    Example("weights outside", link_to("second/adapter_model.safetensors", "/etc/passwd"), MERGE),
     Example("weight 1e38", lambda _: None, (*MERGE, "--weight", "1e38", "--weight", "1e38")),
     Example("weight nan", lambda _: None, (*MERGE, "--weight", "nan", "--weight", "1")),
 ]
 _BASES = [
     *[
-        Example(f"a shard {str(shard)[:20]!r}", _index(shard), command)
+        Example(f"a shard {str(shard)[:20]!r}", index_of(shard), command)
         for shard in (
             "../outside/secret",
             "/etc/passwd",
@@ -179,33 +87,33 @@ _BASES = [
         )
         for command in (EXPORT, TRAIN)
     ],
-    Example("settings a device", _link(_SETTINGS, "/dev/zero"), EXPORT),
+    Example("settings a device", link_to(_SETTINGS, "/dev/zero"), EXPORT),
     Example(
-        "generation settings a device", _link("base/generation_config.json", "/dev/zero"), EXPORT
+        "generation settings a device", link_to("base/generation_config.json", "/dev/zero"), EXPORT
     ),
-    Example("generation settings a pipe", _pipe("base/generation_config.json"), EXPORT),
-    Example("generation settings cut", _text("base/generation_config.json", '{"eos'), EXPORT),
+    Example("generation settings a pipe", pipe_at("base/generation_config.json"), EXPORT),
+    Example("generation settings cut", write("base/generation_config.json", '{"eos'), EXPORT),
     *[
         Example(
-            f"end {str(end)[:9]}", _edit("base/generation_config.json", eos_token_id=end), EXPORT
+            f"end {str(end)[:9]}", edit("base/generation_config.json", eos_token_id=end), EXPORT
         )
         for end in (99999, -7, 10**30, "x", 1.5, True, [[2]], [2, -1], {"a": 2})
     ],
     Example(
         "code for a known type",
-        _edit(_SETTINGS, auto_map={"AutoModelForCausalLM": "modeling.Owned"}),
+        edit(_SETTINGS, auto_map={"AutoModelForCausalLM": "modeling.Owned"}),
         TRAIN,
         False,
     ),
     Example(
         "code for an unknown type",
-        _edit(_SETTINGS, model_type="owned", auto_map={"AutoConfig": "modeling.Owned"}),
+        edit(_SETTINGS, model_type="owned", auto_map={"AutoConfig": "modeling.Owned"}),
         TRAIN,
     ),
-    Example("nested 10,000 deep", _edit(_SETTINGS, more=deep(10_000)), EXPORT),
-    Example("100 MB of settings", _edit(_SETTINGS, more="x" * 10**8), EXPORT),
+    Example("nested 10,000 deep", edit(_SETTINGS, more=deep(10_000)), EXPORT),
+    Example("100 MB of settings", edit(_SETTINGS, more="x" * 10**8), EXPORT),
     *[
-        Example(f"{key} = {str(value)[:12]}", _edit(_SETTINGS, **{key: value}), command)
+        Example(f"{key} = {str(value)[:12]}", edit(_SETTINGS, **{key: value}), command)
         for key, value in (
             *(("num_hidden_layers", v) for v in (10**12, -1, 0, "1", None, 1.5, True, 2)),
             *(("vocab_size", v) for v in (10**12, -1, 0, "300", 1.5)),
@@ -225,14 +133,14 @@ _BASES = [
 ]
 _TOKENIZERS = [
     *[
-        Example(f"template {text[:40]!r}", _text("base/chat_template.jinja", text), command, False)
+        Example(f"template {text[:40]!r}", write("base/chat_template.jinja", text), command, False)
         for text in TEMPLATES
         for command in (EXPORT, TRAIN)
     ],
-    Example("template outside", _link("base/chat_template.jinja", "/etc/passwd"), EXPORT),
-    Example("template a device", _link("base/chat_template.jinja", "/dev/zero"), EXPORT),
+    Example("template outside", link_to("base/chat_template.jinja", "/etc/passwd"), EXPORT),
+    Example("template a device", link_to("base/chat_template.jinja", "/dev/zero"), EXPORT),
     *[
-        Example(f"tokenizer {key} {str(v)[:20]}", _edit("base/tokenizer.json", **{key: v}), EXPORT)
+        Example(f"tokenizer {key} {str(v)[:20]}", edit("base/tokenizer.json", **{key: v}), EXPORT)
         for key, v in (
             ("truncation", {"max_length": 0, "stride": 9, "strategy": "x", "direction": "Right"}),
             ("model", {"type": "BPE", "vocab": {"a": 0}, "merges": ["a b"]}),
@@ -246,7 +154,7 @@ _TOKENIZERS = [
 ]
 _ARTIFACTS = [
     *[
-        Example(f"{key} {str(value)[:20]}", _signed(_edit(_GENAI, **{key: value})), command)
+        Example(f"{key} {str(value)[:20]}", signed(edit(_GENAI, **{key: value})), command)
         for key, value in (
             (_SESSION + "custom_ops_library", "owned.so"),
             (_SESSION + "enable_profiling", "../../../owned"),
@@ -266,10 +174,10 @@ _ARTIFACTS = [
         )
         for command in (BENCH, CHECK)
     ],
-    *[Example(f"data at {at}", _external(at), BENCH) for at in ("../../outside/s", "/etc/passwd")],
+    *[Example(f"data at {at}", data_at(at), BENCH) for at in ("../../outside/s", "/etc/passwd")],
     *[
         Example(
-            f"manifest {key} {str(value)[:20]}", _edit(_MANIFEST, **{key: value}), command, False
+            f"manifest {key} {str(value)[:20]}", edit(_MANIFEST, **{key: value}), command, False
         )
         for key, value in (
             ("files", None),
@@ -293,7 +201,11 @@ _ARTIFACTS = [
 _RECIPES = [
     *[
         Example(
-            f"{field}={value[:20]}", lambda _: None, (*RUN, *_set(**{field: value})), True, ["runs"]
+            f"{field}={value[:20]}",
+            lambda _: None,
+            (*RUN, *set_fields(**{field: value})),
+            True,
+            ["runs"],
         )
         for field, value in (
             ("lora__train", "{steps: 1000000000000000000}"),
@@ -320,13 +232,13 @@ _RECIPES = [
         )
     ],
     *[
-        Example(f"YAML {text[:30]!r}", _text("recipe.yaml", text), ("report", "recipe.yaml"))
+        Example(f"YAML {text[:30]!r}", write("recipe.yaml", text), ("report", "recipe.yaml"))
         for text in YAMLS
     ],
 ]
 _LINES = [
     *[
-        Example(f"line {text[:30]!r}", _line(text), command)
+        Example(f"line {text[:30]!r}", first_line(text), command)
         for text in (
             r'{"input": "\ud800", "output": "x"}',
             '{"input": "' + "a" * 50_000_000 + '", "output": "x"}',
@@ -345,19 +257,19 @@ _LINES = [
         for command in (TRAIN, (*CHECK, "--prompts", "data.jsonl"))
     ],
     *[
-        Example(f"features {str(found)[:20]}", _line(dump({**line, "features": found})), FLIX)
+        Example(f"features {str(found)[:20]}", first_line(dump({**line, "features": found})), FLIX)
         for line in ({"input": "a", "output": "b"},)
         for found in ("f" * 10**6, ["f" * 10**6], ["../../owned"], ["/owned"], [5], None, [[]], {})
     ],
-    Example("data a device", _link("data.jsonl", "/dev/zero"), TRAIN),
-    Example("data a pipe", _pipe("data.jsonl"), TRAIN),
+    Example("data a device", link_to("data.jsonl", "/dev/zero"), TRAIN),
+    Example("data a pipe", pipe_at("data.jsonl"), TRAIN),
     Example("feature ../../owned", lambda _: None, (*FLIX, "--rank", "../../owned=2")),
 ]
 _WORDS = [
     *[
         Example(
             f"result {key} = {str(v)[:20]}",
-            _edit("result.json", **{key: v}),
+            edit("result.json", **{key: v}),
             ("@result", "result.json"),
         )
         for key, v in (
@@ -397,21 +309,21 @@ def _reports() -> list[Example]:
     found = [
         Example(
             f"{name}: {next(iter(c))} = {str(next(iter(c.values())))[:20]}",
-            _edit(made + name, **c),
+            edit(made + name, **c),
             command,
         )
         for name, c in edits
         for command in (REPORT, ("compare", "sound", "runs/tiny"))
     ]
     found += [
-        Example(f"{name} {text[:9]!r}", _text(made + name, text), REPORT)
+        Example(f"{name} {text[:9]!r}", write(made + name, text), REPORT)
         for name in ("parity.json", "quality.json", "latency.json", "audit.json")
         for text in ("{", "", "[]", str(deep(100_000)), "null")
     ]
     found += [
         Example(
             "markup in a name",
-            _edit(made + "parity.json", artifacts__0__composition=text),
+            edit(made + "parity.json", artifacts__0__composition=text),
             REPORT,
             False,
         )
@@ -419,10 +331,10 @@ def _reports() -> list[Example]:
     ]
     return [
         *(Example(e.what, e.change, e.arguments, e.refused, ["runs/tiny/reports"]) for e in found),
-        *(Example(f"{t[:9]!r}", _text("baseline.json", t), SHOW) for t in ("{", "", "[]", "null")),
-        Example("a device", _link("baseline.json", "/dev/zero"), SHOW),
-        Example("a pipe", _pipe("baseline.json"), SHOW),
-        Example("nested deep", _text("baseline.json", str(deep(100_000))), SHOW),
+        *(Example(f"{t[:9]!r}", write("baseline.json", t), SHOW) for t in ("{", "", "[]", "null")),
+        Example("a device", link_to("baseline.json", "/dev/zero"), SHOW),
+        Example("a pipe", pipe_at("baseline.json"), SHOW),
+        Example("nested deep", write("baseline.json", str(deep(100_000))), SHOW),
     ]
 
 
