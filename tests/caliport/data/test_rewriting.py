@@ -233,4 +233,4 @@ def test_a_damaged_or_busy_cache(rewriter: Rewriter, tmp_path: Path) -> None:
     check(rewriter, "es", TEXTS[:1], "not a cache of rewritten texts")
     (tmp_path / "file").write_text("")
     inside = Rewriter(rewriter.translation, None, tmp_path / "file" / "cache.jsonl")
-    check(inside, "es", TEXTS[:1], "cannot be written")
+    check(inside, "es", TEXTS[:1], "is a file, expected a directory")
