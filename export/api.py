@@ -8,6 +8,7 @@ from pathlib import Path
 from caliport.export.artifact import Artifact
 from caliport.export.make import make
 from caliport.export.quantization.choices import Quantization
+from caliport.export.quantization.text import CalibrationText
 from caliport.export.request import Bundle, Request
 
 Directory = str | Path
@@ -22,6 +23,7 @@ def export(
     precision: str | Quantization = "fp32",
     context: int | None = None,
     bundle: Bundle | Mapping[str, Directory] | None = None,
+    text: CalibrationText | None = None,
 ) -> Artifact:
     """Quantize a base, with an adapter folded in or compositions beside it, and lower it.
 
@@ -42,6 +44,8 @@ def export(
             over the same weights, and adapters that several compositions contain are stored once;
             a finished program cannot be extended. For ``onnx`` each composition is a small
             ``.onnx_adapter`` file, and ``add_composition`` adds more.
+        text: Calibration text for a quantizer that measures what layers are fed, such as
+            ``Quantization("int4", quantizer="gptq")``.
 
     Returns:
         The artifact at ``out``.
@@ -68,7 +72,7 @@ def export(
     if bundle is not None and not isinstance(bundle, Bundle):
         bundle = Bundle({name: Path(path) for name, path in bundle.items()})
     folded = None if adapter is None else Path(adapter)
-    make(Request(base, runtime, how, context, folded, bundle), Path(out))
+    make(Request(base, runtime, how, context, folded, bundle, text), Path(out))
     return Artifact.read(out)
 
 

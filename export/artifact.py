@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,16 @@ class Artifact:
     def quantization(self) -> Quantization:
         """How its weights are quantized; only valid if ``is_ours``."""
         return Quantization.of(self.manifest)
+
+    @property
+    def calibrated(self) -> Mapping[str, Sequence[str]]:
+        """By linear layer, the hashes of integers and scales that were found on calibration text.
+
+        As ``caliport.export.calibrating.calibrated`` records them; empty where a base alone gives
+        the integers again.
+        """
+        found: Mapping[str, Sequence[str]] = self.manifest.get("calibration", {}).get("weights", {})
+        return found
 
     @property
     def context(self) -> int | None:

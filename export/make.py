@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from caliport.core.directories import input_hash
 from caliport.core.model_files.base_model import check_base
 from caliport.core.outputs import check_output, new_directory
 from caliport.export import runtime as runtimes
+from caliport.export.calibrating import calibrated, check_text, integers_of
 from caliport.export.request import Request
 from caliport.export.runtime import Runtime
 
@@ -24,6 +26,7 @@ def make(request: Request, out: Path) -> None:
             remains.
     """
     runtimes.get(request.runtime).check(request)
+    check_text(request)
     check_output(out, "export", request.inputs().values())
     check_base(request.base)
     inputs = {label: input_hash(path) for label, path in request.inputs().items()}
@@ -32,7 +35,11 @@ def make(request: Request, out: Path) -> None:
 
 
 def fill(
-    directory: Path, extra: dict[str, Any], request: Request, runtime: Runtime | None = None
+    directory: Path,
+    extra: dict[str, Any],
+    request: Request,
+    runtime: Runtime | None = None,
+    integers: Path | None = None,
 ) -> None:
     """Write an artifact's files into a directory and its manifest entries into ``extra``.
 
@@ -41,6 +48,7 @@ def fill(
         extra: Receives the manifest entries.
         request: What to export.
         runtime: The runtime that lowers it; default the request's.
+        integers: Where calibrated integers are kept; default a directory that is removed.
 
     Raises:
         InputError: The base or an adapter cannot be read or exported as asked.
@@ -73,7 +81,17 @@ def fill(
 
     if request.bundle is not None:  # before the base's weights are read and quantized
         read_updates(base, {**request.bundle.shared, **request.bundle.compositions})
-    with shipped_decoder(base, request.adapter, how, directory, check=check) as decoder:
+    with (
+        TemporaryDirectory(dir=directory, prefix="integers-") as scratch,
+        shipped_decoder(
+            base,
+            request.adapter,
+            how,
+            directory,
+            check=check,
+            integers=integers_of(request, integers or Path(scratch) / "found"),
+        ) as decoder,
+    ):
         model = decoder.whole
         tokenizer = load_tokenizer(base, model)
         if trouble := end_trouble(tokenizer, eos_ids(model)):
@@ -81,6 +99,7 @@ def fill(
         context = context_of(model)
         lowered = runtime.lower(decoder, directory, request, context, tokenizer)
         sizes = decoder.sizes()
+        calibration = {} if request.text is None else {"calibration": calibrated(decoder, request)}
     save_tokenizer(tokenizer, directory)
     save_generation_config(base, model.config, directory, eos_ids(model), tokenizer.bos_token_id)
     lowering = lowered.pop("lowering")
@@ -88,9 +107,10 @@ def fill(
         "runtime": request.runtime,
         "precision": how.precision,
         "context": context,
-        "scheme": scheme(how.precision, runtime.rounding)
+        "scheme": scheme(how.precision, runtime.rounding, how.quantizer)
         | ({"cache": SCHEME} if how.cache_bits else {}),
         "quantization": how.choices(),
+        **calibration,
         "sizes": sizes,
         "lowering": lowering,
         **describe(base, model.config, request.adapter),

@@ -11,6 +11,7 @@ from caliport.core.errors import InputError
 from caliport.core.untrusted import check_regular, mapping, number, shown
 from caliport.export import runtime as runtimes
 from caliport.export.quantization.choices import PRECISIONS
+from caliport.export.quantization.quantizers.registry import of_int4
 
 _MOST = 2**31 - 1
 _BYTES = 2**60
@@ -45,6 +46,12 @@ def check_artifact_manifest(manifest: Mapping[str, Any], directory: Path) -> Non
         if name in base:
             number(base[name], f"{path}: base.{name}", 0, _MOST, whole=True)
     _check_quantization(_part(manifest, "quantization", path), path)
+    calibration = _part(manifest, "calibration", path)
+    for module, digits in _part(calibration, "weights", path, "calibration.").items():
+        where = f"{path}: calibration.weights.{module}"
+        _check_texts(digits, where)
+        if len(digits) != 2:
+            raise InputError(f"{where} is {shown(digits)}, expected two hashes")
     if "bundle" in manifest:
         _check_bundle(mapping(manifest["bundle"], f"{path}: bundle"), str(runtime), directory)
 
@@ -78,6 +85,12 @@ def _check_sizes(sizes: Mapping[str, Any], path: Path) -> None:
 
 def _check_quantization(choices: Mapping[str, Any], path: Path) -> None:
     _check_texts(choices.get("int8_layers", []), f"{path}: quantization.int8_layers")
+    quantizer = choices.get("quantizer")
+    if quantizer is not None and quantizer not in of_int4():
+        raise InputError(
+            f"{path}: quantization.quantizer is {shown(quantizer)}, expected "
+            f"{' or '.join(of_int4())}"
+        )
     for name, allowed in (("embedding_bits", (None, 4, 8)), ("cache_bits", (None, 8))):
         if (found := choices.get(name)) not in allowed or isinstance(found, bool | float):
             raise InputError(

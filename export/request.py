@@ -9,6 +9,7 @@ from typing import Any
 
 from caliport.core.prompts import recorded_prompt
 from caliport.export.quantization.choices import Quantization
+from caliport.export.quantization.text import CalibrationText
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Request:
             base's maximum.
         adapter: PEFT LoRA directory to fold in; None exports only the base.
         bundle: Compositions to keep beside the base; None for a fold.
+        text: Calibration text, for a quantizer that measures on text what layers are fed.
     """
 
     base: str | Path
@@ -48,6 +50,7 @@ class Request:
     context: int | None = None
     adapter: Path | None = None
     bundle: Bundle | None = None
+    text: CalibrationText | None = None
 
     @property
     def label(self) -> str:
@@ -68,13 +71,17 @@ class Request:
         if self.bundle is not None:
             found |= {f"composition {name}": p for name, p in self.bundle.compositions.items()}
             found |= {f"adapter {name}": path for name, path in self.bundle.shared.items()}
-        return found
+        return found if self.text is None else found | self.text.inputs()
 
     def settings(self) -> dict[str, Any]:
         """Everything besides the inputs that determines the artifact, for its manifest."""
         found: dict[str, Any] = {"runtime": self.runtime}
         found |= {"bundle": True} if self.bundle is not None else {}
         found |= {"context": self.context, **asdict(self.quantization)}
+        if found["quantizer"] is None:
+            del found["quantizer"]
+        if self.text is not None:
+            found["calibration"] = self.text.settings()
         if self.bundle is not None and self.bundle.modules is not None:
             found["modules"] = sorted(self.bundle.modules)
         if prompts := self._prompts():

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from caliport.validation.evaluation.evaluation import Answers, Evaluation
     from caliport.validation.gates.rounding import Expected
     from caliport.validation.gates.weights import Source
+    from caliport.validation.runners.integers import ArtifactIntegers
 
 FP32 = Quantization("fp32")
 
@@ -33,6 +34,7 @@ class _Model:
     runtime: str | None
     beside: bool
     rounding: Rounding | None
+    integers: ArtifactIntegers | None = None
 
     @property
     def key(self) -> object:
@@ -111,7 +113,12 @@ class EagerReferences:
 
         context = _context_of(artifact)
         wanted = _Model(
-            self.adapter, artifact.quantization, artifact.runtime, artifact.is_bundle, None
+            self.adapter,
+            artifact.quantization,
+            artifact.runtime,
+            artifact.is_bundle,
+            None,
+            self._integers(artifact),
         )
         key = (wanted.key, context)
         if key not in self._expected:
@@ -134,7 +141,8 @@ class EagerReferences:
         from caliport.validation.gates.lowering import few_of
         from caliport.validation.gates.rounding import expected_of
 
-        model = dequantize(eager(self._base, self.adapter, artifact.quantization))
+        known = self._integers(artifact)
+        model = dequantize(eager(self._base, self.adapter, artifact.quantization, known))
         few = few_of(self.evaluation)
         answers = eager_answers(model, f"eager {artifact.precision}, float", few, write=False)
         vocabulary = model.config.get_text_config().vocab_size
@@ -166,9 +174,15 @@ class EagerReferences:
             return folded.eager(self._base, adapter, how)
         if wanted.beside:
             return beside.reference(
-                self._base, adapter, how, wanted.runtime, self._shared, rounding
+                self._base, adapter, how, wanted.runtime, self._shared, rounding, wanted.integers
             )
-        return folded.reference(self._base, adapter, how, wanted.runtime, rounding)
+        return folded.reference(self._base, adapter, how, wanted.runtime, rounding, wanted.integers)
+
+    def _integers(self, artifact: Artifact) -> ArtifactIntegers | None:
+        """The artifact's own, where a base alone does not give them again."""
+        from caliport.validation.runners.integers import ArtifactIntegers
+
+        return ArtifactIntegers(artifact, self._base) if artifact.calibrated else None
 
 
 def _context_of(artifact: Artifact) -> int:

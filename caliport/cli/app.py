@@ -185,6 +185,24 @@ def export(
     cache_bits: Annotated[
         int | None, typer.Option(help="8 for an int8 key-value cache, executorch only.")
     ] = None,
+    quantizer: Annotated[
+        str | None,
+        typer.Option(
+            help="How int4 is rounded: hqq needs no text, weighted and gptq do; default gptq with "
+            "--calibration, else hqq."
+        ),
+    ] = None,
+    calibration: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[NAME=]FILE",
+            help="Text that int4 is calibrated on: JSON Lines with `input` and `output` (.jsonl), "
+            "or plain text; NAME=FILE for each composition of a bundle.",
+        ),
+    ] = None,
+    calibration_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of it to run; default 8192.", min=64)
+    ] = None,
     out: Out = None,
     preflight: Annotated[
         bool,
@@ -207,7 +225,8 @@ def export(
         _no_flags(**{"push-to-hub": push_to_hub, "private": private})
         _no_flags(**{"int8-layer": int8_layer, "embedding-bits": embedding_bits})
         _no_flags(**{"cache-bits": cache_bits})
-        _no_flags(bundle=bundle, share=share, into=into)
+        _no_flags(bundle=bundle, share=share, into=into, quantizer=quantizer)
+        _no_flags(**{"calibration": calibration, "calibration-tokens": calibration_tokens})
         export_all(_space(recipe, overrides, runs), preflight=preflight)
         return
     if into is not None:
@@ -218,9 +237,11 @@ def export(
         (added,) = _needed(bundle=bundle)
         add_to_bundle(into, added)
         return
+    from caliport.core.prompts import recorded_prompt
     from caliport.export.quantization.choices import Quantization
+    from caliport.export.quantization.quantizers.registry import CALIBRATED
     from caliport.export.request import Request
-    from caliport.flags.export import bundle_for, export_one
+    from caliport.flags.export import bundle_for, export_one, text_for
 
     base, runtime, target = _needed(base=base, runtime=runtime, out=out)
     if private and push_to_hub is None:
@@ -229,9 +250,12 @@ def export(
         raise InputError("--adapter does not go with --bundle; expected --share NAME=DIR")
     if share and not bundle:
         raise InputError("--share goes with --bundle NAME=DIR")
-    how = Quantization(precision, tuple(int8_layer or ()), embedding_bits, cache_bits)
     beside = bundle_for(runtime, bundle, share or []) if bundle else None
-    request = Request(base, runtime, how, context, adapter, beside)
+    prompt = None if adapter is None else recorded_prompt(adapter)
+    text = text_for(calibration or [], calibration_tokens, prompt, beside)
+    rounding = CALIBRATED if text is not None and quantizer is None else quantizer
+    how = Quantization(precision, tuple(int8_layer or ()), embedding_bits, cache_bits, rounding)
+    request = Request(base, runtime, how, context, adapter, beside, text)
     export_one(request, target, preflight=preflight, repo_id=push_to_hub, private=private)
 
 

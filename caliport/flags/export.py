@@ -7,10 +7,13 @@ from pathlib import Path
 
 from caliport.core.errors import InputError
 from caliport.core.progress import console
+from caliport.core.prompts import recorded_prompt
+from caliport.export.quantization.text import TOKENS, CalibrationText
 from caliport.export.request import Bundle, Request
 from caliport.export.runtime import get, names
 from caliport.flags.named import bundle_of, named
 from caliport.stages.export import export_to
+from caliport.stages.sources import text_from
 
 
 def export_one(
@@ -38,9 +41,49 @@ def export_one(
     if bundle is not None:
         title = f"bundle of {len(bundle.compositions)}: {title}"
     export_to(out, title, request, refuse=preflight)
+    if request.quantization.precision == "int4" and request.text is None:
+        console.print(
+            "int4 without calibration text; --calibration FILE of examples makes it more accurate "
+            "at the same size"
+        )
     console.print(f"{kind}: {out}")
     if repo_id is not None:
         console.print(f"pushed: {push(out, repo_id, private=private)}")
+
+
+def text_for(
+    values: Sequence[str], tokens: int | None, prompt: str | None, beside: Bundle | None
+) -> CalibrationText | None:
+    """The text of ``--calibration FILE``, or ``NAME=FILE`` for each composition of a bundle.
+
+    Raises:
+        InputError: Not one file, or not one for each composition.
+    """
+    if not values:
+        if tokens is not None:
+            raise InputError("--calibration-tokens goes with --calibration FILE")
+        return None
+    if beside is None:
+        if len(values) > 1:
+            raise InputError(f"--calibration: found {len(values)} files, expected one")
+        sources = {"": text_from(Path(values[0]), prompt)}
+    elif len(values) == 1 and "=" not in values[0]:
+        sources = {
+            name: text_from(Path(values[0]), recorded_prompt(path))
+            for name, path in beside.compositions.items()
+        }
+    else:
+        files = named("--calibration", values)
+        if set(files) != set(beside.compositions):
+            raise InputError(
+                f"--calibration names {', '.join(files)}, expected one file for each of "
+                f"{', '.join(beside.compositions)}"
+            )
+        sources = {
+            name: text_from(path, recorded_prompt(beside.compositions[name]))
+            for name, path in files.items()
+        }
+    return CalibrationText(sources, TOKENS if tokens is None else tokens)
 
 
 def bundle_for(runtime: str, compositions: Sequence[str], shared: Sequence[str]) -> Bundle:

@@ -19,6 +19,7 @@ from caliport.core.errors import InputError
 from caliport.core.places import check_path
 from caliport.core.prompts import check_prompt
 from caliport.core.untrusted import check_name
+from caliport.export.quantization.quantizers.registry import of_int4
 from caliport.export.runtime import names
 from caliport.recipe import bounds
 from caliport.recipe.methods import MERGED, parse
@@ -41,6 +42,13 @@ def _merge(name: str) -> str:
     return name
 
 
+def _quantizer(name: str) -> str:
+    if name not in of_int4():
+        raise ValueError(f"expected one of {', '.join(of_int4())}")
+    return name
+
+
+QuantizerName = Annotated[str, AfterValidator(_quantizer)]
 MergeName = Annotated[str, AfterValidator(_merge)]
 MethodName = Annotated[str, AfterValidator(lambda name: parse(name).name)]
 Metric = Literal["rougeL", "chrf", "weighted_rouge"]

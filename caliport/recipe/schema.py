@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from caliport.core.errors import InputError
+from caliport.export.quantization.text import TOKENS
 from caliport.export.runtime import get, names
 from caliport.recipe import bounds
 from caliport.recipe.fields import (
@@ -22,6 +23,7 @@ from caliport.recipe.fields import (
     Place,
     Precision,
     PromptTemplate,
+    QuantizerName,
     Rank,
     Rate,
     Real,
@@ -280,7 +282,10 @@ class Export(Part):
 
     ``ship`` is ``fold`` for one artifact per composition, ``bundle`` for one artifact with all.
     ``int8_layers`` and ``embedding_bits`` apply to int4, ``cache_bits`` to executorch
-    (``caliport.export.quantization.choices.Quantization``).
+    (``caliport.export.quantization.choices.Quantization``). ``quantizer`` finds the integers of
+    int4, on ``calibration_tokens`` of the compositions' own training examples if it needs text. By
+    default it is gptq, but hqq for a method that was trained through int4, since those corrections
+    make up for the errors of hqq.
     """
 
     method: str = "best"
@@ -291,6 +296,8 @@ class Export(Part):
     int8_layers: tuple[str, ...] = ()
     embedding_bits: Literal[4, 8] | None = None
     cache_bits: Literal[8] | None = None
+    quantizer: QuantizerName | None = None
+    calibration_tokens: Annotated[Whole, Field(ge=64, le=bounds.COUNT)] = TOKENS
 
 
 class Validation(Part):

@@ -8,9 +8,12 @@ from pathlib import Path
 
 from caliport.export.artifact import BASE_ALONE, form_of
 from caliport.export.quantization.choices import Quantization
+from caliport.export.quantization.quantizers.registry import CALIBRATED, DEFAULTS, needs_text
+from caliport.export.quantization.text import CalibrationText
 from caliport.export.request import Bundle, Request
 from caliport.export.runtime import get
-from caliport.run.resolve import best_method
+from caliport.recipe.methods import parse
+from caliport.run.resolve import best_method, source_of
 from caliport.run.workspace import Workspace, need
 from caliport.stages.export import export_to
 
@@ -60,17 +63,29 @@ def export_all(space: Workspace, *, preflight: bool = True) -> None:
     }
     for row in rows_of(space):
         how, length = _quantization(space, row), recipe.export.context
+        text = _text(space, row, how)
         form = f"{row.runtime} {row.precision}"
         if not row.bundle:
             request = Request(
-                space.base, row.runtime, how, length, adapter=adapters[row.composition]
+                space.base, row.runtime, how, length, adapters[row.composition], text=text
             )
-            export_to(row.artifact, f"{row.composition}: {form}", request, refuse=preflight)
+            export_to(
+                row.artifact,
+                f"{row.composition}: {form}",
+                request,
+                refuse=preflight,
+                integers=space.kept("integers", row.composition),
+            )
         elif row.composition == BASE_ALONE:
             bundle = Bundle(adapters, _shared(space, row))
-            request = Request(space.base, row.runtime, how, length, bundle=bundle)
-            title = f"bundle of {len(adapters)}: {form}"
-            export_to(row.artifact, title, request, refuse=preflight)
+            request = Request(space.base, row.runtime, how, length, bundle=bundle, text=text)
+            export_to(
+                row.artifact,
+                f"bundle of {len(adapters)}: {form}",
+                request,
+                refuse=preflight,
+                integers=space.kept("integers", BASE_ALONE),
+            )
 
 
 def _quantization(space: Workspace, row: Row) -> Quantization:
@@ -81,7 +96,30 @@ def _quantization(space: Workspace, row: Row) -> Quantization:
         settings.int8_layers if is_int4 else (),
         settings.embedding_bits if is_int4 else None,
         settings.cache_bits if get(row.runtime).has_int8_cache else None,
+        _quantizer(space, row) if is_int4 else None,
     )
+
+
+def _quantizer(space: Workspace, row: Row) -> str:
+    """The recipe's quantizer; by default one that needs text, which is at hand here.
+
+    A correction that was trained through int4 makes up for the errors of the quantizer without
+    text, so it ships with that.
+    """
+    if space.recipe.export.quantizer is not None:
+        return space.recipe.export.quantizer
+    names = space.recipe.compositions if row.bundle else (row.composition,)
+    trained = any(parse(best_method(space, name)).precision is not None for name in names)
+    return DEFAULTS[4] if trained else CALIBRATED
+
+
+def _text(space: Workspace, row: Row, how: Quantization) -> CalibrationText | None:
+    """The compositions' own training examples, if the quantizer needs text."""
+    if not needs_text(how.quantizer):
+        return None
+    names = {n: n for n in space.recipe.compositions} if row.bundle else {"": row.composition}
+    sources = {label: source_of(space, name, tuned=False) for label, name in names.items()}
+    return CalibrationText(sources, space.recipe.export.calibration_tokens)
 
 
 def _shared(space: Workspace, row: Row) -> dict[str, Path]:

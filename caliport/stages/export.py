@@ -13,11 +13,19 @@ from caliport.core.model_files.base_files import check_base_files
 from caliport.core.outputs import check_output
 from caliport.core.progress import working
 from caliport.export import runtime as runtimes
+from caliport.export.calibrating import check_text
 from caliport.export.request import Request
 from caliport.stages.stage import hashes_of, stage
 
 
-def export_to(out: Path, title: str, request: Request, *, refuse: bool = True) -> None:
+def export_to(
+    out: Path,
+    title: str,
+    request: Request,
+    *,
+    refuse: bool = True,
+    integers: Path | None = None,
+) -> None:
     """Export one artifact, unless it is up to date, and print its needs before.
 
     Args:
@@ -25,11 +33,14 @@ def export_to(out: Path, title: str, request: Request, *, refuse: bool = True) -
         title: Name of the work, shown to the user.
         request: What to export.
         refuse: Raise an error if memory or disk is too small.
+        integers: Where calibrated integers are kept, for other exports of the same weights;
+            default beside ``out`` until it is made.
 
     Raises:
         InputError: See ``caliport.export``; too little memory or disk.
     """
     runtimes.get(request.runtime).check(request)
+    check_text(request)
     check_output(out, "export", request.inputs().values())
     check_base_files(request.base)
     # Print the needs before any work, unless the export may be skipped.
@@ -46,7 +57,7 @@ def export_to(out: Path, title: str, request: Request, *, refuse: bool = True) -
         if may_be_skipped:
             _say_needs(request, out, refuse)
         with working(title):
-            fill(partial, extra, request)
+            fill(partial, extra, request, integers=integers or resume)
 
     stage(out, "export", title, request.inputs(), request.settings(), build)
 

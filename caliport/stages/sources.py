@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from caliport.core.errors import InputError
-from caliport.core.prompts import check_prompt
+from caliport.core.prompts import PLAIN, check_prompt
 from caliport.data.examples import Example, read_jsonl
+from caliport.export.quantization.text import PlainText, TextSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -17,6 +18,18 @@ if TYPE_CHECKING:
     from caliport.calibrate.training.flix import FeatureSet
 
 Part = Literal["train", "tuning"]
+
+
+def text_from(path: Path, prompt: str | None = None) -> TextSource:
+    """Calibration text from a file: JSON Lines by its name's end, or else plain text.
+
+    Args:
+        path: ``.jsonl`` with ``input`` and ``output``, or a text.
+        prompt: Prompt around each input of JSON Lines; None for the input alone.
+    """
+    if path.suffix.lower() != ".jsonl":
+        return PlainText(path)
+    return Source(path, PLAIN if prompt is None else prompt, leave_out_long=True)
 
 
 @dataclass(frozen=True)
@@ -59,6 +72,16 @@ class Source:
                 the model does not end at the tokenizer's end token.
         """
         return self._encode(self._chosen(part), tokenizer, model)
+
+    def sequences(
+        self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
+    ) -> list[tuple[int, ...]]:
+        """Token ids of each training example, prompt and answer together.
+
+        Raises:
+            InputError: As ``encoded``.
+        """
+        return [(*e.prompt, *e.target) for e in self.encoded(tokenizer, model)]
 
     def feature_sets(
         self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, part: Part = "train"

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, is_dataclass
 from functools import lru_cache
 from pathlib import Path
+from shutil import rmtree
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -20,7 +21,8 @@ from caliport.core.processes import is_main, wait_until
 from caliport.core.progress import console
 
 Build = Callable[[Path, dict[str, Any], Path], None]
-"""Takes a directory to fill, a dict for manifest entries, and a path for a checkpoint file."""
+"""Takes a directory to fill, a dict for manifest entries, and a path for a checkpoint, which may be
+a file or a directory."""
 
 _UNTIMED = ("export",)  # artifacts are reproducible byte by byte, so they record no times
 
@@ -43,7 +45,7 @@ def stage(
         inputs: Files and directories that ``build`` reads.
         settings: Everything else that determines the result; may contain dataclasses and pydantic
             models.
-        build: Fills the directory. Its checkpoint file survives a kill and is only reused for the
+        build: Fills the directory. Its checkpoint survives a kill and is only reused for the
             same inputs and settings.
         together: ``build`` trains with all processes. Otherwise only the main process builds and
             the others wait; in both cases only the main process writes.
@@ -74,7 +76,7 @@ def stage(
         if name not in _UNTIMED:
             extra["seconds"] = round(time.monotonic() - start, 3)
     for left in out.parent.glob(f".{glob.escape(out.name)}.resume-*"):
-        left.unlink()
+        rmtree(left) if left.is_dir() else left.unlink()
     _hash.cache_clear()
     console.print(f"{title}: done")
 

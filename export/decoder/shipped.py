@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import copy_context
@@ -20,12 +20,33 @@ from caliport.export.decoder.fold import untie
 from caliport.export.decoder.skeleton import Layers, empty, group_layers
 from caliport.export.decoder.stored import Weights, can_stream, reading, store
 from caliport.export.quantization.choices import Form, Quantization
-from caliport.export.quantization.tensors import plan
+from caliport.export.quantization.tensors import KnownIntegers, plan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from caliport.calibrate.adapter import Adapter
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is about to ship.
+
+    Attributes:
+        whole: All modules, with parameters on the ``meta`` device.
+        forms: How each linear layer and embedding ships.
+        adapter: What is folded in, with the decoder's names; None for nothing.
+        tied: For each tied parameter, the name that it is stored by.
+    """
+
+    whole: PreTrainedModel
+    forms: dict[str, Form]
+    adapter: Adapter | None
+    tied: Mapping[str, str]
+
+
+IntegerSource = Callable[[Plan], KnownIntegers]
+"""Gives the integers of linear layers of a decoder that is about to ship."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +133,7 @@ def shipped_decoder(
     scratch: Path,
     *,
     check: Callable[[PreTrainedModel], None] = lambda model: None,
+    integers: IntegerSource | None = None,
 ) -> Iterator[ShippedDecoder]:
     """Fold an adapter into a base and quantize, without ever holding the whole model in memory.
 
@@ -125,6 +147,8 @@ def shipped_decoder(
         how: How it is quantized; a precision stands for its defaults.
         scratch: A directory that stores the weights while the body runs.
         check: Called with the decoder on the ``meta`` device before any weight is read.
+        integers: Gives integers that were found before, or finds them now, in place of the
+            quantizer that needs no text.
 
     Raises:
         InputError: See ``plan``, ``check``, ``read_adapter`` and ``Adapter``.
@@ -148,8 +172,9 @@ def shipped_decoder(
         untie(whole, changes)
     check(whole)
     forms = plan(whole, how.precision, how.int8_layers, how.embedding_bits)
+    known = None if integers is None else integers(Plan(whole, forms, changes, tied))
     with exclusive(), TemporaryDirectory(dir=scratch, prefix="weights-") as directory:
-        fill = partial(store, base, whole, forms, changes, Path(directory), tied)
+        fill = partial(store, base, whole, forms, changes, Path(directory), tied, known)
         if not can_stream(base, whole, tied):
             # Loading builds modules while the body patches how modules are built.
             stored: Future[Weights] = Future()

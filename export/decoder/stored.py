@@ -22,6 +22,7 @@ from caliport.core.progress import at
 from caliport.export.decoder.fold import Folded
 from caliport.export.quantization.choices import GROUP_SIZE, Form
 from caliport.export.quantization.integers import integers
+from caliport.export.quantization.tensors import KnownIntegers, known_owners
 
 if TYPE_CHECKING:
     from threading import Event
@@ -125,6 +126,7 @@ def store(
     adapter: Adapter | None,
     directory: Path,
     tied: Mapping[str, str],
+    known: KnownIntegers | None = None,
     stop: Event | None = None,
 ) -> Weights:
     """Fold, quantize and store every parameter of a decoder.
@@ -137,6 +139,7 @@ def store(
         adapter: What to add or replace, with the decoder's names; None for nothing.
         directory: Directory for the files.
         tied: For each tied parameter, the name that it is stored by.
+        known: Integers to take in place of quantizing; a tied embedding takes the head's.
         stop: Event that stops storing early.
 
     Raises:
@@ -146,6 +149,7 @@ def store(
     weights = Weights(directory)
     with reading(source) as read:
         modules = list(shell.named_modules())
+        owners = known_owners(shell, forms, known)
         for index, (name, module) in enumerate(modules):
             for key, parameter in module.named_parameters(recurse=False):
                 if stop is not None and stop.is_set():
@@ -159,6 +163,9 @@ def store(
                         f"{list(parameter.shape)}"
                     )
                 form = forms.get(name) if key == "weight" else None
+                if known is not None and key == "weight" and name in owners:
+                    _store_known(weights, full, known.parts(owners[name]), value.shape)
+                    continue
                 _store_one(weights, full, Folded.of(adapter, module, full, value), form)
     return weights
 
@@ -210,6 +217,18 @@ def _store_one(weights: Weights, name: str, folded: Folded, form: Form | None) -
 
     weights.put(f"{name}.data", data(), count)
     weights.put(f"{name}.scale", [scales], count)
+
+
+def _store_known(
+    weights: Weights, name: str, parts: tuple[Tensor, Tensor], shape: tuple[int, ...]
+) -> None:
+    data, scales = parts
+    rows, width = shape
+    expected = [(rows, width // 2), (rows, width // GROUP_SIZE)]
+    if [tuple(data.shape), tuple(scales.shape)] != expected:
+        raise InputError(f"{name}: {list(data.shape)} integers, expected {list(expected[0])}")
+    weights.put(f"{name}.data", [data], rows)
+    weights.put(f"{name}.scale", [scales.bfloat16()], rows)
 
 
 @contextmanager

@@ -20,17 +20,23 @@ class Quantization:
         int8_layers: Linear layers that ``int4`` keeps at 8 bits.
         embedding_bits: 4 or 8; None for the bits of a tied head, or 8 if the head is not tied.
         cache_bits: 8 for keys and values in int8, None for float32.
+        quantizer: How the integers of ``int4`` are found, a name in
+            ``caliport.export.quantization.quantizers.registry.QUANTIZERS``; None for the one that
+            needs no text. Size and kernels do not depend on it.
     """
 
     precision: str
     int8_layers: tuple[str, ...] = ()
     embedding_bits: int | None = None
     cache_bits: int | None = None
+    quantizer: str | None = None
 
     def __post_init__(self) -> None:
         check_precision(self.precision)
         if self.cache_bits not in (None, 8):
             raise InputError(f"cache_bits: found {self.cache_bits}, expected 8 or none")
+        if self.quantizer is not None and self.precision != "int4":
+            raise InputError(f"quantizer: goes with int4, found {self.precision}")
 
     def choices(self) -> dict[str, Any]:
         """The choices besides precision, for a manifest."""
@@ -38,6 +44,7 @@ class Quantization:
             "int8_layers": list(self.int8_layers),
             "embedding_bits": self.embedding_bits,
             "cache_bits": self.cache_bits,
+            **({} if self.quantizer is None else {"quantizer": self.quantizer}),
         }
 
     @classmethod
@@ -49,6 +56,7 @@ class Quantization:
             tuple(choices.get("int8_layers", ())),
             choices.get("embedding_bits"),
             choices.get("cache_bits"),
+            choices.get("quantizer"),
         )
 
 

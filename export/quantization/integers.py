@@ -17,7 +17,11 @@ _SLICE = 1 << 19
 
 
 def integers(
-    rows: Callable[[int, int], Tensor], count: int, width: int, form: Form
+    rows: Callable[[int, int], Tensor],
+    count: int,
+    width: int,
+    form: Form,
+    quantize: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Quantize a weight slice by slice, so that only a few slices are ever in memory.
 
@@ -27,13 +31,16 @@ def integers(
         width: Length of a row.
         form: ``int8``: one scale per row. ``int4``: one scale per 32 values, rounded to bfloat16.
             Embeddings (``rows …``) have the same integers.
+        quantize: Finds the integers and scales of some rows; default the form's quantizer without
+            text.
 
     Yields:
         Data, int8 [n, width] or two 4-bit values per byte (read by ``unpacked``), uint8
         [n, width / 2], and scale, float32 [n, 1] or bfloat16 [n, width / 32].
     """
     step = max(1, _SLICE // width)
-    work = quantizer_of(form).quantize
+    default = quantizer_of(form).quantize
+    work = quantize or (lambda part: default(part, None))
 
     def one(start: int) -> tuple[Tensor, Tensor]:
         return work(rows(start, start + step).float())

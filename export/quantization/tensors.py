@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,22 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from caliport.export.runtime import Rounding
+
+
+class KnownIntegers(Protocol):
+    """Integers and scales that were found before, by module name."""
+
+    def __contains__(self, module: str, /) -> bool:
+        """Whether those of a linear layer are known."""
+        ...
+
+    def parts(self, module: str) -> tuple[Tensor, Tensor]:
+        """Packed integers, uint8 [out, in / 2], and scales, bfloat16 [out, in / 32].
+
+        Raises:
+            InputError: They cannot be read.
+        """
+        ...
 
 
 _INT4: torch.dtype = torch.int4  # type: ignore[attr-defined]  # not in torch 2.13's stubs
@@ -65,7 +81,9 @@ _SCHEMES: dict[str, dict[str, Any]] = {
 }
 
 
-def scheme(precision: str, rounding: Rounding = "token") -> dict[str, Any]:
+def scheme(
+    precision: str, rounding: Rounding = "token", quantizer: str | None = None
+) -> dict[str, Any]:
     """The scheme of ``precision``, for a manifest: bits, granularity, algorithm of each part.
 
     ``scale`` is the type that the scales are rounded to (in memory they are float32).
@@ -73,6 +91,7 @@ def scheme(precision: str, rounding: Rounding = "token") -> dict[str, Any]:
     Args:
         precision: One of ``PRECISIONS``.
         rounding: How the runtime rounds the inputs of quantized products.
+        quantizer: Of the 4-bit linear layers; None for the default.
 
     Raises:
         InputError: Not one of ``PRECISIONS``.
@@ -81,7 +100,8 @@ def scheme(precision: str, rounding: Rounding = "token") -> dict[str, Any]:
     found = copy.deepcopy(_SCHEMES[precision])
     for part in found.values():
         if "algorithm" in part:
-            part["algorithm"] = QUANTIZERS[DEFAULTS[part["bits"]]].algorithm
+            chosen = quantizer if quantizer is not None and part["bits"] == 4 else None
+            part["algorithm"] = QUANTIZERS[chosen or DEFAULTS[part["bits"]]].algorithm
     if rounding == "block" and found["activations"]["bits"] == 8:
         found["activations"] |= {"granularity": "block", "symmetric": True}
     return found
@@ -147,7 +167,10 @@ def _embedding_form(
 
 
 def quantize(
-    model: PreTrainedModel, precision: str, forms: Mapping[str, Form] | None = None
+    model: PreTrainedModel,
+    precision: str,
+    forms: Mapping[str, Form] | None = None,
+    known: KnownIntegers | None = None,
 ) -> PreTrainedModel:
     """Quantize every linear layer (the head included) and every embedding, in place.
 
@@ -159,6 +182,7 @@ def quantize(
         model: A float32 decoder.
         precision: One of ``PRECISIONS``.
         forms: How each layer ships; default ``plan(model, precision)``.
+        known: Integers to take in place of quantizing; a tied embedding takes the head's.
 
     Returns:
         ``model``.
@@ -169,15 +193,36 @@ def quantize(
     forms = plan(model, precision) if forms is None else forms
     if precision == "fp32":
         return model
+    owners = known_owners(model, forms, known)
     _untie(model)
     with torch.no_grad():
         for name, form in forms.items():
             module = model.get_submodule(name)
             assert isinstance(module.weight, Tensor)
-            _replace(module, quantized(module.weight.detach(), form))
+            if known is not None and name in owners:
+                data, scale = known.parts(owners[name])
+                _replace(module, torchao_tensor(unpacked(data), scale.float(), form))
+            else:
+                _replace(module, quantized(module.weight.detach(), form))
             if isinstance(module, nn.Embedding):
                 module.padding_idx = None  # only used for gradients
     return model
+
+
+def known_owners(
+    model: PreTrainedModel, forms: Mapping[str, Form], known: KnownIntegers | None
+) -> dict[str, str]:
+    """By module, the linear layer whose known integers it takes: itself, or a tied head."""
+    if known is None:
+        return {}
+    found = {name: name for name, form in forms.items() if form == "int4" and name in known}
+    head, table = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is not None and head.weight is table.weight:
+        names = {id(module): name for name, module in model.named_modules()}
+        owner, tied = names[id(head)], names[id(table)]
+        if forms.get(tied) == "rows int4" and owner in found:
+            found[tied] = owner
+    return found
 
 
 def quantized_weight(module: nn.Linear | nn.Embedding) -> tuple[Tensor, Tensor]:

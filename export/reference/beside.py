@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from caliport.calibrate.low_rank import LowRankUpdate
 from caliport.export.decoder.terms import Composed, read_updates, split
 from caliport.export.quantization.choices import Form, Quantization
-from caliport.export.quantization.tensors import quantized
+from caliport.export.quantization.tensors import KnownIntegers, quantized
 from caliport.export.reference import folded
 from caliport.export.runtime import Rounding, get
 
@@ -27,6 +27,7 @@ def reference(
     runtime: str,
     shared: Mapping[str, Path] | None = None,
     rounding: Rounding | None = None,
+    known: KnownIntegers | None = None,
 ) -> PreTrainedModel:
     """The eager model whose logits a bundle's composition should reproduce.
 
@@ -40,11 +41,12 @@ def reference(
         runtime: Name of the runtime.
         shared: The bundle's shared adapters, PEFT LoRA directories by name.
         rounding: How the base's activations are rounded; default as the runtime does.
+        known: Integers to take in place of quantizing, as those that an artifact holds.
 
     Raises:
         InputError: A base or adapter that cannot be read, or an adapter that does not fit the base.
     """
-    model = folded.reference(base, None, how, runtime, rounding)
+    model = folded.reference(base, None, how, runtime, rounding, known)
     if adapter is None:
         return model
     updates = read_updates(base, {**(shared or {}), "": adapter})

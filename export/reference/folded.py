@@ -11,14 +11,22 @@ from caliport.export.runtime import Rounding, get
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from caliport.export.quantization.tensors import KnownIntegers
 
-def eager(base: str | Path, adapter: Path | None, how: Quantization | str) -> PreTrainedModel:
+
+def eager(
+    base: str | Path,
+    adapter: Path | None,
+    how: Quantization | str,
+    known: KnownIntegers | None = None,
+) -> PreTrainedModel:
     """The eager model that an artifact is lowered from: W0 + ΔW, quantized by torchao.
 
     Args:
         base: A Hugging Face directory or hub name.
         adapter: A PEFT LoRA directory or None.
         how: How it is quantized; a precision stands for its defaults.
+        known: Integers to take in place of quantizing, as those that an artifact holds.
 
     Raises:
         InputError: Unknown precision, a base or adapter that cannot be read, or an adapter that
@@ -34,9 +42,8 @@ def eager(base: str | Path, adapter: Path | None, how: Quantization | str) -> Pr
     model = load_base(base)
     if changes is not None and adapter is not None:
         fold(model, changes, adapter)
-    return quantize(
-        model, how.precision, plan(model, how.precision, how.int8_layers, how.embedding_bits)
-    )
+    forms = plan(model, how.precision, how.int8_layers, how.embedding_bits)
+    return quantize(model, how.precision, forms, known)
 
 
 def reference(
@@ -45,6 +52,7 @@ def reference(
     how: Quantization | str,
     runtime: str,
     rounding: Rounding | None = None,
+    known: KnownIntegers | None = None,
 ) -> PreTrainedModel:
     """The eager model whose logits an artifact should reproduce, including activation rounding.
 
@@ -57,12 +65,13 @@ def reference(
         how: How it is quantized; a precision stands for its defaults.
         runtime: Name of the runtime.
         rounding: How activations are rounded; default as the runtime does.
+        known: As for ``eager``.
 
     Raises:
         InputError: For the same reasons as ``eager``.
     """
     how = Quantization(how) if isinstance(how, str) else how
-    model = eager(base, adapter, how)
+    model = eager(base, adapter, how, known)
     if how.cache_bits is not None:
         from caliport.export.reference.int8_cache import round_cache
 

@@ -62,17 +62,33 @@ def weights_gate(artifact: Artifact, source: Source) -> Gate:
         InputError: The base or the adapter cannot be read, or do not fit.
     """
     from caliport.export.decoder.shipped import shipped_decoder
+    from caliport.export.decoder.stored import reading
+    from caliport.validation.gates.calibrated import inspect
+    from caliport.validation.runners.integers import ArtifactIntegers
 
     how = artifact.quantization
     with TemporaryDirectory(prefix="caliport-weights-") as scratch, ExitStack() as made:
+        known = ArtifactIntegers(artifact, source.base) if artifact.calibrated else None
         decoder = made.enter_context(
-            shipped_decoder(source.base, source.adapter, how, Path(scratch))
+            shipped_decoder(
+                source.base,
+                source.adapter,
+                how,
+                Path(scratch),
+                integers=None if known is None else lambda _: known,
+            )
         )
         count = len(matrices_of(decoder))
         update = decoder.adapter.update if decoder.adapter is not None else None
         ranks = {} if update is None else {name: update.rank(name) for name in update.modules}
         engine = engines.get(artifact.runtime)
         odd = engine.differing_weights(artifact, decoder, ranks)
+        if known is not None and not odd:
+            with reading(source.base) as read:
+                tied = decoder.whole.all_tied_weights_keys or {}
+                found = inspect(known, decoder, lambda name: read(tied.get(name, name)))
+            stale = _stale(artifact, source) if found.odd else None
+            return _gate(len(found.odd), count, found.stage, stale or found.reason)
         if not odd:
             return _gate(0, count, "adapter", "all are W0 + ΔW as asked for, bit for bit")
         stale = _stale(artifact, source)

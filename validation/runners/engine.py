@@ -6,7 +6,7 @@ An engine is a module ``caliport.validation.runners.NAME``, named like its runti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING, Protocol
 
@@ -16,6 +16,7 @@ from caliport.export.runtime import Rounding
 from caliport.validation.runners.runner import Runner
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from caliport.export.decoder.shipped import ShippedDecoder
@@ -118,6 +119,24 @@ class Engine(Protocol):
             artifact: One of ours.
             model: The base without its weights, with its generation settings.
             tokenizer: The base's.
+        """
+        ...
+
+    def integers(
+        self, artifact: Artifact, shapes: Mapping[str, tuple[int, int]]
+    ) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
+        """Integers of 4-bit linear layers, found by the hashes or names that a program has.
+
+        Args:
+            artifact: One whose manifest records their hashes (``Artifact.calibrated``).
+            shapes: [out, in] of each.
+
+        Yields:
+            Layers with packed integers, uint8 [out, in / 2], and scales, bfloat16 [out, in / 32];
+            those that the program does not hold in this shape are left out.
+
+        Raises:
+            InputError: The program cannot be read.
         """
         ...
 

@@ -28,6 +28,7 @@ from caliport.validation.runners.engine import Differing, Engine
 if TYPE_CHECKING:
     from types import ModuleType
 
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from caliport.export.decoder.shipped import ShippedDecoder
@@ -384,6 +385,14 @@ class ExecuTorchEngine:
             for name, value in expected.items()
             if name != "get_eos_ids" and program.constant_method(name) != [value]
         )
+
+    def integers(
+        self, artifact: Artifact, shapes: Mapping[str, tuple[int, int]]
+    ) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
+        """See ``Engine.integers``."""
+        from caliport.validation.runners.program import integers
+
+        return integers(program_in(artifact.directory), artifact.calibrated, shapes)
 
     def differing_weights(
         self, artifact: Artifact, decoder: ShippedDecoder, ranks: Mapping[str, int]

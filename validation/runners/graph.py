@@ -17,6 +17,8 @@ from torch import Tensor
 
 from caliport.core.errors import InputError, one_line
 from caliport.export.onnx.graph.layouts import unpack
+from caliport.export.quantization.choices import GROUP_SIZE
+from caliport.export.quantization.quantizers.scales import pack
 from caliport.validation.runners.graph_files import check_graph, read_graph
 from caliport.validation.runners.weights import StoredWeight, matrices_of, requested_weight
 
@@ -38,6 +40,21 @@ def differing_weights(graph: Path, decoder: ShippedDecoder) -> Differing:
         elif name in odd:
             odd[name] = found
     return {name: partial(odd.get, name) for name in odd}
+
+
+def integers(
+    graph: Path, shapes: Mapping[str, tuple[int, int]]
+) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
+    """Integers of 4-bit linear layers by their names; see ``Engine.integers``."""
+    rows = {name: shape[0] for name, shape in shapes.items()}
+    for name, found in stored_weights(graph, rows):
+        if name not in shapes or found.scale is None:
+            continue
+        count, width = shapes[name]
+        groups = width // GROUP_SIZE
+        scale = found.scale if found.scale.shape[1] != 1 else found.scale.expand(-1, groups)
+        if found.data.shape == (count, width) and scale.shape == (count, groups):
+            yield name, (pack(found.data), scale.bfloat16())
 
 
 def stored_weights(graph: Path, sizes: Mapping[str, int]) -> Iterator[tuple[str, StoredWeight]]:

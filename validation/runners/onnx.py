@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ from caliport.validation.runners.graph_files import check_graph, read_graph
 from caliport.validation.runners.runner import Runner
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from caliport.export.decoder.shipped import ShippedDecoder
@@ -377,6 +378,14 @@ class OnnxEngine:
             and "session_options" not in name
             and not name.endswith("eos_token_id")
         ]
+
+    def integers(
+        self, artifact: Artifact, shapes: Mapping[str, tuple[int, int]]
+    ) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
+        """See ``Engine.integers``."""
+        from caliport.validation.runners.graph import integers
+
+        return integers(_graph_of(artifact), shapes)
 
     def differing_weights(
         self, artifact: Artifact, decoder: ShippedDecoder, ranks: Mapping[str, int]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from caliport.core.errors import InputError, one_line
 from caliport.core.untrusted import check_regular, number
+from caliport.export.quantization.choices import GROUP_SIZE
 from caliport.export.quantization.tensors import unpacked
 from caliport.validation.runners.weights import (
     StoredWeight,
@@ -53,6 +54,25 @@ def differing_weights(path: Path, decoder: ShippedDecoder, ranks: Mapping[str, i
             stored, wanted = weights[keys[0]].tensor(), requested_weight(weights, name)
             odd[name] = partial(_likeliest, program, stored, wanted, ranks.get(name, 0))
     return odd
+
+
+def integers(
+    path: Path, digits: Mapping[str, Sequence[str]], shapes: Mapping[str, tuple[int, int]]
+) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
+    """Integers of 4-bit linear layers by their hashes; see ``Engine.integers``."""
+    program = Program(path)
+    for name, (rows, width) in shapes.items():
+        data, scale = (program.find(each) for each in digits[name])
+        if data is None or scale is None:
+            continue
+        if len(data) == rows * width // 2 and len(scale) == 2 * rows * width // GROUP_SIZE:
+            yield (
+                name,
+                (
+                    torch.from_numpy(data.copy()).view(rows, -1),
+                    torch.from_numpy(scale.copy()).view(torch.bfloat16).view(rows, -1),
+                ),
+            )
 
 
 def _is_table(tables: Iterable[np.ndarray], wanted: Tensor) -> bool:
@@ -128,10 +148,14 @@ class Program:
         self._named = {
             entry.key: self._segment(entry.segment_index) for entry in self._program.named_data
         }
-        self._hashes = {hashlib.sha256(data.data).digest() for data in self._named.values()}
+        self._by_hash = {hashlib.sha256(d.data).hexdigest(): d for d in self._named.values()}
 
     def __contains__(self, digest: bytes) -> bool:
-        return digest in self._hashes
+        return digest.hex() in self._by_hash
+
+    def find(self, digits: str) -> np.ndarray | None:
+        """What delegates name whose SHA-256 begins with these digits."""
+        return next((d for h, d in self._by_hash.items() if h.startswith(digits)), None)
 
     def constants(self) -> Iterator[np.ndarray]:
         """What operators outside of delegates read, each with the padding that follows it."""

@@ -21,7 +21,7 @@ _TOLERANCE = np.float32(1e-5)
 _LEAST = np.finfo(np.float32).eps
 
 
-def in_groups(weight: Tensor) -> tuple[Tensor, Tensor]:
+def in_groups(weight: Tensor, inputs: None = None) -> tuple[Tensor, Tensor]:
     """Quantize to 4 bits in groups of 32 with bfloat16 scales; releases the GIL.
 
     ExecuTorch 1.5.1 stores XNNPACK's group scales as bfloat16, whatever their type. Rounding them
@@ -102,4 +102,5 @@ QUANTIZER = Quantizer(
     algorithm="hqq_scale_only",
     source="https://mobiusml.github.io/hqq_blog; torchao 0.18, hqq_scale_only",
     quantize=in_groups,
+    description="half-quadratic quantization; needs no text",
 )

@@ -8,7 +8,7 @@ from torch import Tensor
 from caliport.export.quantization.quantizers.registry import Quantizer
 
 
-def by_row(weight: Tensor) -> tuple[Tensor, Tensor]:
+def by_row(weight: Tensor, inputs: None = None) -> tuple[Tensor, Tensor]:
     """Quantize each row with one scale, its largest absolute value over 127.5.
 
     Args:
@@ -26,4 +26,5 @@ QUANTIZER = Quantizer(
     algorithm="max-abs",
     source="torchao 0.18, MappingType.SYMMETRIC",
     quantize=by_row,
+    description="the largest absolute value of a row",
 )

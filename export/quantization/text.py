@@ -1,0 +1,144 @@
+"""Calibration text: what a quantizer measures the inputs of layers on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from caliport.core.errors import InputError
+from caliport.core.model_files.tokenizers import no_panic
+from caliport.core.untrusted import check_regular
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+TOKENS = 8192
+"""Default number of tokens."""
+_PIECE = 512  # tokens of plain text that are read as one sequence
+_FEWEST = 64
+_BYTES_A_TOKEN = 16
+_MOST_BYTES = 2**30
+
+
+class TextSource(Protocol):
+    """Examples of a task, or a text, from one file."""
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        ...
+
+    @property
+    def settings(self) -> list[Any]:
+        """Everything but the path that decides the examples."""
+        ...
+
+    def sequences(
+        self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
+    ) -> Sequence[tuple[int, ...]]:
+        """Token ids of each example, prompt and answer together.
+
+        Raises:
+            InputError: The file cannot be read, or has no examples.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class PlainText:
+    """A file of plain text, read in pieces of at most 512 tokens."""
+
+    path: Path
+
+    @property
+    def settings(self) -> list[Any]:
+        """Everything but the path that decides the examples."""
+        return ["plain text"]
+
+    def sequences(
+        self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
+    ) -> Sequence[tuple[int, ...]]:
+        """Token ids of the beginning of the text.
+
+        Raises:
+            InputError: The file is missing, too large, not UTF-8, or has too little text.
+        """
+        check_regular(self.path, _MOST_BYTES)
+        piece = min(_PIECE, int(model.config.max_position_embeddings))
+        try:
+            with self.path.open(encoding="utf-8") as stream:
+                text = stream.read(64 * TOKENS * _BYTES_A_TOKEN)
+        except UnicodeDecodeError:
+            raise InputError(f"{self.path}: not UTF-8 text") from None
+        with no_panic(tokenizer.name_or_path):
+            ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        if len(ids) < _FEWEST:
+            raise InputError(
+                f"{self.path}: {len(ids)} tokens, expected at least {_FEWEST} to calibrate on"
+            )
+        return [tuple(ids[i : i + piece]) for i in range(0, len(ids), piece)]
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """Where calibration text comes from.
+
+    Attributes:
+        sources: By composition of a bundle; by the empty name for a fold or a base alone.
+        tokens: Most tokens of all sources together; each gives an equal share, its examples
+            spread evenly over the file.
+    """
+
+    sources: Mapping[str, TextSource]
+    tokens: int = TOKENS
+
+    def __post_init__(self) -> None:
+        if self.tokens < _FEWEST:
+            raise InputError(
+                f"calibration tokens: found {self.tokens}, expected at least {_FEWEST}"
+            )
+
+    def inputs(self) -> dict[str, Path | str]:
+        """The files, by their labels in a manifest."""
+        return {
+            f"calibration text {name}".rstrip(): source.path
+            for name, source in self.sources.items()
+        }
+
+    def settings(self) -> dict[str, Any]:
+        """Everything besides the files that decides the sequences, for a manifest."""
+        return {
+            "tokens": self.tokens,
+            "sources": {name: source.settings for name, source in self.sources.items()},
+        }
+
+    def sequences(
+        self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
+    ) -> dict[str, list[tuple[int, ...]]]:
+        """Token ids to run the model on, by composition.
+
+        Raises:
+            InputError: A file that cannot be read, or too little text.
+        """
+        share = self.tokens // len(self.sources)
+        longest = int(model.config.max_position_embeddings)
+        return {
+            name: _spread([ids[:longest] for ids in source.sequences(tokenizer, model)], share)
+            for name, source in self.sources.items()
+        }
+
+
+def _spread(examples: Sequence[tuple[int, ...]], tokens: int) -> list[tuple[int, ...]]:
+    """Examples from all over the file with the given number of tokens in all."""
+    mean = sum(map(len, examples)) / len(examples)
+    count = min(len(examples), max(1, round(tokens / mean)))
+    chosen = [examples[i * len(examples) // count] for i in range(count)]
+    kept: list[tuple[int, ...]] = []
+    left = tokens
+    for example in chosen:
+        if left > 0:
+            kept.append(example[:left])
+            left -= len(example)
+    return kept
