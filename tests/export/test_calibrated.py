@@ -212,8 +212,8 @@ def test_an_artifact_says_on_what_and_holds_what_it_says(
 def test_the_artifact_computes_with_its_integers(
     artifact: Artifact, base_dir: Path, adapter_dirs: list[Path], prompts: list[list[int]]
 ) -> None:
+    from caliport.api import load
     from caliport.export.reference.folded import reference
-    from caliport.validation.api import load
 
     known = ArtifactIntegers(artifact, base_dir)
     model = reference(base_dir, adapter_dirs[0], HOW, artifact.runtime, known=known)

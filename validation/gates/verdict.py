@@ -167,7 +167,8 @@ def check_runner(
         lowered = all(gate.passed for gate in verdicts)
         verdicts.append(gates.adapter_gate(adapter, lowered, limits))
     task, verdict = task_result(criteria, answers)
-    verdicts.append(verdict or gates.quantization_gate(quantization, limits))
+    verdicts += [verdict] if verdict is not None else []
+    verdicts.append(gates.quantization_gate(quantization, limits))
     return Findings(
         lowering=lowering.overall,
         prefill=lowering.parts["prefill"],

@@ -75,7 +75,7 @@ def weights_gate(artifact: Artifact, source: Source) -> Gate:
                 source.adapter,
                 how,
                 Path(scratch),
-                integers=None if known is None else lambda _: known,
+                integers=None if known is None else lambda _: known.read(),
             )
         )
         count = len(matrices_of(decoder))

@@ -41,6 +41,15 @@ class ArtifactIntegers:
     def __iter__(self) -> Iterator[str]:
         return iter(self._artifact.calibrated)
 
+    def read(self) -> ArtifactIntegers:
+        """Read all from the program now.
+
+        Raises:
+            InputError: The program cannot be read, or the base has no such layers.
+        """
+        _ = self._parts
+        return self
+
     def parts(self, module: str) -> tuple[Tensor, Tensor]:
         """Packed integers, uint8 [out, in / 2], and scales, bfloat16 [out, in / 32].
 
