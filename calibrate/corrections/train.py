@@ -77,7 +77,7 @@ def calibrate(
     attach = (
         attached(model, modules, terms)
         if rounding is None
-        else attached_rounded(model, modules, terms, rounding)
+        else attached_rounded(model, modules, terms, rounding, keep=run.micro_batch is not None)
     )
     pooled = [example for name in compositions for example in examples[name]]
     model.eval().requires_grad_(False)

@@ -44,7 +44,11 @@ def attached(model: nn.Module, modules: Sequence[str], terms: Terms) -> Iterator
 
 @contextmanager
 def attached_rounded(
-    model: nn.Module, modules: Sequence[str], terms: Terms, rounding: Rounding
+    model: nn.Module,
+    modules: Sequence[str],
+    terms: Terms,
+    rounding: Rounding,
+    keep: bool = False,
 ) -> Iterator[None]:
     """Make the named linear layers compute with Q(W0 + ΔW), the weights that ship.
 
@@ -57,15 +61,27 @@ def attached_rounded(
         modules: Linear layers whose weight is rounded together with its update.
         terms: As for ``attached``, with exactly one term per row.
         rounding: Q.
+        keep: Keep each rounded weight until its update changes, for several passes a step; takes
+            the memory of these weights.
     """
+    kept: dict[tuple[str, int], tuple[Tensor, Tensor, Tensor]] = {}
+
+    def weight_of(key: tuple[str, int], module: nn.Linear, a: Tensor, b: Tensor) -> Tensor:
+        known = kept.get(key)
+        if known is not None and torch.equal(known[0], a) and torch.equal(known[1], b):
+            return known[2]
+        delta = b.to(module.weight.device) @ a.to(module.weight.device)
+        weight = rounding(key[0], module.weight + delta)
+        if keep:
+            kept[key] = a.detach().clone(), b.detach().clone(), weight
+        return weight
 
     def forward(name: str, module: nn.Linear) -> Callable[[Tensor], Tensor]:
         def run(inputs: Tensor) -> Tensor:
             output = None
-            for rows, a, b in terms(name):
+            for index, (rows, a, b) in enumerate(terms(name)):
                 with torch.no_grad():
-                    delta = b.to(module.weight.device) @ a.to(module.weight.device)
-                    weight = rounding(name, module.weight + delta)
+                    weight = weight_of((name, index), module, a, b)
                 x = _of(inputs, rows)
                 low_rank = _low_rank(x.detach(), a, b)
                 part = functional.linear(x, weight, module.bias) + (low_rank - low_rank.detach())

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from caliport.core.errors import InputError
 from caliport.data.examples import Example, read_jsonl
+from caliport.export.quantization.choices import Quantization
 from caliport.recipe.methods import CORRECTED, Method, parse
-from caliport.recipe.schema import Train, prompts_of
+from caliport.recipe.schema import Recipe, Train, prompts_of
 from caliport.run.workspace import Workspace, need
 from caliport.stages.compose import ComposeSettings
 from caliport.stages.sources import Source
@@ -48,7 +49,17 @@ def compose_settings(space: Workspace, method: Method) -> ComposeSettings:
         recipe.calibration.merge,
         parameters={"density": recipe.calibration.density, "seed": recipe.seed},
         micro_batch=recipe.micro_batch,
+        quantization=quantization_of(recipe, method.precision),
     )
+
+
+def quantization_of(recipe: Recipe, precision: str | None) -> Quantization | None:
+    """How a recipe quantizes the weights of linear layers and embeddings in a precision."""
+    if precision is None:
+        return None
+    if precision != "int4":
+        return Quantization(precision)
+    return Quantization(precision, recipe.export.int8_layers, recipe.export.embedding_bits)
 
 
 def train_settings(train: Train, seed: int) -> TrainSettings:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from caliport.core.directories import read_manifest
 from caliport.core.processes import is_main
 from caliport.core.progress import progress
+from caliport.export.quantization.choices import Quantization
 from caliport.recipe.methods import parse
 from caliport.recipe.schema import prompt_of, prompts_of
 from caliport.run.resolve import (
@@ -16,6 +17,7 @@ from caliport.run.resolve import (
     best_method,
     examples_of,
     expanded_methods,
+    quantization_of,
     read_score,
     variants_of,
 )
@@ -83,7 +85,7 @@ def score_method(space: Workspace, composition: str, method: str, variant: str) 
 
     inputs: dict[str, Path | str] = {f"adapter {i}": path for i, path in enumerate(adapters)}
     inputs |= {"base": space.base, "examples": space.data / f"{composition}.validation.jsonl"}
-    settings = {
+    settings: dict[str, Any] = {
         "method": method,
         "variant": variant,
         "evaluation": recipe.evaluation.model_dump(mode="json", exclude={"quantized", "judge"}),
@@ -92,6 +94,8 @@ def score_method(space: Workspace, composition: str, method: str, variant: str) 
             *(prompts_of(recipe)[task] for task in tasks),
         ],
     }
+    if variant != FP32:
+        settings["quantization"] = quantization_of(recipe, variant.partition("-")[0])
     out = space.kept("scores", composition, method, variant)
     stage(out, "score", f"{composition}: score of {shown}", inputs, settings, build)
 
@@ -151,16 +155,20 @@ def _with_adapter(space: Workspace, adapter: Path | None, variant: str = FP32) -
     from caliport.calibrate.peft_files import read_update
     from caliport.core.checkpoints import load_base
     from caliport.export.decoder.fold import fold
-    from caliport.export.quantization.tensors import as_shipped, quantize
+    from caliport.export.quantization.tensors import as_shipped, plan, quantize
 
     model = load_base(space.base)
     precision, _, bundle = variant.partition("-")
     update = None if adapter is None else read_update(adapter, model)
+    how = quantization_of(space.recipe, precision) or Quantization(FP32)
     if bundle:
-        model = as_shipped(model, precision)
+        model = as_shipped(model, how)
     if adapter is not None and update is not None:
         model = fold(model, update, adapter)
-    return model if bundle else quantize(model, precision)
+    if bundle:
+        return model
+    forms = plan(model, how.precision, how.int8_layers, how.embedding_bits)
+    return quantize(model, how.precision, forms)
 
 
 def _score_model(

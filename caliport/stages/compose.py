@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from caliport.core.directories import read_manifest
 from caliport.core.prompts import PROMPT
 from caliport.export.package.card import origin_of
+from caliport.export.quantization.choices import Quantization
 from caliport.recipe.methods import CORRECTED, MERGED, WEIGHTED, Method
 from caliport.stages.sources import Source
 from caliport.stages.stage import stage
@@ -65,6 +66,8 @@ class ComposeSettings:
         weights: One weight per adapter for a merge; None: equal.
         parameters: Parameters of merges and weight searches by name; each takes those it has.
         micro_batch: Most examples in one forward pass; changes memory use, not the result.
+        quantization: What a method that trains through quantized weights trains through; None for
+            the defaults of its precision.
     """
 
     base: str | Path
@@ -75,6 +78,7 @@ class ComposeSettings:
     weights: tuple[float, ...] | None = None
     parameters: Mapping[str, Any] = field(default_factory=lambda: {"density": 0.5, "seed": 0})
     micro_batch: int | None = None
+    quantization: Quantization | None = None
 
 
 def compose_to(out: Path, title: str, inputs: CompositionInputs, settings: ComposeSettings) -> None:
@@ -180,6 +184,8 @@ def _stage_key(
             key[f"{name} prompt"] = one.recorded[PROMPT]
     if settings.train is not None:
         key |= {"train": settings.train, "merge": settings.merge}
+        if settings.quantization is not None:
+            key["quantization"] = settings.quantization
     if settings.train is None or _known(MERGES[settings.merge].parameters, settings):
         key |= {"weights": settings.weights, **settings.parameters}
     return files, key
@@ -244,7 +250,7 @@ class _Composer:
         from caliport.calibrate.corrections.train import calibrate
         from caliport.calibrate.merges.common import rank_zero
         from caliport.calibrate.training.loop import TrainRun
-        from caliport.export.quantization.tensors import as_shipped, rounded
+        from caliport.export.quantization.tensors import as_shipped, plan, rounded
 
         method, settings = self.settings.method, self.settings
         assert settings.train is not None
@@ -256,9 +262,11 @@ class _Composer:
         precision = method.precision
         folded = precision is not None and not method.bundle
         if precision is not None:
+            how = settings.quantization or Quantization(precision)
             keep = {m for c in compositions.values() for m in c.merged.modules} if folded else ()
-            self.model = as_shipped(self.model, precision, keep)
-            self.rounding = (lambda _, weight: rounded(weight, precision)) if folded else None
+            forms = plan(self.model, how.precision, how.int8_layers, how.embedding_bits)
+            self.model = as_shipped(self.model, how, keep)
+            self.rounding = (lambda name, weight: rounded(weight, forms[name])) if folded else None
         calibrated = calibrate(
             self.model,
             compositions,

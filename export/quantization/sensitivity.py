@@ -71,7 +71,7 @@ def sensitivities(
         module = model.get_submodule(name)
         assert isinstance(module, nn.Linear)
         kept = module.weight
-        module.weight = nn.Parameter(rounded(kept.detach(), "int4"), requires_grad=False)
+        module.weight = nn.Parameter(rounded(kept.detach(), form), requires_grad=False)
         try:
             total = sum(
                 float(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from caliport.core.errors import InputError
 from caliport.core.patching import quiet
-from caliport.export.quantization.choices import GROUP_SIZE, Form, check_precision
+from caliport.export.quantization.choices import GROUP_SIZE, Form, Quantization, check_precision
 from caliport.export.quantization.integers import integers
 from caliport.export.quantization.quantizers.registry import DEFAULTS, QUANTIZERS
 
@@ -271,27 +271,33 @@ def _values(data: Tensor, scale: Tensor) -> Tensor:
     return (data.float().unflatten(1, (scale.shape[1], -1)) * scale.unsqueeze(-1)).flatten(1)
 
 
-def rounded(weight: Tensor, precision: str) -> Tensor:
+def rounded(weight: Tensor, form: Form | None) -> Tensor:
     """The float32 values q · scale that ship for one linear weight [out, in].
 
-    Exactly the values that ``quantize`` and ``dequantize`` give; for quantization-aware training.
+    Exactly the values that ``quantize`` and ``dequantize`` give without calibration text; for
+    quantization-aware training.
+
+    Args:
+        weight: float32 [out, in].
+        form: How it ships (``plan``); None for float32.
     """
-    if precision == "fp32":
-        return weight
-    form: Form = "int4" if precision == "int4" and not weight.shape[1] % GROUP_SIZE else "int8"
-    return _values(*_parts(quantized(weight, form)))
+    return weight if form is None else _values(*_parts(quantized(weight, form)))
 
 
-def as_shipped(model: PreTrainedModel, precision: str, keep: Iterable[str] = ()) -> PreTrainedModel:
-    """A plain float32 copy of a model with the values that ship in ``precision``.
+def as_shipped(
+    model: PreTrainedModel, how: Quantization | str, keep: Iterable[str] = ()
+) -> PreTrainedModel:
+    """A plain float32 copy of a model with the values that ship.
 
     Args:
         model: A float32 decoder; not changed.
-        precision: One of ``PRECISIONS``.
+        how: How it is quantized; a precision stands for its defaults.
         keep: Linear layers that keep their float weights, since they are rounded later together
             with an update (``rounded``).
     """
-    plain = dequantize(quantize(copy.deepcopy(model), precision))
+    how = Quantization(how) if isinstance(how, str) else how
+    forms = plan(model, how.precision, how.int8_layers, how.embedding_bits)
+    plain = dequantize(quantize(copy.deepcopy(model), how.precision, forms))
     for name in keep:
         weight = model.get_submodule(name).weight
         assert isinstance(weight, Tensor)

@@ -24,7 +24,8 @@ from caliport.calibrate.training.batches import Encoded
 from caliport.calibrate.training.loop import TrainRun, TrainSettings, evaluate
 from caliport.core.checkpoints import load_base
 from caliport.export.decoder.fold import fold
-from caliport.export.quantization.tensors import as_shipped, dequantize, quantize, rounded
+from caliport.export.quantization.choices import Quantization
+from caliport.export.quantization.tensors import as_shipped, dequantize, plan, quantize, rounded
 
 METHODS = tuple(CORRECTIONS)
 
@@ -226,16 +227,24 @@ def test_rows_of_a_batch_use_their_own_terms(
             torch.testing.assert_close(mixed[row], alone[0], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("precision", ["int8", "int4"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        Quantization("int8"),
+        Quantization("int4"),
+        Quantization("int4", ("model.layers.1.mlp.down_proj", "lm_head"), 8),
+    ],
+)
 def test_quantization_aware_runs_what_ships(
-    precision: str, composition: Composition, base_dir: Path, prompts: list[list[int]]
+    how: Quantization, composition: Composition, base_dir: Path, prompts: list[list[int]]
 ) -> None:
     """Training's forward has the weights of fold, then quantize; to the last bit but summation."""
     model = load_base(base_dir)
+    forms = plan(model, how.precision, how.int8_layers, how.embedding_bits)
     correction = make("lc++", {"c": composition}, False)
     update = corrected_update(correction, "c", composition)
-    shipped = dequantize(quantize(fold(load_base(base_dir), update, "x"), precision))
-    training = as_shipped(model, precision, update.modules)
+    shipped = dequantize(quantize(fold(load_base(base_dir), update, "x"), how.precision, forms))
+    training = as_shipped(model, how, update.modules)
     tokens = torch.tensor([prompts[2]])
     with torch.no_grad():
         wanted = shipped(tokens).logits
@@ -243,7 +252,7 @@ def test_quantization_aware_runs_what_ships(
             training,
             update.modules,
             lambda name: [(None, *correction.factors("c", name))],
-            lambda _, weight: rounded(weight, precision),
+            lambda name, weight: rounded(weight, forms[name]),
         ):
             found = training(tokens).logits
         plain = model(tokens).logits
@@ -276,6 +285,26 @@ def test_straight_through_gradient(composition: Composition, base_dir: Path) -> 
         grads.append((out.detach(), a_.grad, b_.grad, x_.grad))
     for naive, ours in zip(*grads, strict=True):
         torch.testing.assert_close(ours, naive, rtol=1e-4, atol=1e-4)
+
+
+def test_weights_are_rounded_once_a_step() -> None:
+    """As long as the update does not change; micro-batches of a step share the rounded weight."""
+    layer = nn.Linear(64, 48, bias=False)
+    a, b = torch.randn(3, 64), torch.randn(48, 3)
+    seen: list[str] = []
+
+    def counted(name: str, weight: torch.Tensor) -> torch.Tensor:
+        seen.append(name)
+        return rounded(weight, "int4")
+
+    holder, x = nn.Sequential(layer), torch.randn(2, 64)
+    with attached_rounded(holder, ["0"], lambda _: [(None, a, b)], counted, keep=True):
+        first = holder(x)
+        assert torch.equal(holder(x), first)
+        assert len(seen) == 1
+        a += 1
+        assert not torch.equal(holder(x), first)
+        assert len(seen) == 2
 
 
 @pytest.mark.slow
