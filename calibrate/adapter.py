@@ -29,19 +29,19 @@ class Adapter:
     """What an adapter changes in a base.
 
     With W' = W0 + B·A, the weight of an updated module becomes m·W'/‖W'‖, where ‖·‖ is the norm of
-    each row (DoRA), or W' if it has no magnitude m.
+    each row, of an embedding that of each column (DoRA), or W' if it has no magnitude m.
 
     Attributes:
         update: Updates of linear layers.
         embeddings: Updates of embeddings: A [R, width] and B [rows, R].
-        magnitudes: m [out] by module.
+        magnitudes: m [out] by module, of an embedding [width].
         biases: What is added to a module's bias, by module.
         replaced: New values of parameters, by parameter. A parameter that is shared (a head tied to
             the embedding) is replaced at this name only.
         saved: Weights of the base that were saved along with the adapter, by parameter.
         bias: Which biases were trained and are all in ``replaced``: PEFT's ``none``, ``all`` or
             ``lora_only``.
-        beyond: Why it is more than a low-rank update; empty if it is none.
+        beyond: Why it is more than a low-rank update, by the setting; empty if it is none.
     """
 
     update: LowRankUpdate
@@ -51,7 +51,7 @@ class Adapter:
     replaced: Mapping[str, Tensor] = field(default_factory=dict)
     saved: Mapping[str, Tensor] = field(default_factory=dict)
     bias: str = "none"
-    beyond: tuple[str, ...] = ()
+    beyond: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def parameters(self) -> frozenset[str]:
@@ -73,8 +73,8 @@ class Adapter:
             InputError: It is more than that, or has weights of the base that were not compared
                 (``check_saved``); the message says why and what to do.
         """
-        if self.beyond:
-            raise InputError(self.beyond[0])
+        for reason in self.beyond.values():
+            raise InputError(reason)
         for name in self.saved:
             raise InputError(f"{source}: {name}: {SAVED}")
         return self.update
@@ -109,10 +109,11 @@ class Adapter:
             if not isinstance(modules[name], torch.nn.Embedding):
                 raise InputError(f"{source}: {name} is not an embedding of the base")
         for name, magnitude in found.magnitudes.items():
-            if tuple(magnitude.shape) != found.update.shape(name)[:1]:
+            wide = name in found.embeddings.a
+            count = found.embeddings.shape(name)[1] if wide else found.update.shape(name)[0]
+            if tuple(magnitude.shape) != (count,):
                 raise InputError(
-                    f"{source}: {name} has {list(magnitude.shape)} magnitudes, expected "
-                    f"{list(found.update.shape(name)[:1])}"
+                    f"{source}: {name} has {list(magnitude.shape)} magnitudes, expected [{count}]"
                 )
         for name in parameters:
             trained = self.bias == "all" or name.removesuffix(".bias") in found.update.modules

@@ -85,7 +85,7 @@ def mlx_adapter(
             {name: t.T.contiguous() * scale for name, t in b.items()},
         ),
         magnitudes=magnitudes,
-        beyond=(f"{path}: fine_tune_type = 'dora': {dora}",) if kind == "dora" else (),
+        beyond={"use_dora": f"{path}: fine_tune_type = 'dora': {dora}"} if kind == "dora" else {},
     )
 
 

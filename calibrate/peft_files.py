@@ -38,7 +38,7 @@ _TRAINING_STATE = (".lora_velora_embed", ".lora_monteclora_sampler.")
 _FOLD = "fold it into the base with caliport export"
 _BEYOND = {
     "use_dora": "DoRA rescales each row of W0 + ΔW, which is no low-rank update; "
-    f"retrain without DoRA or {_FOLD}",
+    f"{_FOLD}, or take the nearest low-rank update with caliport calibrate --dora svd",
     "lora_bias": f"it adds a bias beside ΔW; retrain without it or {_FOLD}",
     "modules_to_save": f"it replaces whole layers of the base; retrain without it or {_FOLD}",
     "bias": f"the base's biases were trained too, expected none; retrain without them or {_FOLD}",
@@ -231,8 +231,8 @@ def _is_trained(name: str, copied: bool, settings: LoraSettings) -> bool:
     return copied or is_bias or settings.is_copied(name)
 
 
-def _beyond(settings: LoraSettings, directory: Path, keys: Mapping[str, Key]) -> tuple[str, ...]:
-    """Why an adapter is more than updates of linear layers."""
+def _beyond(settings: LoraSettings, directory: Path, keys: Mapping[str, Key]) -> dict[str, str]:
+    """Why an adapter is more than updates of linear layers, by the setting."""
     config, weights = settings.path, directory / ADAPTER_WEIGHTS
     modules = list(settings.modules_to_save)
     found = {
@@ -250,35 +250,33 @@ def _beyond(settings: LoraSettings, directory: Path, keys: Mapping[str, Key]) ->
             found["lora_bias"] = found["lora_bias"] or f"{weights}: {key}"
         elif one.copied:
             found["modules_to_save"] = found["modules_to_save"] or f"{weights}: {key}"
-    return tuple(f"{what}: {_BEYOND[kind]}" for kind, what in found.items() if what)
+    return {kind: f"{what}: {_BEYOND[kind]}" for kind, what in found.items() if what}
 
 
 def _check_parts(adapter: Adapter, settings: LoraSettings, path: Path) -> None:
     """Check that the parts belong together, and are those that the settings name."""
     modules = set(adapter.update.modules)
+    both = modules | {*adapter.embeddings.modules}
     wanted = {
-        "use_dora": (settings.dora, "lora_magnitude_vector", adapter.magnitudes),
-        "lora_bias": (settings.lora_bias, "lora_B.bias", adapter.biases),
+        "use_dora": (settings.dora, "lora_magnitude_vector", adapter.magnitudes, both),
+        "lora_bias": (settings.lora_bias, "lora_B.bias", adapter.biases, modules),
     }
-    for field, (stated, tensor, found) in wanted.items():
-        odd = sorted(modules ^ found.keys() if stated else found.keys())
+    for field, (stated, tensor, found, having) in wanted.items():
+        odd = sorted(having ^ found.keys() if stated else found.keys())
         if odd:
             has = "a" if odd[0] in found else "no"
             raise InputError(
                 f"{path}: {odd[0]} has {has} {tensor}, {ADAPTER_CONFIG} has {field} = {stated}; "
                 "expected one for each module, or none"
             )
-    if settings.dora and adapter.embeddings.modules:
-        name = adapter.embeddings.modules[0]
-        raise InputError(f"{path}: DoRA on {name}, an embedding; expected it on linear layers only")
     for end in settings.modules_to_save:
         if not any(end in name for name in adapter.replaced):
             raise InputError(
                 f"{path}: has nothing of {end!r}, which {ADAPTER_CONFIG} names in modules_to_save"
             )
-    both = sorted(modules & {n.removesuffix(".weight") for n in adapter.replaced})
-    if both:
-        raise InputError(f"{path}: {both[0]} has a LoRA and a new weight; expected one of the two")
+    twice = sorted(both & {n.removesuffix(".weight") for n in adapter.replaced})
+    if twice:
+        raise InputError(f"{path}: {twice[0]} has a LoRA and a new weight; expected one of the two")
 
 
 def _check_finite(adapter: Adapter, path: Path) -> None:

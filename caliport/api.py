@@ -26,6 +26,8 @@ def compose(
     data: str | Path | Source | None = None,
     weights: Sequence[float] = (),
     training: Mapping[str, Any] | None = None,
+    prompt: str | None = None,
+    dora: str | None = None,
 ) -> Path:
     """Compose adapters into one: merge them, or merge them and train a correction.
 
@@ -43,6 +45,10 @@ def compose(
         weights: Of a merge, one for each adapter; default equal weights.
         training: Fields of ``TrainSettings``: ``steps`` (300), ``batch_size`` (32),
             ``learning_rate`` (5e-4, the peak), ``seed`` (0).
+        prompt: The composition's prompt, with ``{input}``, put around each input of ``data`` and
+            recorded in the output; default the ``Source``'s, or none.
+        dora: ``svd`` or ``svd=RANK`` replaces adapters with DoRA, which is no low-rank update, by
+            the nearest one, of twice their rank or of this one; the manifest states the error.
 
     Returns:
         ``out``.
@@ -63,6 +69,8 @@ def compose(
                 data="summarize_es.jsonl",
             )
     """
+    from caliport.core.errors import InputError
+    from caliport.core.prompts import check_prompt
     from caliport.flags.calibrate import calibrate_one, inputs_of
     from caliport.stages.compose import CompositionInputs
     from caliport.stages.sources import Source
@@ -70,11 +78,16 @@ def compose(
     defaults = {"steps": 300, "batch_size": 32, "learning_rate": 5e-4, "seed": 0}
     paths = [Path(adapter) for adapter in adapters]
     if isinstance(data, Source):
+        if prompt not in (None, data.prompt):
+            raise InputError("compose: prompt is another than that of the Source; give one of them")
         numbered = {str(index): path for index, path in enumerate(paths, start=1)}
         inputs = CompositionInputs(numbered, data, data.prompt)
     else:
-        inputs = inputs_of(paths, None if data is None else Path(data), None)
-    calibrate_one(str(base), inputs, method, {**defaults, **(training or {})}, weights, Path(out))
+        if prompt is not None:
+            check_prompt(prompt, "prompt")
+        inputs = inputs_of(paths, None if data is None else Path(data), prompt)
+    settings = {**defaults, **(training or {})}
+    calibrate_one(str(base), inputs, method, settings, weights, Path(out), dora)
     return Path(out)
 
 

@@ -119,6 +119,24 @@ def random_adapter(base: Path, out: Path, seed: int, rank: int = 4, **settings: 
     return out
 
 
+def randomized(adapter: Path) -> Path:
+    """An adapter whose every tensor differs from what training begins with."""
+    from safetensors.torch import load_file, save_file
+
+    file = adapter / "adapter_model.safetensors"
+    draw = torch.Generator().manual_seed(7)
+    save_file(
+        {
+            key: t
+            if ".base_layer.weight" in key
+            else t + 0.1 * torch.randn(t.shape, generator=draw)
+            for key, t in load_file(file).items()
+        },
+        file,
+    )
+    return adapter
+
+
 @pytest.fixture(scope="session")
 def adapter_dirs(base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Two PEFT LoRA adapters of the tiny base, rank 4, random weights."""

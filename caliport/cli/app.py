@@ -97,6 +97,13 @@ def calibrate(
         list[float] | None,
         typer.Option("--weight", help="Merge weight, once for each --adapter; default equal."),
     ] = None,
+    dora: Annotated[
+        str | None,
+        typer.Option(
+            metavar="svd|svd=RANK",
+            help="Replace DoRA adapters by the nearest low-rank update; default twice their rank.",
+        ),
+    ] = None,
     data: Annotated[
         Path | None, typer.Option(help="Training data: JSON Lines with `input` and `output`.")
     ] = None,
@@ -129,6 +136,7 @@ def calibrate(
             rank=rank,
             features=features,
             out=out,
+            dora=dora,
         )
         space = _space(recipe, overrides, runs)
         compose_all(space)
@@ -146,13 +154,15 @@ def calibrate(
         "seed": seed,
     }
     if method == "flix":
+        if dora is not None:
+            raise InputError("--dora goes with --adapter; flix trains its own")
         base, data, rank, target = _needed(base=base, data=data, rank=rank, out=out)
         source = Source(data, PLAIN if prompt is None else prompt)
         features_one(base, source, rank, training, features, target)
         return
     base, adapters, target = _needed(base=base, adapter=adapter, out=out)
     inputs = inputs_of(adapters, data, prompt)
-    calibrate_one(base, inputs, method, training, weight or [], target)
+    calibrate_one(base, inputs, method, training, weight or [], target, dora)
 
 
 @app.command()

@@ -12,7 +12,7 @@ from caliport.core.progress import console
 from caliport.core.prompts import PLAIN
 from caliport.core.untrusted import check_name, number, shown
 from caliport.recipe import bounds
-from caliport.recipe.methods import CORRECTED, MERGED, WEIGHTED, parse
+from caliport.recipe.methods import CORRECTED, MERGED, WEIGHTED, dora_rank, parse
 from caliport.stages.compose import ComposeSettings, CompositionInputs, compose_to
 from caliport.stages.sources import Source
 from caliport.stages.train import Training, features_to
@@ -25,6 +25,7 @@ def calibrate_one(
     training: Mapping[str, Any],
     weights: Sequence[float],
     out: Path,
+    dora: str | None = None,
 ) -> None:
     """Compose adapters by one method into the PEFT directory ``out``.
 
@@ -35,6 +36,7 @@ def calibrate_one(
         training: Fields of ``TrainSettings``.
         weights: One per adapter for a merge; empty: equal.
         out: The directory to create.
+        dora: ``svd`` or ``svd=RANK``: take the nearest low-rank update of adapters with DoRA.
 
     Raises:
         InputError: An unknown method, or flags that do not go with it.
@@ -45,6 +47,11 @@ def calibrate_one(
         parsed = parse(method)
     except ValueError as error:
         raise InputError(f"--method: {error}") from None
+    if dora is not None:
+        try:
+            dora_rank(dora)
+        except ValueError as error:
+            raise InputError(f"--dora: {error}") from None
     if parsed.kind not in (*MERGED, *WEIGHTED, *CORRECTED) or parsed.shared:
         raise InputError(f"--method {method} needs a recipe; see caliport init")
     if weights and parsed.kind not in MERGED:
@@ -60,6 +67,7 @@ def calibrate_one(
         TrainSettings(**training) if parsed.kind in CORRECTED else None,
         weights=tuple(weights) or None,
         parameters={"density": 0.5, "seed": training["seed"]},
+        dora=dora,
     )
     compose_to(out, f"{method} of {count} adapters", inputs, settings)
     console.print(f"composed adapter: {out}")

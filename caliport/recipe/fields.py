@@ -22,7 +22,7 @@ from caliport.core.untrusted import check_name
 from caliport.export.quantization.quantizers.registry import of_int4
 from caliport.export.runtime import names
 from caliport.recipe import bounds
-from caliport.recipe.methods import MERGED, parse
+from caliport.recipe.methods import MERGED, dora_rank, parse
 from caliport.validation.gates.limits import Limits
 
 
@@ -50,6 +50,14 @@ def _quantizer(name: str) -> str:
 
 QuantizerName = Annotated[str, AfterValidator(_quantizer)]
 MergeName = Annotated[str, AfterValidator(_merge)]
+
+
+def _dora(text: str) -> str:
+    dora_rank(text)
+    return text
+
+
+DoraForm = Annotated[str, AfterValidator(_dora)]
 MethodName = Annotated[str, AfterValidator(lambda name: parse(name).name)]
 Metric = Literal["rougeL", "chrf", "weighted_rouge"]
 

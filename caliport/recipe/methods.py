@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from caliport.calibrate.corrections.registry import CORRECTIONS
 from caliport.calibrate.merges.by_loss.registry import WEIGHT_SEARCHES
 from caliport.calibrate.merges.registry import MERGES
+from caliport.core.untrusted import shown
+from caliport.recipe import bounds
 
 SCORED = ("zero-shot", "lora", "multi-step")
 """Kinds that produce no adapter; scored for comparison."""
@@ -114,6 +117,20 @@ def parse(name: str) -> Method:
         precision,
         "bundle" in found,
     )
+
+
+def dora_rank(text: str) -> int | None:
+    """The rank that ``svd`` (None: twice the adapter's) or ``svd=RANK`` names for DoRA.
+
+    Raises:
+        ValueError: Other text.
+    """
+    found = re.fullmatch(r"svd(?:=([0-9]{1,9}))?", text)
+    if found is None or not 0 < int(found[1] or 1) <= bounds.RANK:
+        raise ValueError(
+            f"found {shown(text)}, expected svd or svd=RANK with a rank from 1 to {bounds.RANK:,}"
+        )
+    return int(found[1]) if found[1] else None
 
 
 def _label_of(kind: str) -> str:

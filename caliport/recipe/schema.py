@@ -14,6 +14,7 @@ from caliport.export.runtime import get, names
 from caliport.recipe import bounds
 from caliport.recipe.fields import (
     Count,
+    DoraForm,
     Layers,
     Limit,
     MergeName,
@@ -160,12 +161,17 @@ class Lora(Part):
 
 
 class Calibration(Part):
-    """How the corrections and the joint expert are trained on compositional examples."""
+    """How adapters are merged, and how corrections and the joint expert are trained.
+
+    ``dora`` is ``svd`` or ``svd=RANK``: adapters with DoRA, which is no low-rank update, are
+    replaced by the nearest one of twice their rank, or of this rank.
+    """
 
     examples: Count = 10_000
     tuning: Whole = Field(0, ge=0, le=bounds.COUNT)
     merge: MergeName = "linear"
     density: Real = Field(0.5, gt=0, le=1)
+    dora: DoraForm | None = None
     methods: tuple[MethodName, ...] = (
         "zero-shot",
         "lora",

@@ -13,7 +13,13 @@ from caliport.recipe.schema import Recipe, Train, prompt_of, prompts_of
 from caliport.run.audit import audit_all
 from caliport.run.resolve import compose_settings, examples_of, source_of, train_settings
 from caliport.run.workspace import Workspace
-from caliport.stages.compose import CompositionInputs, compose_shared, compose_to, pick
+from caliport.stages.compose import (
+    ComposeSettings,
+    CompositionInputs,
+    compose_shared,
+    compose_to,
+    pick,
+)
 from caliport.stages.sources import Source
 from caliport.stages.stage import stage
 from caliport.stages.train import Training, compose_features_to, features_to, lora_to
@@ -39,6 +45,10 @@ def prepare_all(space: Workspace) -> None:
     for task, path in space.recipe.adapters.items():
         if path is None:
             train_adapter(space, task)
+        elif space.is_approximated(task):
+            how = ComposeSettings(space.base, parse("exact"), dora=space.recipe.calibration.dora)
+            only = CompositionInputs({task: path}, names=(task,))
+            compose_to(space.adapter(task), f"adapter {task} without DoRA", only, how)
 
 
 def make_data(space: Workspace) -> None:

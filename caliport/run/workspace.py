@@ -27,8 +27,24 @@ class Workspace:
         return self.root / "base" if self.recipe.base.path is None else self.recipe.base.path
 
     def adapter(self, task: str) -> Path:
-        """A single-task adapter: the path in the recipe, or the one trained by it."""
-        return self.recipe.adapters[task] or self.root / "adapters" / task
+        """A single-task adapter: the path in the recipe, or the one made by it.
+
+        Raises:
+            InputError: With ``calibration.dora``, an adapter that cannot be read.
+        """
+        path = self.recipe.adapters[task]
+        if path is None:
+            return self.root / "adapters" / task
+        return self.root / "low-rank" / task if self.is_approximated(task) else path
+
+    def is_approximated(self, task: str) -> bool:
+        """Whether the recipe asks for a low-rank update in place of a task's DoRA adapter."""
+        path = self.recipe.adapters[task]
+        if path is None or self.recipe.calibration.dora is None:
+            return False
+        from caliport.calibrate.dora import has_dora
+
+        return has_dora(path)
 
     def composed(self, composition: str, method: str) -> Path:
         """A composed adapter."""

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from shutil import copytree
 from typing import TYPE_CHECKING, Any, Literal
 
+from rich.text import Text
+
 from caliport.core.directories import read_manifest
+from caliport.core.errors import printable
+from caliport.core.progress import console
 from caliport.core.prompts import PROMPT
 from caliport.export.package.card import origin_of
 from caliport.export.quantization.choices import Quantization
-from caliport.recipe.methods import CORRECTED, MERGED, WEIGHTED, Method
+from caliport.recipe.methods import CORRECTED, MERGED, WEIGHTED, Method, dora_rank
 from caliport.stages.sources import Source
 from caliport.stages.stage import stage
 from caliport.stages.sweep import at_best_rate, seconds_of
@@ -68,6 +72,7 @@ class ComposeSettings:
         micro_batch: Most examples in one forward pass; changes memory use, not the result.
         quantization: What a method that trains through quantized weights trains through; None for
             the defaults of its precision.
+        dora: ``svd`` or ``svd=RANK``: take the nearest low-rank update of adapters with DoRA.
     """
 
     base: str | Path
@@ -79,6 +84,7 @@ class ComposeSettings:
     parameters: Mapping[str, Any] = field(default_factory=lambda: {"density": 0.5, "seed": 0})
     micro_batch: int | None = None
     quantization: Quantization | None = None
+    dora: str | None = None
 
 
 def compose_to(out: Path, title: str, inputs: CompositionInputs, settings: ComposeSettings) -> None:
@@ -153,6 +159,7 @@ def _compose(
         if _ONE in inputs and inputs[_ONE].names:
             extra["composed_of"] = list(inputs[_ONE].names)
         composer = _Composer(inputs, settings, title)
+        extra |= composer.nearness
         updates = composer.updates(extra, resume)
         if tune:
             extra["tuning_loss"] = composer.tuning_loss(updates)
@@ -182,6 +189,8 @@ def _stage_key(
             key[f"{name} data"] = one.examples.settings
         elif one.recorded:
             key[f"{name} prompt"] = one.recorded[PROMPT]
+    if settings.dora is not None:
+        key["dora"] = settings.dora
     if settings.train is not None:
         key |= {"train": settings.train, "merge": settings.merge}
         if settings.quantization is not None:
@@ -198,7 +207,6 @@ class _Composer:
         self, inputs: Mapping[str, CompositionInputs], settings: ComposeSettings, title: str
     ) -> None:
         from caliport.calibrate.bases import check_same_base, note_base
-        from caliport.calibrate.peft_files import read_update
         from caliport.core.checkpoints import load_base
 
         self.inputs, self.settings, self.title = inputs, settings, title
@@ -208,11 +216,29 @@ class _Composer:
         check_same_base(sorted(paths))
         for path in paths:
             note_base(path, settings.base)
-        read = {path: read_update(path, self.model) for path in paths}
+        self.nearness: dict[str, Any] = {}
+        read = {path: self._read(path) for path in sorted(paths)}
         self.adapters = {
             name: {task: read[path] for task, path in one.adapters.items()}
             for name, one in inputs.items()
         }
+
+    def _read(self, path: Path) -> LowRankUpdate:
+        from caliport.calibrate.dora import read_nearest
+        from caliport.calibrate.peft_files import read_update
+
+        if self.settings.dora is None:
+            return read_update(path, self.model)
+        update, near = read_nearest(path, self.model, dora_rank(self.settings.dora))
+        if near is not None:
+            shown = printable(path.resolve().name, 100)
+            self.nearness.setdefault("dora", []).append({"adapter": shown, **asdict(near)})
+            text = (
+                f"{shown}: DoRA as a low-rank update of rank {near.rank}: relative error "
+                f"{near.mean:.1%} on average, at most {near.worst:.1%} ({near.module})"
+            )
+            console.print(Text(text), soft_wrap=True)
+        return update
 
     def updates(self, extra: dict[str, Any], resume: Path) -> dict[str, LowRankUpdate]:
         """One update per composition; adds what the manifest should say to ``extra``."""

@@ -93,14 +93,15 @@ class Folded:
         value = adapter.replaced.get(name, value)
         if key == "bias":
             return cls(value, adapter.biases.get(parent))
-        if parent in adapter.embeddings.a:
-            return cls(value, adapter.embeddings.delta(parent))
-        if parent not in adapter.update.a:
-            return cls(value)
-        # Conv1D (GPT-2) stores its weight as [in, out].
+        # Conv1D (GPT-2) stores its weight as [in, out], and so does an embedding.
         transposed = isinstance(module, Conv1D)
-        delta = adapter.update.delta(parent)
-        delta = delta.T if transposed else delta
+        if parent in adapter.embeddings.a:
+            delta, transposed = adapter.embeddings.delta(parent), True
+        elif parent in adapter.update.a:
+            delta = adapter.update.delta(parent)
+            delta = delta.T if transposed else delta
+        else:
+            return cls(value)
         magnitude = adapter.magnitudes.get(parent)
         if magnitude is None:
             return cls(value, delta)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import random_adapter
+from conftest import random_adapter, randomized
 from exports import to_onnx
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -22,22 +22,6 @@ from caliport.core.errors import InputError
 from caliport.export.decoder.fold import fold
 from caliport.export.decoder.shipped import shipped_decoder
 from caliport.export.decoder.terms import read_updates
-
-
-def randomized(adapter: Path) -> Path:
-    """An adapter whose every tensor differs from what training begins with."""
-    file = adapter / "adapter_model.safetensors"
-    draw = torch.Generator().manual_seed(7)
-    save_file(
-        {
-            key: t
-            if ".base_layer.weight" in key
-            else t + 0.1 * torch.randn(t.shape, generator=draw)
-            for key, t in load_file(file).items()
-        },
-        file,
-    )
-    return adapter
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +59,7 @@ MIXED: list[dict[str, Any]] = [
     {"target_modules": ["embed_tokens", "q_proj"]},
     {"target_modules": ["lm_head", "q_proj"]},
     {"target_modules": ["lm_head", "q_proj"], "use_dora": True},
+    {"target_modules": ["embed_tokens", "q_proj"], "use_dora": True},
     {"bias": "all", "target_modules": ["q_proj", "up_proj"]},
     {"bias": "lora_only", "target_modules": ["q_proj", "up_proj"]},
     {"lora_bias": True, "target_modules": ["q_proj", "v_proj"]},
@@ -103,6 +88,7 @@ def test_a_fold_equals_peft(kind: dict[str, Any], biased: Path, tmp_path: Path) 
         {"modules_to_save": ["lm_head"]},
         {"modules_to_save": ["embed_tokens"], "target_modules": ["q_proj"]},
         {"use_dora": True},
+        {"use_dora": True, "target_modules": ["embed_tokens", "q_proj"]},
     ],
     ids=str,
 )
