@@ -38,6 +38,7 @@ from caliport.export.decoder.parts import cache_shape, parts_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from caliport.calibrate.adapter import Adapter
     from caliport.export.request import Request
     from caliport.export.runtime import Costs
 
@@ -110,6 +111,8 @@ def preflight(request: Request, out: Path, *, refuse: bool = True) -> Needs | No
 
 def needs(request: Request) -> Needs | None:
     """Compute the estimate described at the top of this file."""
+    from caliport.calibrate.peft_files import read_adapter
+    from caliport.export.decoder.fold import untie
     from caliport.export.decoder.skeleton import empty
     from caliport.export.quantization.tensors import plan
 
@@ -123,9 +126,13 @@ def needs(request: Request) -> Needs | None:
     if not read:
         return None
     whole = empty(load_config(directory)[0], buffers=False)
+    changes = None
+    if request.bundle is None and request.adapter is not None:
+        changes = read_adapter(request.adapter).fitted(whole, request.adapter)
+        untie(whole, changes)  # a tied head that the adapter changes is stored on its own
     forms = plan(whole, how.precision, how.int8_layers, how.embedding_bits)
     parts = parts_of(whole, forms)
-    beside = _Beside.of(request, costs)
+    beside = _Beside.of(request, costs, changes)
     depth = int(whole.config.get_text_config().num_hidden_layers)
     layers = depth * beside.methods
     tokenizer = sum(file.stat().st_size for file in directory.glob("tokenizer*.json"))
@@ -170,19 +177,14 @@ class _Beside:
     largest: int
 
     @classmethod
-    def of(cls, request: Request, costs: Costs) -> _Beside:
+    def of(cls, request: Request, costs: Costs, changes: Adapter | None) -> _Beside:
         shapes = [_shapes(path) for path in request.adapters()]
         sizes = [sum(math.prod(s) for s in found.values()) for found in shapes]
         held = 4 * sum(sizes)
         if request.bundle is None:
-            if not shapes:
-                return cls(1, 0, 0, 0)
-            ins = {n: s for n, s in shapes[0].items() if "lora_A" in n}
-            outs = (shapes[0].get(n.replace("lora_A", "lora_B"), (0,)) for n in ins)
-            largest = max(
-                (a[-1] * b[0] for a, b in zip(ins.values(), outs, strict=True)), default=0
-            )
-            return cls(1, held, 0, largest)
+            updates = () if changes is None else (changes.update, changes.embeddings)
+            folded = (math.prod(update.shape(n)) for update in updates for n in update.modules)
+            return cls(1, held, 0, max(folded, default=0))
         count = len(request.bundle.compositions)
         own, under = sizes[:count], sizes[count:]
         # A composition that contains the shared adapters has their rank and its own.

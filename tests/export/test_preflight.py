@@ -198,6 +198,29 @@ def test_disk_of_a_bundle(runtime: str, tied: Path, tmp_path: Path, peaks: list[
     _check(needs(wanted), tmp_path / "art", peaks)
 
 
+@pytest.mark.parametrize(
+    ("kind", "how"),
+    [
+        ({"target_modules": ["lm_head", "q_proj"]}, INT4),
+        ({"target_modules": ["embed_tokens"], "use_dora": True}, Quantization("int8")),
+    ],
+    ids=["head", "embedding"],
+)
+def test_disk_where_an_adapter_unties_the_head(
+    kind: dict[str, Any], how: Quantization, tied: Path, tmp_path: Path, peaks: list[int]
+) -> None:
+    adapter = random_adapter(tied, tmp_path / "a", 1, ensure_weight_tying=False, **kind)
+    wanted = Request(tied, "onnx", how, adapter=adapter)
+    make(wanted, tmp_path / "art")
+    _check(needs(wanted), tmp_path / "art", peaks)
+    without, found = needs(Request(tied, "onnx", how)), needs(wanted)
+    assert without is not None
+    assert found is not None
+    values = 8192 * 320
+    assert found.memory >= without.memory + (4 * values if "embed" in str(kind) else 0)
+    assert found.disk > without.disk + values / 2
+
+
 def test_what_is_no_checkpoint_is_left_to_what_loads_it(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for base in (tmp_path / "empty", tmp_path / "gone", "nobody/nothing", "no name at all"):
