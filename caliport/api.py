@@ -28,6 +28,7 @@ def compose(
     training: Mapping[str, Any] | None = None,
     prompt: str | None = None,
     dora: str | None = None,
+    force: bool = False,
 ) -> Path:
     """Compose adapters into one: merge them, or merge them and train a correction.
 
@@ -49,6 +50,7 @@ def compose(
             recorded in the output; default the ``Source``'s, or none.
         dora: ``svd`` or ``svd=RANK`` replaces adapters with DoRA, which is no low-rank update, by
             the nearest one, of twice their rank or of this one; the manifest states the error.
+        force: Replace ``out`` even if caliport did not make it; an input is never replaced.
 
     Returns:
         ``out``.
@@ -70,6 +72,7 @@ def compose(
             )
     """
     from caliport.core.errors import InputError
+    from caliport.core.outputs import forced
     from caliport.core.prompts import check_prompt
     from caliport.flags.calibrate import calibrate_one, inputs_of
     from caliport.stages.compose import CompositionInputs
@@ -87,7 +90,8 @@ def compose(
             check_prompt(prompt, "prompt")
         inputs = inputs_of(paths, None if data is None else Path(data), prompt)
     settings = {**defaults, **(training or {})}
-    calibrate_one(str(base), inputs, method, settings, weights, Path(out), dora)
+    with forced(force):
+        calibrate_one(str(base), inputs, method, settings, weights, Path(out), dora)
     return Path(out)
 
 

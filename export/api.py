@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from caliport.core.outputs import forced
 from caliport.export.artifact import Artifact
 from caliport.export.make import make
 from caliport.export.quantization.choices import Quantization
@@ -24,13 +25,14 @@ def export(
     context: int | None = None,
     bundle: Bundle | Mapping[str, Directory] | None = None,
     text: CalibrationText | None = None,
+    force: bool = False,
 ) -> Artifact:
     """Quantize a base, with an adapter folded in or compositions beside it, and lower it.
 
     Args:
         base: A Hugging Face directory (or hub name) of a decoder.
         out: The artifact directory to write: the program, tokenizer files, generation settings, a
-            model card and ``manifest.json``. An existing one is replaced.
+            model card and ``manifest.json``. An earlier artifact is replaced.
         runtime: ``executorch`` writes ``model.pte`` for XNNPACK; ``onnx`` writes ``model.onnx``,
             ``model.onnx.data`` and ``genai_config.json`` for ONNX Runtime on CPU.
         adapter: A PEFT LoRA directory to fold in; None exports only the base.
@@ -46,6 +48,7 @@ def export(
             ``.onnx_adapter`` file, and ``add_composition`` adds more.
         text: Calibration text for a quantizer that measures what layers are fed, such as
             ``Quantization("int4", quantizer="gptq")``.
+        force: Replace ``out`` even if caliport did not make it; an input is never replaced.
 
     Returns:
         The artifact at ``out``.
@@ -72,7 +75,8 @@ def export(
     if bundle is not None and not isinstance(bundle, Bundle):
         bundle = Bundle({name: Path(path) for name, path in bundle.items()})
     folded = None if adapter is None else Path(adapter)
-    make(Request(base, runtime, how, context, folded, bundle, text), Path(out))
+    with forced(force):
+        make(Request(base, runtime, how, context, folded, bundle, text), Path(out))
     return Artifact.read(out)
 
 

@@ -51,11 +51,12 @@ def fill(
         integers: Where calibrated integers are kept; default a directory that is removed.
 
     Raises:
-        InputError: The base or an adapter cannot be read or exported as asked.
+        InputError: The base or an adapter cannot be read or exported as asked; a chat template that
+            cannot be rendered.
     """
     from rich.text import Text
 
-    from caliport.core.checkpoints import eos_ids, load_tokenizer
+    from caliport.core.checkpoints import eos_ids, load_tokenizer, render_prompt
     from caliport.core.errors import printable
     from caliport.core.model_files.tokenizers import end_trouble
     from caliport.core.progress import console
@@ -94,6 +95,7 @@ def fill(
     ):
         model = decoder.whole
         tokenizer = load_tokenizer(base, model)
+        render_prompt(tokenizer, "Hello")  # else validation refuses the chat template afterwards
         if trouble := end_trouble(tokenizer, eos_ids(model)):
             console.print(Text(printable(trouble, 2000), "yellow"), soft_wrap=True)
         context = context_of(model)

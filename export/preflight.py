@@ -29,7 +29,7 @@ from caliport.core.checkpoints import load_config
 from caliport.core.errors import InputError
 from caliport.core.files import CONFIG
 from caliport.core.machine import available_memory, free_disk
-from caliport.core.model_files.base_files import local, tensors_of
+from caliport.core.model_files.base_files import is_whole, local, tensors_of
 from caliport.core.model_files.base_model import check_base
 from caliport.core.model_files.tensor_files import read_header
 from caliport.export import runtime as runtimes
@@ -122,7 +122,7 @@ def needs(request: Request) -> Needs | None:
     if directory is None or not (directory / CONFIG).is_file():
         return None
     check_base(base)
-    read = tensors_of(directory)
+    read = tensors_of(directory) if is_whole(base, directory) else {}
     if not read:
         return None
     whole = empty(load_config(directory)[0], buffers=False)

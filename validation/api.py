@@ -128,6 +128,10 @@ def validate(
             report = caliport.validate("artifacts/sum", "models/my-base", "adapters/sum")
             assert report.passed
     """
+    from caliport.validation.records.reports import check_reports
+
+    if out is not None:
+        check_reports(Path(out))
     artifact = artifact if isinstance(artifact, Artifact) else Artifact.read(artifact)
     if not isinstance(bundle, Bundle):
         bundle = Bundle({name: Path(path) for name, path in (bundle or {}).items()})

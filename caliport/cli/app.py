@@ -190,7 +190,9 @@ def export(
     ] = None,
     embedding_bits: Annotated[
         int | None,
-        typer.Option(help="4 or 8, for int4; default as the head if tied to it, else 8."),
+        typer.Option(
+            help="Bits of the embedding with int4: 4 or 8; default a tied head's, else 8."
+        ),
     ] = None,
     cache_bits: Annotated[
         int | None, typer.Option(help="8 for an int8 key-value cache, executorch only.")

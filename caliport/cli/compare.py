@@ -96,7 +96,9 @@ def compare(
     second: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The later run.")],
     out: Annotated[
         Path | None,
-        typer.Option("--out", help="The HTML page; default compare.html in the later's reports."),
+        typer.Option(
+            "--out", help="The HTML page; default compare.html among the later run's reports."
+        ),
     ] = None,
 ) -> None:
     """Put two runs side by side, in the terminal and as an HTML page."""
@@ -178,11 +180,11 @@ def bench(
     artifacts: Annotated[
         list[Path], typer.Argument(metavar="ARTIFACT...", help="Artifact directories.")
     ],
-    prompt_tokens: Annotated[int, typer.Option(help="Tokens of the prompt.", min=1)] = 64,
-    new_tokens: Annotated[int, typer.Option(help="Tokens to write after it.", min=2)] = 32,
-    repetitions: Annotated[int, typer.Option(help="Rounds; 6 or more for 95 %.", min=1)] = 6,
+    prompt_tokens: Annotated[int, typer.Option(help="Length of the prompt in tokens.", min=1)] = 64,
+    new_tokens: Annotated[int, typer.Option(help="Tokens to generate.", min=2)] = 32,
+    repetitions: Annotated[int, typer.Option(help="Rounds; a 95 % interval needs 6.", min=1)] = 6,
     threads: Annotated[
-        int | None, typer.Option(help="Of the runtime; default a core each.", min=1)
+        int | None, typer.Option(help="Threads of the runtime; default all cores.", min=1)
     ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", help="Also write latency.json and the report here.")
@@ -192,22 +194,26 @@ def bench(
     llama_main: LlamaMainOption = None,
     length: Annotated[
         list[int] | None,
-        typer.Option(help="On a device: tokens of a prompt; repeatable; default 32, 128, 512."),
+        typer.Option(
+            help="On a device: prompt length in tokens; repeatable; default 32, 128, 512."
+        ),
     ] = None,
     core: Annotated[
-        list[int] | None, typer.Option(help="On a device: a core to stay on; repeatable.")
+        list[int] | None, typer.Option(help="On a device: run on this core only; repeatable.")
     ] = None,
     celsius: Annotated[
-        float, typer.Option(help="On a device: as cool its battery is to be before a turn.")
+        float, typer.Option(help="On a device: hottest battery at which to start a turn, in °C.")
     ] = 35.0,
     cool: Annotated[
-        float, typer.Option(help="On a device: most seconds to wait for that.", min=0)
+        float,
+        typer.Option(help="On a device: longest wait for it to cool down, in seconds.", min=0),
     ] = 300.0,
     baseline: BaselineOption = None,
 ) -> None:
     """Measure artifacts side by side: load, first token, decode rate, memory.
 
-    Never a pass; but with --device and --baseline exit code 1 where memory or speed got worse.
+    Nothing is judged, unless --device and --baseline are given: exit code 1 if memory or speed got
+    worse.
     """
     from caliport.validation.latency.workload import Workload
 

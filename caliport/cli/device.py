@@ -12,7 +12,7 @@ from caliport.core.directories import MANIFEST
 from caliport.on_devices.where import SECONDS, Where, chosen
 
 on_device = typer.Typer(
-    help="The same checks on a device, over adb.", no_args_is_help=True, rich_markup_mode=None
+    help="Run the same checks on a device, over adb.", no_args_is_help=True, rich_markup_mode=None
 )
 
 
@@ -47,10 +47,10 @@ def validate(
     ] = None,
     serial: Annotated[
         list[str] | None,
-        typer.Option(help="Of a device, or 'any'; repeatable; default the only one."),
+        typer.Option(help="A device's serial number, or 'any'; repeatable; default the only one."),
     ] = None,
     abi: Annotated[
-        str | None, typer.Option(help="Or the first device of this ABI, such as arm64-v8a.")
+        str | None, typer.Option(help="Use the first device with this ABI, such as arm64-v8a.")
     ] = None,
     runner: RunnerOption = None,
     llama_main: LlamaMainOption = None,
@@ -60,15 +60,15 @@ def validate(
     ] = None,
     prompt: Prompt = None,
     precision: Annotated[
-        str | None, typer.Option(help="Of an artifact of another tool: fp32, int8 or int4.")
+        str | None, typer.Option(help="Precision, if another tool made the artifact.")
     ] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of the runtime.", min=1)] = None,
     timeout: Annotated[
-        float, typer.Option(help="Most seconds that an artifact may take.", min=1)
+        float, typer.Option(help="Longest time for one artifact, in seconds.", min=1)
     ] = SECONDS,
     out: Annotated[Path | None, typer.Option("--out", help="Also write the reports here.")] = None,
 ) -> None:
-    """Compare artifacts on a device with themselves here; exit code 1 if a gate fails."""
+    """Compare artifacts' results on a device with those here; exit code 1 if a gate fails."""
     from caliport.export.artifact import Artifact
     from caliport.export.request import Bundle
     from caliport.flags.named import bundle_of

@@ -21,14 +21,14 @@ def register(app: typer.Typer) -> None:
 def devices(
     artifacts: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="[ARTIFACT...]", help="Artifact directories to try for fit."),
+        typer.Argument(metavar="[ARTIFACT...]", help="Artifacts to check: would they run?"),
     ] = None,
     connect: Annotated[
         list[str] | None,
-        typer.Option(metavar="HOST:PORT", help="First connect over the network; repeatable."),
+        typer.Option(metavar="HOST:PORT", help="Connect to it over the network first; repeatable."),
     ] = None,
 ) -> None:
-    """List the devices that adb sees, their state, and which artifacts would run there."""
+    """List the devices that adb sees, their state, and which artifacts would run on them."""
     from caliport.android_harness.device import adb
     from caliport.android_harness.device.facts import all_facts
     from caliport.core.errors import InputError

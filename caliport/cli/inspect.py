@@ -22,13 +22,13 @@ def audit(
     ],
     weight: Annotated[
         list[float] | None,
-        typer.Option(help="Of each adapter in the sum, in their order; default 1/N each."),
+        typer.Option(help="Weight of an adapter in the sum, once for each; default equal."),
     ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", help="Also write audit.json and the report here.")
     ] = None,
 ) -> None:
-    """Say what adapters share and how far each merge is from their sum, before any training."""
+    """Show what adapters have in common, and how far each merge is from their sum."""
     from caliport.run.audit import audit_adapters
 
     audit_adapters(adapters, weight, out)
@@ -43,7 +43,8 @@ def sensitivity(
     ] = None,
     prompt: Prompt = None,
     share: Annotated[
-        float, typer.Option(help="Bytes to spend on 8 bits, as a share of all layers' at 4.")
+        float,
+        typer.Option(help="Bytes to spend on 8-bit layers, relative to all layers in 4 bits."),
     ] = 0.05,
     out: Annotated[Path | None, typer.Option("--out", help="Also write a JSON file.")] = None,
 ) -> None:

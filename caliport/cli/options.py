@@ -78,7 +78,7 @@ BaselineOption = Annotated[
     typer.Option(
         "--baseline",
         metavar="FILE_OR_DIR",
-        help="A stored baseline that artifacts are held to as well; see caliport baseline.",
+        help="Also compare with this stored baseline; worse results fail. See caliport baseline.",
     ),
 ]
 """Of the commands that validate."""
@@ -95,8 +95,8 @@ DeviceOption = Annotated[
     typer.Option(
         "--device",
         metavar="SERIAL",
-        help="Also on this device: a serial, 'any', or what it must be (docs/android.md); "
-        "repeatable.",
+        help="Also use this device: a serial number, 'any', or requirements such as "
+        "phone,arm64-v8a (docs/android.md); repeatable.",
     ),
 ]
 """Of the commands that can work on a device too."""
@@ -107,7 +107,7 @@ RunnerOption = Annotated[
     typer.Option(
         "--runner",
         metavar="DIR",
-        help="What caliport runner build made; repeatable; default those in build.",
+        help="A directory made by caliport runner build; repeatable; default all in build.",
     ),
 ]
 

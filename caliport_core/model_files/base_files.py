@@ -20,6 +20,9 @@ from caliport.core.untrusted import mapping, read_object, shown
 
 INDEX_BYTES = 64 * 2**20
 """Most bytes of an index of weights; that of 100,000 tensors has some 10 MB."""
+_HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
+_SMALL = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "vocab*", "merges*"]
+_snapshots: dict[str, Path] = {}
 _MOST_FILES = 4096
 _LONGEST_NAME = 200
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -48,8 +51,8 @@ def check_base_files(path: str | Path) -> None:
     """Check all that can be told from a base's files without reading a weight.
 
     Args:
-        path: A Hugging Face directory; or a hub name, of which the cached copy is checked, if there
-            is one.
+        path: A Hugging Face directory; or a hub name, of which the cached copy is checked, after
+            all but its weights has been fetched.
 
     Raises:
         InputError: No such directory or no ``config.json``; settings that are not JSON, too large
@@ -75,13 +78,34 @@ def local(path: str | Path) -> Path | None:
     """The directory of a base: the path itself, or the cached copy of a hub name, or None."""
     if os.path.exists(path):
         return Path(path)
-    from huggingface_hub import try_to_load_from_cache
+    directory = snapshot(path)
+    return directory if directory is not None and (directory / CONFIG).exists() else None
 
+
+def snapshot(path: str | Path) -> Path | None:
+    """The cached copy of a hub name, with all of it but weights; None if there is none.
+
+    What is missing is fetched, once in a process, so that it can be checked before it is read.
+    """
+    name = str(path)
+    if name in _snapshots or _HUB_NAME.fullmatch(name) is None:
+        return _snapshots.get(name)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import tqdm
+
+    class Silent(tqdm):  # type: ignore[misc]
+        def __init__(self, *args: Any, **settings: Any) -> None:
+            super().__init__(*args, **{**settings, "disable": True})
+
+    only_cached = "/" not in name  # more likely a path that was mistyped
     try:
-        found = try_to_load_from_cache(str(path), CONFIG)
-    except ValueError:
+        found = snapshot_download(
+            name, allow_patterns=_SMALL, local_files_only=only_cached, tqdm_class=Silent
+        )
+    except Exception:  # no such name, or no hub in reach: loading it by name says which
         return None
-    return Path(found).parent if isinstance(found, str) else None
+    _snapshots[name] = Path(found)
+    return _snapshots[name]
 
 
 def state_of(directory: Path) -> tuple[tuple[object, ...], ...]:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from caliport.core.directories import file_hash
 from caliport.core.errors import InputError, one_line
 from caliport.core.files import CONFIG, GENERATION_CONFIG
+from caliport.core.model_files.base_files import snapshot
 from caliport.core.untrusted import (
     SETTINGS_BYTES,
     TOKENIZER_BYTES,
@@ -66,8 +67,8 @@ def open_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
-    directory = Path(path)
-    if directory.is_dir():
+    directory = Path(path) if Path(path).is_dir() else snapshot(path)
+    if directory is not None:
         check_tokenizer_files(directory)
         for file in sorted(directory.glob("tokenizer.*json")):
             try_tokenizer(file)

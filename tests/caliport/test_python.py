@@ -14,7 +14,9 @@ from commands import ENVIRONMENT
 import caliport
 from caliport.calibrate import LowRankUpdate, read_peft
 from caliport.core.errors import InputError
+from caliport.core.prompts import recorded_prompt
 from caliport.export import Artifact
+from caliport.stages.sources import Source
 
 FACE = ("compose", "export", "generate", "load", "validate")
 
@@ -63,6 +65,24 @@ def test_what_is_wrong_ends_in_one_line(base_dir: Path, composed: str, tmp_path:
             call()
         assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_composition_has_its_prompt(
+    base_dir: Path, adapter_dirs: list[Path], tmp_path: Path
+) -> None:
+    """As ``--prompt`` gives it; a ``Source`` has its own."""
+    prompt = "Shorten:\n{input}"
+    out = caliport.compose(base_dir, adapter_dirs, tmp_path / "out", method="linear", prompt=prompt)
+    assert recorded_prompt(out) == prompt
+    source = Source(tmp_path / "data.jsonl", "{input}")
+    for data, wrong, says in (
+        (None, "Shorten", "prompt 'Shorten' has no {input}"),
+        (source, prompt, "another than that of the Source"),
+    ):
+        with pytest.raises(InputError, match=says):
+            caliport.compose(
+                base_dir, adapter_dirs, tmp_path / "no", method="linear", data=data, prompt=wrong
+            )
 
 
 def test_every_function_explains_itself() -> None:

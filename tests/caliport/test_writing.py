@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import ArgumentParser
 from collections.abc import Callable
 from pathlib import Path
 
@@ -111,6 +112,56 @@ def test_directories(command: list[object], refused: Said) -> None:
     for odd in ("mine", "mine.json", "link.json", ".", "..", "/proc", "", "a\nb", "n" * 300):
         refused(*command, odd)
     refused(*command, "mine.json/below")
+
+
+@pytest.mark.parametrize("face", ["export", "compose", "validate", "optimum"])
+def test_other_faces(face: str, here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Python's functions and the plugin for Optimum; reports may lie beside other files."""
+    import caliport
+    from caliport.cli.optimum import CaliportExportCommand
+    from caliport.core.errors import InputError
+
+    def call(out: str) -> None:
+        if face == "export":
+            caliport.export("base", out, runtime="onnx")
+        elif face == "compose":
+            caliport.compose("base", ["a", "b"], out, method="linear")
+        elif face == "validate":
+            caliport.validate("gone", "base", out=out)
+        else:
+            parser = ArgumentParser()
+            CaliportExportCommand.parse_args(parser)
+            given = parser.parse_args(["-m", "base", "--runtime", "onnx", out])
+            command = CaliportExportCommand.__new__(CaliportExportCommand)
+            command.args = given
+            with pytest.raises(SystemExit) as end:
+                command.run()
+            assert end.value.code == 2
+            raise InputError(capfd.readouterr().err.strip())
+
+    before = everything(here)
+    odd = ["mine", "mine.json", "link.json", "mine.json/below", "n" * 300, "a\nb"]
+    if face != "validate":
+        odd += ["base", "base/below", ".", "..", "/proc", *(["a"] if face == "compose" else [])]
+    for out in odd:
+        with pytest.raises(InputError) as caught:
+            call(out)
+        assert str(caught.value).isprintable(), out
+        assert "no such directory" not in str(caught.value)
+        assert everything(here) == before, out
+
+
+def test_python_replaces_what_is_not_ours_only_if_told(here: Path) -> None:
+    """And then no input, either."""
+    import caliport
+    from caliport.core.errors import InputError
+
+    with pytest.raises(InputError, match="is an input"):
+        caliport.export("base", "base", runtime="onnx", force=True)
+    with pytest.raises(InputError, match="is an input"):
+        caliport.compose("base", ["a", "b"], "a", method="linear", force=True)
+    with pytest.raises(InputError, match=r"no config\.json"):  # the next thing that is looked at
+        caliport.export("base", "mine", runtime="onnx", force=True)
 
 
 @pytest.mark.parametrize("command", RUNS.values(), ids=RUNS)

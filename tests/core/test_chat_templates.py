@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+import caliport
 from caliport.core.checkpoints import encode_prompt, render_prompt
 from caliport.core.errors import InputError
 from caliport.core.model_files import chat_templates
@@ -114,6 +116,17 @@ def test_a_hostile_template_ends_in_one_line(
     assert said.startswith(f"{tokenizer.name_or_path}: chat template: ")
     assert len(said) < 500
     assert render_prompt(tokenizer, "Hi"), "the next one is rendered"
+
+
+@pytest.mark.parametrize("template", ["{{ 1 / 0 }}", "{{ range(1000000000) | list }}"])
+def test_no_artifact_ships_one_that_cannot_be_rendered(
+    base_dir: Path, tmp_path: Path, template: str
+) -> None:
+    base = shutil.copytree(base_dir, tmp_path / "base")
+    (base / "chat_template.jinja").write_text(template)
+    with pytest.raises(InputError, match="base: chat template: "):
+        caliport.export(base, tmp_path / "out", runtime="onnx")
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
 def test_many_are_rendered_fast(tokenizer: PreTrainedTokenizerBase) -> None:
