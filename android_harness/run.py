@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -13,10 +14,12 @@ from pydantic import ValidationError
 
 from caliport.android_harness.device.facts import Facts, artifact_files, check_abi, facts, obstacles
 from caliport.android_harness.device.session import Session, session
-from caliport.android_harness.runners.job import JOB, RESULT, Job, Result
+from caliport.android_harness.runners.job import JOB, RESULT, Job, Result, check_result
 from caliport.core.directories import content_hash
 from caliport.core.errors import InputError
+from caliport.core.untrusted import parse_json, shown
 from caliport.export.artifact import Artifact
+from caliport.validation.records.record import first_problem
 
 if TYPE_CHECKING:
     from caliport.android_harness.device.adb import Completed, Device
@@ -121,6 +124,10 @@ def _hash_there(held: Session, program: str) -> str:
     done = held.device.script('sha256sum "$1"', program, seconds=60)
     if done.code:
         raise InputError(f"device {held.device.serial}: {program}: {_FAULTS[127]}")
+    if re.match(r"[0-9a-f]{64}\s", done.out) is None:
+        raise InputError(
+            f"device {held.device.serial}: sha256sum: found {shown(done.out)}, expected a hash"
+        )
     return done.out.split()[0]
 
 
@@ -135,14 +142,10 @@ def _result(held: Session, job: Job, done: Completed) -> Result:
     if text is None:
         raise InputError(f"{name}: ended well but wrote no {RESULT}")
     try:
-        result = Result.model_validate_json(text)
+        result = Result.model_validate_json(text, strict=True)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise InputError(
-            f"{name}: {RESULT}: {f'{where}: ' if where else ''}{first['msg']}"
-        ) from None
-    if len(result.answers) != len(job.prompts):
-        found, wanted = len(result.answers), len(job.prompts)
-        raise InputError(f"{name}: {RESULT}: found {found} answers, expected {wanted}")
+        problem = first_problem(error).removeprefix("the file: ")
+        raise InputError(f"{name}: {RESULT}: {problem}") from None
+    parse_json(text, f"{name}: {RESULT}", unique=True)
+    check_result(result, job, f"{name}: {RESULT}")
     return result

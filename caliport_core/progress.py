@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -19,6 +19,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.segment import Segment
 from rich.text import Text
 
 from caliport.core.errors import printable
@@ -33,8 +34,21 @@ class PlainConsole(Console):
 
     def render_str(self, text: str, **options: Any) -> Text:
         """Render a string without markup, emoji codes and control characters."""
-        plain = "\n".join(printable(line, len(line) + 1) for line in text.split("\n"))
-        return super().render_str(plain, **{**options, "markup": False, "emoji": False})
+        return super().render_str(_plain(text), **{**options, "markup": False, "emoji": False})
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterable[Segment]:
+        """Render anything, such as a ``Text`` in a table, without control characters."""
+        for segment in super().render(renderable, options):
+            if segment.control:
+                yield segment
+            else:
+                yield Segment(_plain(segment.text), segment.style)
+
+
+def _plain(text: str) -> str:
+    return "\n".join(printable(line, len(line) + 1) for line in text.split("\n"))
 
 
 console = PlainConsole(stderr=True, quiet=not is_main())

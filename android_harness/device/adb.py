@@ -185,7 +185,7 @@ class Device:
         line = f"{shlex.join(argv)}; code=$?; echo; echo {_END}$code"
         done = adb(["-s", self.serial, "shell", line], seconds, stdin=stdin)
         out, end, code = done.out.replace("\r\n", "\n").rpartition(f"\n{_END}")
-        if not end:
+        if not end or not code.strip().isdecimal():
             raise self._gone(done)
         return Completed(int(code), out, done.err)
 

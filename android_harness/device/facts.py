@@ -14,7 +14,7 @@ from caliport.android_harness.device.adb import NO_DEVICE, Device, listed
 from caliport.core.errors import InputError
 from caliport.core.untrusted import shown
 from caliport.export.artifact import Artifact
-from caliport.validation.records.record import Record
+from caliport.validation.records.record import Name, Record, Some
 
 ROOT = "/data/local/tmp"
 """The one directory of a device where adb may write and run programs without root."""
@@ -62,13 +62,13 @@ class Facts(Record):
         thermal: Android's thermal status, 0 (none) to 6 (shutdown).
     """
 
-    serial: str
+    serial: Name
     kind: Literal["phone", "emulator", "linux"]
-    model: str
-    android: str
-    abi: str
-    cores: int
-    features: tuple[str, ...]
+    model: Name
+    android: Name
+    abi: Name
+    cores: Some
+    features: tuple[Name, ...]
     memory: int
     free_memory: int
     free_space: int
@@ -229,7 +229,7 @@ def _requirement(word: str) -> Callable[[Facts], bool] | None:
     least = int(limit[2])
     if limit[1] == "memory":
         return lambda facts: facts.free_memory >= least * 1e9
-    return lambda facts: int(facts.android.split(".")[0] or 0) >= least
+    return lambda facts: (_number(r"^(\d+)", facts.android) or 0) >= least
 
 
 def obstacles(found: Facts, artifact: Artifact) -> list[str]:

@@ -26,7 +26,7 @@ from caliport.android_harness.device.adb import Completed, Device
 from caliport.android_harness.device.facts import ROOT, parse_space
 from caliport.core.directories import file_hash
 from caliport.core.errors import InputError
-from caliport.validation.records.record import Record
+from caliport.validation.records.record import RECORD_BYTES, Record
 
 HOME = f"{ROOT}/caliport"
 _STORE = f"{HOME}/store"
@@ -337,12 +337,18 @@ class Session:
             self.device.push(local, f"{self.place}/{name}")
 
     def read(self, name: str) -> bytes | None:
-        """A file in ``place``; None if there is none."""
+        """A file in ``place``; None if there is none.
+
+        Raises:
+            InputError: It is larger than any result.
+        """
         if not self.device.exists(f"{self.place}/{name}"):
             return None
         with tempfile.TemporaryDirectory() as folder:
             local = Path(folder) / "file"
             self.device.pull(f"{self.place}/{name}", local)
+            if (size := local.stat().st_size) > RECORD_BYTES:
+                raise InputError(f"device {self.device.serial}: {name}: {size:,} bytes, too large")
             return local.read_bytes()
 
     def _look(self, tree: str, size: int) -> tuple[dict[str, str], int]:

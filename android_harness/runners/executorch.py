@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
 from caliport.android_harness.runners.by_runtime import DeviceRuntime
 from caliport.android_harness.runners.kinds import JobRunner
 from caliport.core.errors import InputError
-from caliport.validation.records.record import Record
+from caliport.core.untrusted import mapping, number, parse_json
+from caliport.validation.records.record import Amount, Count, Record
 from caliport.validation.runners.executorch import BASE_METHOD, NAME
 
 if TYPE_CHECKING:
@@ -22,6 +22,12 @@ PYTHON = "caliport-executorch-python"
 """The name of our Python runner in its results, before its version."""
 _LLAMA_MAIN = Path("build/llama_main")
 _OBSERVER = "PyTorchObserver "
+_UNIT = "SCALING_FACTOR_UNITS_PER_SECOND"
+_FIGURES = (
+    *("prompt_tokens", "generated_tokens", "model_load_start_ms", "model_load_end_ms"),
+    *("inference_start_ms", "first_token_ms", "inference_end_ms"),
+)
+_LATEST = 10**15  # milliseconds; the time since 1970 has 13 digits
 
 
 class ExecuTorchOnDevice:
@@ -63,11 +69,11 @@ class LlamaMain(Record):
     """
 
     text: str
-    prompt_tokens: int
-    decoded_tokens: int
-    load_seconds: float
-    first_token_seconds: float
-    decode_seconds: float
+    prompt_tokens: Count
+    decoded_tokens: Count
+    load_seconds: Amount
+    first_token_seconds: Amount
+    decode_seconds: Amount
 
 
 def llama_main_flags(
@@ -110,8 +116,9 @@ def parse_llama_main(output: str, prompt: str) -> LlamaMain:
     """
     text, found, line = output.rpartition(_OBSERVER)
     try:
-        told: dict[str, Any] = json.loads(line.splitlines()[0]) if found else {}
-        unit = float(told["SCALING_FACTOR_UNITS_PER_SECOND"])
+        said = mapping(parse_json(line.partition("\n")[0] if found else "{}", "figures"), "figures")
+        told = {name: number(said.get(name), name, 0, _LATEST, whole=True) for name in _FIGURES}
+        unit = number(said.get(_UNIT), _UNIT, 1, _LATEST)
         return LlamaMain(
             text=text.removeprefix(prompt).removesuffix("\n"),
             prompt_tokens=told["prompt_tokens"],
@@ -120,7 +127,7 @@ def parse_llama_main(output: str, prompt: str) -> LlamaMain:
             first_token_seconds=(told["first_token_ms"] - told["inference_start_ms"]) / unit,
             decode_seconds=(told["inference_end_ms"] - told["first_token_ms"]) / unit,
         )
-    except (ValueError, KeyError, IndexError, TypeError, ZeroDivisionError, ValidationError):
+    except (InputError, ValidationError):
         shown = " ".join((line if found else output).split())[-80:]
         raise InputError(
             f"llama_main: found {shown!r}, expected a line of {_OBSERVER.strip()} with its figures"

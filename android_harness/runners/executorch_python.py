@@ -24,6 +24,7 @@ from caliport.core.places import replacing
 from caliport.export import runtime as runtimes
 from caliport.export.artifact import Artifact
 from caliport.validation.latency.worker import memory
+from caliport.validation.records.record import first_problem
 from caliport.validation.runners.executorch import NAME as RUNTIME
 
 if TYPE_CHECKING:
@@ -44,9 +45,7 @@ def read_job(path: Path) -> Job:
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); expected a job") from None
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise InputError(f"{path}: {field}: {first['msg']}") from None
+        raise InputError(f"{path}: {first_problem(error)}") from None
     if job.runtime != RUNTIME:
         raise InputError(f"{path}: runtime: found {job.runtime}, expected {RUNTIME}")
     return job

@@ -12,11 +12,16 @@ from typing import Final, Literal
 
 from pydantic import Field, field_validator
 
+from caliport.core.errors import InputError
+from caliport.core.untrusted import number, shown
 from caliport.export import runtime as runtimes
-from caliport.validation.records.record import Record
+from caliport.validation.records.record import Amount, Count, Name, Record, Some
 
 JOB, RESULT = "job.json", "result.json"
 VERSION: Final = 1
+_CORES = 8192  # as many as Linux can have
+_LARGEST = 3.5e38  # float32
+_ROUNDING = 1e-3
 
 
 class Prompt(Record):
@@ -99,7 +104,7 @@ class Row(Record):
         logsumexp: ln Σ exp of all logits, from which probabilities follow.
     """
 
-    ids: tuple[int, ...]
+    ids: tuple[Count, ...]
     logits: tuple[float, ...]
     mean: float
     logsumexp: float
@@ -113,7 +118,7 @@ class Answer(Record):
         rows: One a target.
     """
 
-    tokens: tuple[int, ...] | None
+    tokens: tuple[Count, ...] | None
     rows: tuple[Row, ...] = ()
 
 
@@ -126,9 +131,9 @@ class Turn(Record):
         step_seconds: Of each further token.
     """
 
-    prompt_tokens: int
-    first_token_seconds: float
-    step_seconds: tuple[float, ...]
+    prompt_tokens: Some
+    first_token_seconds: Amount
+    step_seconds: tuple[Amount, ...]
 
 
 class Result(Record):
@@ -149,13 +154,75 @@ class Result(Record):
     """
 
     version: Literal[1] = VERSION
-    runner: str
-    runtime_version: str
-    threads: int
-    cores: tuple[int, ...]
-    load_seconds: float
-    peak_bytes: int
-    loaded_bytes: int
-    idle_bytes: int
+    runner: Name
+    runtime_version: Name
+    threads: Some
+    cores: tuple[Count, ...]
+    load_seconds: Amount
+    peak_bytes: Count
+    loaded_bytes: Count
+    idle_bytes: Count
     answers: tuple[Answer, ...] = ()
     turns: tuple[Turn, ...] = ()
+
+
+def check_result(result: Result, job: Job, where: str) -> None:
+    """Check that a result is an answer to a job, as far as that says.
+
+    The vocabulary is nobody's here; see ``caliport.android_harness.parity``.
+
+    Args:
+        result: What a runner wrote.
+        job: What it was asked.
+        where: What to name in messages.
+
+    Raises:
+        InputError: The first thing that is wrong.
+    """
+    number(result.threads, f"{where}: threads", 1, _CORES, whole=True)
+    for core in result.cores:
+        number(core, f"{where}: cores", 0, _CORES - 1, whole=True)
+    if job.cores and not set(result.cores) <= set(job.cores):
+        raise InputError(f"{where}: cores are {shown(result.cores)}, expected {shown(job.cores)}")
+    if len(result.answers) != len(job.prompts):
+        found, wanted = len(result.answers), len(job.prompts)
+        raise InputError(f"{where}: found {found} answers, expected {wanted}")
+    for at, answer in enumerate(result.answers):
+        for index, row in enumerate(answer.rows):
+            _check_row(row, len(answer.rows[0].ids), job.top, f"{where}: answers.{at}.rows.{index}")
+    if job.timing is not None:
+        _check_turns(result, job.timing, where)
+
+
+def _check_row(row: Row, size: int, top: int, where: str) -> None:
+    ids, logits = row.ids, row.logits
+    number(len(ids), f"{where}: number of ids", 1, top, whole=True)
+    if not len(ids) == len(logits) == size:
+        raise InputError(
+            f"{where}: found {len(ids)} ids and {len(logits)} logits, expected {size} of each"
+        )
+    if len(set(ids)) < size:
+        raise InputError(f"{where}: found a token twice in {shown(ids)}, expected each once")
+    for value in (*logits, row.mean, row.logsumexp):
+        number(value, f"{where}: a logit", -_LARGEST, _LARGEST)
+    near = _ROUNDING * max(1.0, abs(logits[0]))
+    if list(logits) != sorted(logits, reverse=True) or row.mean > logits[0] + near:
+        raise InputError(f"{where}: logits are {shown(logits)}, expected the largest first")
+    if row.logsumexp < logits[0] - near:
+        raise InputError(
+            f"{where}: logsumexp is {row.logsumexp:g}, expected at least {logits[0]:g}, the "
+            "largest logit"
+        )
+
+
+def _check_turns(result: Result, timing: Timing, where: str) -> None:
+    wanted = sorted(timing.prompt_lengths * timing.repetitions)
+    if sorted(turn.prompt_tokens for turn in result.turns) != wanted:
+        found = [turn.prompt_tokens for turn in result.turns]
+        raise InputError(f"{where}: turns have prompts of {shown(found)}, expected {shown(wanted)}")
+    steps = timing.new_tokens - 1
+    if any(len(turn.step_seconds) != steps for turn in result.turns):
+        raise InputError(f"{where}: expected the times of {steps} tokens in each turn")
+    times = [time for t in result.turns for time in (t.first_token_seconds, *t.step_seconds)]
+    if min([result.load_seconds, *times]) <= 0:
+        raise InputError(f"{where}: found a time of 0 s, expected more")

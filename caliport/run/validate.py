@@ -137,9 +137,9 @@ def _write_stages(directory: Path, stages: Sequence[BudgetStage]) -> None:
 
 def _read_stages(directory: Path) -> list[BudgetStage]:
     from caliport.validation.records.budget import BudgetStage
+    from caliport.validation.records.record import read_record
 
-    found = json.loads((directory / _STAGES).read_text())
-    return [BudgetStage.model_validate(stage) for stage in found]
+    return read_record(list[BudgetStage], directory / _STAGES)
 
 
 def _validate(space: Workspace, row: Row, kept: dict[str, EagerReferences]) -> None:
@@ -237,6 +237,7 @@ def _write_parity(space: Workspace) -> bool:
     from caliport.validation.baseline.regression import with_baseline_gates
     from caliport.validation.records.budget import Budget
     from caliport.validation.records.latency import LatencyReport
+    from caliport.validation.records.record import read_record
     from caliport.validation.records.reports import (
         JUNIT,
         LATENCY,
@@ -256,7 +257,7 @@ def _write_parity(space: Workspace) -> bool:
     stages = {name: _read_stages(space.kept("budget", name)) for name in recipe.compositions}
     for row in rows_of(space):
         part = space.kept("parity", row.composition, row.form)
-        found.append(ArtifactResult.model_validate_json((part / PARITY).read_text()))
+        found.append(read_record(ArtifactResult, part / PARITY))
         if row.composition != BASE_ALONE:
             stages[row.composition] += _read_stages(part)
     facts: dict[str, Any] = {"machine": this_machine(), "versions": environment()}

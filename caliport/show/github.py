@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from caliport.core.errors import InputError
+from caliport.core.errors import InputError, printable
 
 if TYPE_CHECKING:
     from caliport.validation.records.device import DeviceResult
@@ -116,7 +116,8 @@ def _in_repository(path: Path) -> str:
 
 
 def _data(text: str) -> str:
-    return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+    lines = (printable(line, len(line) + 1) for line in text.split("\n"))
+    return "%0A".join(line.replace("%", "%25") for line in lines)
 
 
 def _property(text: str) -> str:

@@ -37,17 +37,15 @@ def show_tables(reports: Path) -> None:
         QUALITY,
         ParityReport,
         QualityReport,
-        read_result,
+        read_if_there,
     )
 
-    if (reports / QUALITY).exists():
-        _methods(read_result(QualityReport, reports / QUALITY))
-    if (reports / PARITY).exists():
-        times = (
-            read_result(LatencyReport, reports / LATENCY) if (reports / LATENCY).exists() else None
-        )
-        parity = read_result(ParityReport, reports / PARITY)
-        _artifacts(parity, times)
+    quality = read_if_there(QualityReport, reports / QUALITY)
+    parity = read_if_there(ParityReport, reports / PARITY)
+    if quality is not None:
+        _methods(quality)
+    if parity is not None:
+        _artifacts(parity, read_if_there(LatencyReport, reports / LATENCY))
         for budget in parity.budgets:
             show_budget(budget)
         show_devices(parity)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tests.fuzz.cases import MAKES
 from tests.fuzz.table import TABLE
-from tests.fuzz.trying import ready, trial
+from tests.fuzz.trying import forget, ready, trial
 
 BUILD = Path("build/fuzz")
 
@@ -40,6 +40,7 @@ def main() -> int:
     if not given.names or "table" in given.names:
         names += [f"table:{number}" for number in range(len(TABLE))]
     ready(BUILD / "seeds")
+    forget()  # each process has a server of its own
     if len(names) == 1:
         return _show(names[0])
     start, tried, bad = time.monotonic(), Counter[str](), []

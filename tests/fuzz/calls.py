@@ -91,7 +91,7 @@ def result(path: str) -> None:
     ran = SimpleNamespace(result=found, device=device)
     parity._check_rows(cast(Any, ran), cast(Any, SimpleNamespace(logits=logits)))
     for rows, said in zip(logits, found.answers, strict=True):
-        if not np.isfinite(parity.estimated(rows, said.rows)[said.rows[0].ids,]).all():
+        if not np.isfinite(parity.estimated(rows, said.rows)[:, list(said.rows[0].ids)]).all():
             raise ArithmeticError("logits of a result are not finite")
 
 

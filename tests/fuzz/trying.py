@@ -50,6 +50,12 @@ def _warm(seeds: Path) -> None:
     server().ask(warm=str(seeds.resolve()))
 
 
+def forget() -> None:
+    """End this process's server; the next trial starts another."""
+    server.cache_clear()
+    _warm.cache_clear()
+
+
 def trial(name: str, seeds: Path, kept: Path | None = None) -> Trial:
     """Try a case.
 

@@ -7,12 +7,13 @@ both are taken within one run, so a machine that was slow that day is slow on bo
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field, ValidationError
+from pydantic import Field, model_validator
 
 from caliport.core.errors import InputError
 from caliport.core.places import write_text
@@ -20,7 +21,19 @@ from caliport.validation.evaluation.bootstrap import bootstrap_interval
 from caliport.validation.latency.statistics import ratio
 from caliport.validation.records.device import DeviceResult
 from caliport.validation.records.latency import LatencyReport, LatencyResult, Spread
-from caliport.validation.records.record import Machine, Record
+from caliport.validation.records.record import (
+    Count,
+    Machine,
+    Name,
+    Nats,
+    Points,
+    Positive,
+    Record,
+    Score,
+    Share,
+    Some,
+    read_record,
+)
 from caliport.validation.records.reports import (
     LATENCY,
     PARITY,
@@ -29,7 +42,6 @@ from caliport.validation.records.reports import (
     ParityReport,
     QualityReport,
     TaskResult,
-    first_problem,
     read_if_there,
     read_result,
 )
@@ -43,17 +55,23 @@ _DIGITS = 6
 class BaselineTask(Record):
     """The task metric: each example's score, 0 to 100, their mean and its bootstrap interval."""
 
-    metric: str
-    mean: float
-    interval: tuple[float, float]
-    scores: tuple[float, ...]
+    metric: Name
+    mean: Points
+    interval: tuple[Points, Points]
+    scores: tuple[Score, ...]
 
 
 class Ratio(Record):
     """A ratio within one run, and an interval that holds it."""
 
-    value: float
-    interval: tuple[float, float]
+    value: Positive
+    interval: tuple[Positive, Positive]
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if not self.interval[0] <= self.value <= self.interval[1]:
+            raise ValueError("the value is not within its interval")
+        return self
 
 
 class BaselineSpeed(Record):
@@ -66,9 +84,9 @@ class BaselineSpeed(Record):
             where it is not known or times are too noisy.
     """
 
-    threads: int
-    prompt_tokens: int
-    new_tokens: int
+    threads: Some
+    prompt_tokens: Some
+    new_tokens: Some
     relative: Ratio | None
     bandwidth_share: Ratio | None
 
@@ -86,26 +104,26 @@ class BaselineArtifact(Record):
             baselines that were stored without it.
     """
 
-    method: str
-    prompts: str | None
-    kl: float
-    quantization_kl: float
-    lowering_kl: float
-    top1: float
+    method: Name
+    prompts: Name | None
+    kl: Nats
+    quantization_kl: Nats
+    lowering_kl: Nats
+    top1: Share
     task: BaselineTask | None
-    bytes: int
-    parts: dict[str, int]
-    peak_bytes: int | None
-    idle_bytes: int | None = None
+    bytes: Count
+    parts: dict[Name, Count]
+    peak_bytes: Count | None
+    idle_bytes: Count | None = None
     speed: BaselineSpeed | None
 
 
 class BaselineComposition(Record):
     """The exported method in eager fp32: mean loss in nats a token over all scored examples."""
 
-    method: str
-    loss: float | None
-    examples: int
+    method: Name
+    loss: Nats | None
+    examples: Count
 
 
 class Baseline(Record):
@@ -118,10 +136,10 @@ class Baseline(Record):
     format: Literal[1] = 1
     machine: Machine
     device: Machine | None = None
-    device_versions: dict[str, str] = Field(default_factory=dict)
-    versions: dict[str, str]
-    compositions: dict[str, BaselineComposition]
-    artifacts: dict[str, BaselineArtifact]
+    device_versions: dict[Name, Name] = Field(default_factory=dict)
+    versions: dict[Name, Name]
+    compositions: dict[Name, BaselineComposition]
+    artifacts: dict[Name, BaselineArtifact]
 
 
 def reports_of(run: Path) -> Path:
@@ -250,16 +268,9 @@ def read_baseline(place: Path, machine: Machine) -> tuple[Path, Baseline]:
             raise InputError(f"{place}: no baseline in it; caliport baseline store writes one")
         own = place / file_name(machine)
         path = own if own in files else files[0]
-    try:
-        return path, Baseline.model_validate_json(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such baseline; caliport baseline store writes one") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not readable ({error})") from None
-    except ValidationError as error:
-        raise InputError(
-            f"{path}: {first_problem(error)}; expected what caliport baseline store writes"
-        ) from None
+    if not os.path.lexists(path):
+        raise InputError(f"{path}: no such baseline; caliport baseline store writes one")
+    return path, read_record(Baseline, path, "caliport baseline store")
 
 
 def file_name(machine: Machine) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
 
 from caliport.validation.records.gate import Measures
-from caliport.validation.records.record import Record
+from caliport.validation.records.record import Name, Nats, Perplexity, Points, Record, Text
 
 StageName = Literal["exact sum", "merge", "calibration", "quantized eager", "artifact", "device"]
 
@@ -36,14 +38,14 @@ class BudgetStage(Record):
     """
 
     stage: StageName
-    label: str
-    form: str = ""
+    label: Text
+    form: Name = ""
     previous: Measures | None = None
     first: Measures | None = None
-    perplexity: float
-    task: float | None = None
-    by_position: tuple[float, ...] = ()
-    by_layer: tuple[float, ...] = ()
+    perplexity: Perplexity
+    task: Points | None = None
+    by_position: tuple[Nats, ...] = ()
+    by_layer: tuple[Nats, ...] = ()
 
 
 class Budget(Record):
@@ -55,6 +57,12 @@ class Budget(Record):
         stages: At least two.
     """
 
-    composition: str
-    metric: str | None
-    stages: tuple[BudgetStage, ...]
+    composition: Name
+    metric: Name | None
+    stages: tuple[BudgetStage, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _has_a_start(self) -> Self:
+        if self.stages[0].form:
+            raise ValueError("expected a first stage that all forms share")
+        return self

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
+
+from pydantic import model_validator
 
 from caliport.validation.records.gate import Gate, Measures
-from caliport.validation.records.record import Record, shown_form
+from caliport.validation.records.record import (
+    Amount,
+    Count,
+    Difference,
+    Name,
+    Points,
+    Record,
+    Some,
+    Text,
+    shown_form,
+)
 
 
 class DeviceUsed(Record):
@@ -22,13 +34,13 @@ class DeviceUsed(Record):
         features: Of the processor, among ``dotprod`` and ``i8mm``.
     """
 
-    serial: str
+    serial: Name
     kind: Literal["phone", "emulator", "linux"]
-    model: str
-    android: str
-    abi: str
-    cores: int
-    features: tuple[str, ...]
+    model: Name
+    android: Name
+    abi: Name
+    cores: Some
+    features: tuple[Name, ...]
 
     @property
     def label(self) -> str:
@@ -53,11 +65,11 @@ class DeviceTask(Record):
     ``interval`` is the bootstrap interval of the paired difference, in points.
     """
 
-    metric: str
-    host: float
-    device: float
-    difference: float
-    interval: tuple[float, float]
+    metric: Name
+    host: Points
+    device: Points
+    difference: Difference
+    interval: tuple[Difference, Difference]
 
 
 class DeviceResult(Record):
@@ -80,28 +92,34 @@ class DeviceResult(Record):
         notes: What was not checked, and why.
     """
 
-    composition: str
-    runtime: str
-    precision: str
+    composition: Name
+    runtime: Name
+    precision: Name
     bundle: bool
-    path: str
+    path: Name
     device: DeviceUsed
-    runner: str
-    runner_sha256: str
-    runtime_version: str | None
-    host_version: str
+    runner: Name
+    runner_sha256: Name
+    runtime_version: Name | None
+    host_version: Name
     exact: bool
-    threads: int
-    examples: int
-    identical: int
-    ties: int
+    threads: Some
+    examples: Some
+    identical: Count
+    ties: Count
     measures: Measures | None
     task: DeviceTask | None
     gates: list[Gate]
-    seconds: float
+    seconds: Amount
     passed: bool
     lost_at: Literal["device"] | None
-    notes: tuple[str, ...] = ()
+    notes: tuple[Text, ...] = ()
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.identical + self.ties > self.examples:
+            raise ValueError(f"{self.identical} + {self.ties} answers of {self.examples}")
+        return self
 
     @property
     def form(self) -> str:

@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
-from caliport.validation.records.record import Record
+from typing import Self
+
+from pydantic import model_validator
+
+from caliport.validation.records.record import (
+    Count,
+    Name,
+    Nats,
+    Perplexity,
+    Record,
+    Share,
+    Some,
+    Text,
+)
 
 
 class Gate(Record):
@@ -19,14 +32,14 @@ class Gate(Record):
         reason: Why this limit, and what was found.
     """
 
-    name: str
-    measure: str
+    name: Name
+    measure: Name
     limit: float
     found: float | None
     passed: bool
     decided: bool = True
-    stage: str
-    reason: str
+    stage: Name
+    reason: Text
 
 
 class AdapterEffect(Record):
@@ -38,17 +51,23 @@ class AdapterEffect(Record):
         effect: KL(base || fp32 composition).
     """
 
-    kl_base: float
-    kl_composition: float
-    effect: float
+    kl_base: Nats
+    kl_composition: Nats
+    effect: Nats
 
 
 class StockResult(Record):
     """How many texts the runtime's own runner wrote as ours did."""
 
-    runner: str
-    matches: int
-    examples: int
+    runner: Name
+    matches: Count
+    examples: Count
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.matches > self.examples:
+            raise ValueError(f"{self.matches} matches of {self.examples} examples")
+        return self
 
 
 class Measures(Record):
@@ -63,9 +82,9 @@ class Measures(Record):
         reference_perplexity: Of the same tokens under the reference.
     """
 
-    positions: int
-    max_abs: float
-    kl: float
-    top1: float
-    perplexity: float
-    reference_perplexity: float
+    positions: Some
+    max_abs: Nats
+    kl: Nats
+    top1: Share
+    perplexity: Perplexity
+    reference_perplexity: Perplexity

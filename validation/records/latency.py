@@ -2,8 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from math import isclose
+from statistics import median
+from typing import Self
+
+from pydantic import Field, model_validator
+
 from caliport.validation.records.device import DeviceUsed
-from caliport.validation.records.record import Machine, Record, shown_form
+from caliport.validation.records.record import (
+    Amount,
+    Count,
+    Machine,
+    Name,
+    Positive,
+    Record,
+    Share,
+    Some,
+    Text,
+    shown_form,
+)
 
 
 class Spread(Record):
@@ -18,12 +36,22 @@ class Spread(Record):
             round.
     """
 
-    median: float
-    low: float
-    high: float
-    interval: tuple[float, float]
-    level: float
-    values: tuple[float, ...]
+    median: Positive
+    low: Positive
+    high: Positive
+    interval: tuple[Positive, Positive]
+    level: Share
+    values: tuple[Positive, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _of_its_values(self) -> Self:
+        known = min(self.values), median(self.values), max(self.values)
+        said = self.low, self.median, self.high
+        if not all(isclose(a, b) for a, b in zip(known, said, strict=True)):
+            raise ValueError("lowest, median and highest are not those of its values")
+        if not self.low <= self.interval[0] <= self.interval[1] <= self.high:
+            raise ValueError("the interval is not within its values")
+        return self
 
 
 class LengthTimes(Record):
@@ -34,9 +62,9 @@ class LengthTimes(Record):
         p90_seconds: Nine of ten came within this time.
     """
 
-    prompt_tokens: int
+    prompt_tokens: Some
     first_token_seconds: Spread
-    p90_seconds: float
+    p90_seconds: Positive
 
     @property
     def prefill_rate(self) -> float:
@@ -69,28 +97,28 @@ class LatencyResult(Record):
         lengths: On a device, prompts of several lengths, ``prompt_tokens`` among them.
     """
 
-    composition: str
-    runtime: str
-    precision: str
-    path: str
-    bytes: int
-    files: dict[str, int]
+    composition: Name
+    runtime: Name
+    precision: Name
+    path: Name
+    bytes: Count
+    files: dict[Name, Count]
     bundle: bool = False
-    threads: int
+    threads: Some
     pinned: bool
-    prompt_tokens: int
-    new_tokens: int
-    repetitions: int
+    prompt_tokens: Some
+    new_tokens: Some
+    repetitions: Some
     load_seconds: Spread
     first_token_seconds: Spread
     decode_rate: Spread
-    token_p90_seconds: float
-    idle_bytes: int | None
-    load_peak_bytes: int | None
-    peak_bytes: int | None
-    token_bytes: int | None
-    bandwidth_share: float | None
-    noise: str | None
+    token_p90_seconds: Positive
+    idle_bytes: Count | None
+    load_peak_bytes: Count | None
+    peak_bytes: Count | None
+    token_bytes: Count | None
+    bandwidth_share: Amount | None
+    noise: Text | None
     lengths: tuple[LengthTimes, ...] = ()
 
     @property
@@ -116,10 +144,10 @@ class Conditions(Record):
     """
 
     calibration: Spread
-    load_average: float | None
-    steal: float | None
-    others: float
-    noise: str | None
+    load_average: Amount | None
+    steal: Amount | None
+    others: Amount
+    noise: Text | None
 
 
 class DeviceState(Record):
@@ -133,10 +161,10 @@ class DeviceState(Record):
         cool: Whether it was as cool as asked for.
     """
 
-    battery: float | None
+    battery: Amount | None
     celsius: float | None
-    thermal: int | None
-    waited_seconds: float
+    thermal: Count | None
+    waited_seconds: Amount
     cool: bool
 
 
@@ -155,13 +183,13 @@ class DeviceConditions(Record):
     """
 
     device: DeviceUsed
-    runners: dict[str, str]
+    runners: dict[Name, Name]
     airplane: bool | None
-    screen: str | None
+    screen: Name | None
     celsius: float
-    thermal: int
-    cool_seconds: float
-    order: tuple[tuple[int, ...], ...]
+    thermal: Count
+    cool_seconds: Amount
+    order: tuple[tuple[Count, ...], ...]
     states: tuple[DeviceState, ...]
 
     @property
@@ -196,11 +224,26 @@ class LatencyReport(Record):
     """
 
     machine: Machine
-    versions: dict[str, str]
+    versions: dict[Name, Name]
     seed: int
-    cores: tuple[int, ...]
-    bandwidth_gbs: float | None
-    cache_bytes: int | None
+    cores: tuple[Count, ...]
+    bandwidth_gbs: Positive | None
+    cache_bytes: Count | None
     conditions: Conditions | None
     artifacts: list[LatencyResult]
     device: DeviceConditions | None = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        for name in ("load_seconds", "first_token_seconds", "decode_rate"):
+            _one_length((getattr(each, name).values for each in self.artifacts), name)
+        return self
+
+
+def _one_length(lists: Iterable[tuple[float, ...]], name: str) -> None:
+    sizes = sorted({len(values) for values in lists})
+    if len(sizes) > 1:
+        raise ValueError(
+            f"{name}: {sizes[0]} values of one artifact and {sizes[-1]} of another, expected as "
+            "many of each"
+        )

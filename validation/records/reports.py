@@ -5,20 +5,42 @@ from __future__ import annotations
 import os
 import platform
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal, Self, TypeVar
 
-from pydantic import Field, ValidationError
+from pydantic import Field, model_validator
 
 from caliport.core.directories import versions
 from caliport.core.errors import InputError
 from caliport.core.machine import _cpu_name
 from caliport.core.places import check_file, write_text
+from caliport.core.untrusted import shown
 from caliport.export.artifact import Artifact
 from caliport.validation.records.budget import Budget
 from caliport.validation.records.device import DeviceResult
-from caliport.validation.records.gate import AdapterEffect, Gate, Measures, StockResult
+from caliport.validation.records.gate import (
+    AdapterEffect,
+    Gate,
+    Measures,
+    StockResult,
+)
 from caliport.validation.records.latency import LatencyReport
-from caliport.validation.records.record import Machine, Record, shown_form
+from caliport.validation.records.record import (
+    Amount,
+    Cosine,
+    Count,
+    Difference,
+    Machine,
+    Name,
+    Nats,
+    Points,
+    Record,
+    Score,
+    Share,
+    Some,
+    Text,
+    read_record,
+    shown_form,
+)
 
 QUALITY, PARITY, LATENCY = "quality.json", "parity.json", "latency.json"
 AUDIT = "audit.json"
@@ -28,16 +50,16 @@ REPORT, JUNIT, SUMMARY = "report.html", "junit.xml", "summary.md"
 class Point(Record):
     """A point of a training curve: mean loss in nats up to a step."""
 
-    step: int
+    step: Count
     loss: float
 
 
 class QuantizedScore(Record):
     """A method's score with quantized weights in place of fp32 ones."""
 
-    loss: float
-    rougeL: float
-    chrf: float
+    loss: Nats
+    rougeL: Points
+    chrf: Points
 
 
 class MethodResult(Record):
@@ -54,18 +76,18 @@ class MethodResult(Record):
         quantized: Scores by weights: ``int4`` folded, ``int4-bundle`` beside a quantized base.
     """
 
-    method: str
-    label: str
-    loss: float | None
-    rougeL: float
-    chrf: float
-    weighted_rouge: float | None = None
-    judge: float | None = None
-    parameters: int
-    bytes: int
-    passes: int
-    seconds: float
-    quantized: dict[str, QuantizedScore] = Field(default_factory=dict)
+    method: Name
+    label: Name
+    loss: Nats | None
+    rougeL: Points
+    chrf: Points
+    weighted_rouge: Points | None = None
+    judge: Points | None = None
+    parameters: Count
+    bytes: Count
+    passes: Count
+    seconds: Amount
+    quantized: dict[Name, QuantizedScore] = Field(default_factory=dict)
 
 
 class QualitySample(Record):
@@ -73,29 +95,29 @@ class QualitySample(Record):
 
     input: str
     reference: str
-    outputs: dict[str, str]
+    outputs: dict[Name, str]
 
 
 class CompositionResult(Record):
     """All methods on one composition. ``best`` is the one that is exported."""
 
-    tasks: list[str]
-    split: str
-    examples: int
+    tasks: list[Name]
+    split: Name
+    examples: Count
     methods: list[MethodResult]
-    best: str
+    best: Name
     samples: list[QualitySample]
 
 
 class QualityReport(Record):
     """``quality.json``: how well each method does each composition, in eager fp32."""
 
-    name: str
+    name: Name
     machine: Machine
-    versions: dict[str, str]
+    versions: dict[Name, Name]
     metric: Literal["rougeL", "chrf", "weighted_rouge"]
-    compositions: dict[str, CompositionResult]
-    training: dict[str, list[Point]]
+    compositions: dict[Name, CompositionResult]
+    training: dict[Name, list[Point]]
 
 
 class Asked(Record):
@@ -109,11 +131,11 @@ class Asked(Record):
         seeds: Of everything that is drawn, by what it is.
     """
 
-    prompts: str
-    targets: str
-    max_new_tokens: int
+    prompts: Name
+    targets: Name
+    max_new_tokens: Some
     sampling: Literal["greedy"] = "greedy"
-    seeds: dict[str, int]
+    seeds: dict[Name, int]
 
 
 class TaskResult(Record):
@@ -123,13 +145,20 @@ class TaskResult(Record):
     ``artifact_scores`` are those of each example.
     """
 
-    metric: str
-    fp32: float
-    artifact: float
-    difference: float
-    interval: tuple[float, float]
-    fp32_scores: tuple[float, ...] = ()
-    artifact_scores: tuple[float, ...] = ()
+    metric: Name
+    fp32: Points
+    artifact: Points
+    difference: Difference
+    interval: tuple[Difference, Difference]
+    fp32_scores: tuple[Score, ...] = ()
+    artifact_scores: tuple[Score, ...] = ()
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        sizes = len(self.fp32_scores), len(self.artifact_scores)
+        if sizes[0] != sizes[1]:
+            raise ValueError(f"fp32_scores has {sizes[0]} and artifact_scores {sizes[1]}")
+        return self
 
 
 class ParitySample(Record):
@@ -162,7 +191,7 @@ class Findings(Record):
     total: Measures | None = None
     adapter: AdapterEffect | None = None
     task: TaskResult | None = None
-    generation: float | None = None
+    generation: Share | None = None
     samples: tuple[ParitySample, ...] = ()
     gates: list[Gate]
 
@@ -183,23 +212,23 @@ class ArtifactResult(Findings):
         notes: What was not checked, and why.
     """
 
-    composition: str
-    method: str
-    runtime: str
-    precision: str
-    path: str
-    bytes: int
-    files: dict[str, int]
+    composition: Name
+    method: Name
+    runtime: Name
+    precision: Name
+    path: Name
+    bytes: Count
+    files: dict[Name, Count]
     bundle: bool = False
-    parts: dict[str, int] = Field(default_factory=dict)
-    bits_per_weight: float | None = None
-    examples: int
+    parts: dict[Name, Count] = Field(default_factory=dict)
+    bits_per_weight: Amount | None = None
+    examples: Count
     asked: Asked | None = None
     stock: StockResult | None
     passed: bool
-    lost_at: str | None
-    seconds: float
-    notes: tuple[str, ...] = ()
+    lost_at: Name | None
+    seconds: Amount
+    notes: tuple[Text, ...] = ()
 
     @property
     def form(self) -> str:
@@ -216,10 +245,10 @@ class BaselineUse(Record):
         notes: How its machine and versions differ from this run's, and what was not compared.
     """
 
-    file: str
+    file: Name
     machine: Machine
-    versions: dict[str, str]
-    notes: tuple[str, ...]
+    versions: dict[Name, Name]
+    notes: tuple[Text, ...]
 
 
 class ParityReport(Record):
@@ -229,7 +258,7 @@ class ParityReport(Record):
     """
 
     machine: Machine
-    versions: dict[str, str]
+    versions: dict[Name, Name]
     artifacts: list[ArtifactResult]
     baseline: BaselineUse | None = None
     budgets: list[Budget] = Field(default_factory=list)
@@ -251,26 +280,26 @@ class AdapterPart(Record):
         effective_rank: Exponential of the entropy of the singular values.
     """
 
-    norm: float
-    rank: int
-    numerical_rank: int
-    effective_rank: float
+    norm: Nats
+    rank: Count
+    numerical_rank: Count
+    effective_rank: Amount
 
 
 class AngleCosines(Record):
     """Cosines of principal angles between two spaces; ``chance``: random spaces at most."""
 
-    mean: float
-    highest: float
-    chance: float
+    mean: Cosine
+    highest: Cosine
+    chance: Cosine
 
 
 class PairOverlap(Record):
     """Two adapters in one module: of the flattened updates, column spaces and row spaces."""
 
-    first: str
-    second: str
-    cosine: float
+    first: Name
+    second: Name
+    cosine: Cosine
     columns: AngleCosines
     rows: AngleCosines
 
@@ -284,8 +313,8 @@ class MergeError(Record):
         kept: ⟨M, S⟩ / ‖S‖², the multiple of the sum that the merge holds; None likewise.
     """
 
-    error: float | None
-    residual: float
+    error: Nats | None
+    residual: Nats
     kept: float | None
 
 
@@ -299,40 +328,50 @@ class AuditedModule(Record):
         sum_norm: ‖Σ wᵢΔWᵢ‖.
     """
 
-    name: str
-    layer: int | None
-    component: str
-    shape: tuple[int, int]
-    sum_norm: float
-    adapters: dict[str, AdapterPart]
+    name: Name
+    layer: Count | None
+    component: Name
+    shape: tuple[Count, Count]
+    sum_norm: Nats
+    adapters: dict[Name, AdapterPart]
     overlaps: list[PairOverlap]
-    merges: dict[str, MergeError]
+    merges: dict[Name, MergeError]
 
 
 class AuditedMerge(Record):
     """A merge over all modules: error and kept share as in a module, and the verdict in words."""
 
-    merge: str
+    merge: Name
     verdict: Literal["exact", "close", "approximate", "far", "does not apply", "undefined"]
-    error: float | None
+    error: Nats | None
     kept: float | None
-    text: str
+    text: Text
 
 
 class CompositionAudit(Record):
     """Adapters with the weight of each in the sum, what they share, and how true merges are."""
 
-    weights: dict[str, float]
+    weights: dict[Name, float]
     modules: list[AuditedModule]
     merges: list[AuditedMerge]
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        applied = {merge.merge for merge in self.merges if merge.verdict != "does not apply"}
+        for module in self.modules:
+            if unknown := sorted(module.adapters.keys() - self.weights.keys()):
+                raise ValueError(f"{module.name}: adapter {shown(unknown[0])} has no weight")
+            if missing := sorted(applied - module.merges.keys()):
+                raise ValueError(f"{module.name}: merge {shown(missing[0])} is missing")
+        return self
 
 
 class AuditReport(Record):
     """``audit.json``: the adapters of each composition before anything is trained."""
 
     machine: Machine
-    versions: dict[str, str]
-    compositions: dict[str, CompositionAudit]
+    versions: dict[Name, Name]
+    compositions: dict[Name, CompositionAudit]
 
 
 R = TypeVar("R", QualityReport, ParityReport, LatencyReport, AuditReport)
@@ -394,27 +433,13 @@ def read_result(kind: type[R], path: Path) -> R:
     """Read a report back.
 
     Raises:
-        InputError: Missing, not JSON, or with a field that is wrong, missing or unknown; the
-            first such field is named.
+        InputError: No such file, or see ``caliport.validation.records.record.read_record``.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; run the stage that writes it") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not readable ({error})") from None
-    try:
-        return kind.model_validate_json(text)
-    except ValidationError as error:
-        raise InputError(f"{path}: {first_problem(error)}; expected what caliport writes") from None
+    if not os.path.lexists(path):
+        raise InputError(f"{path}: no such file; run the stage that writes it")
+    return read_record(kind, path)
 
 
 def read_if_there(kind: type[R], path: Path) -> R | None:
     """As ``read_result``, or None where there is no such file."""
-    return read_result(kind, path) if path.exists() else None
-
-
-def first_problem(error: ValidationError) -> str:
-    """The first field that is wrong, and how."""
-    first = error.errors()[0]
-    return f"{'.'.join(map(str, first['loc'])) or 'the file'}: {first['msg']}"
+    return read_result(kind, path) if os.path.lexists(path) else None

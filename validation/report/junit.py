@@ -38,8 +38,11 @@ def write_junit(artifacts: Sequence[ArtifactResult | DeviceResult], path: Path) 
             )
             if not gate.passed:
                 message = _clean(f"lost at {gate.stage}: {gate.reason}")
-                failure = ElementTree.SubElement(case, "failure", message=message, type=gate.stage)
-                failure.text = f"{gate.measure}: limit {gate.limit:g}, found {gate.found}"
+                failure = ElementTree.SubElement(
+                    case, "failure", message=message, type=_clean(gate.stage)
+                )
+                found = f"{gate.measure}: limit {gate.limit:g}, found {gate.found}"
+                failure.text = _clean(found)
             elif not gate.decided:
                 ElementTree.SubElement(case, "system-out").text = _clean(gate.reason)
     ElementTree.indent(root)
