@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from caliport.core.errors import InputError
+from caliport.core.files import ADAPTER_WEIGHTS, MLX_WEIGHTS
+from caliport.core.model_files.tensor_files import read_header
 from caliport.core.untrusted import check_regular, read_object, shown
 
 MANIFEST = "manifest.json"
@@ -82,7 +84,14 @@ def content_hash(path: Path) -> str:
 
 
 def input_hash(path: str | Path) -> str:
-    """Content hash of a stage's input; the name of one that is not on this machine."""
+    """Content hash of a stage's input; the name of one that is not on this machine.
+
+    Raises:
+        InputError: An adapter whose weights do not fit their own header, before all is read.
+    """
+    for name in (ADAPTER_WEIGHTS, MLX_WEIGHTS):
+        if (weights := Path(path) / name).exists():
+            read_header(weights)
     return content_hash(Path(path)) if Path(path).exists() else f"name:{path}"
 
 

@@ -17,6 +17,7 @@ from caliport.validation.records.record import (
     Name,
     Positive,
     Record,
+    Seed,
     Share,
     Some,
     Text,
@@ -225,7 +226,7 @@ class LatencyReport(Record):
 
     machine: Machine
     versions: dict[Name, Name]
-    seed: int
+    seed: Seed
     cores: tuple[Count, ...]
     bandwidth_gbs: Positive | None
     cache_bytes: Count | None

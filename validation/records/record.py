@@ -47,6 +47,7 @@ Count = Annotated[int, Field(ge=0, le=_MOST)]
 """A number of things, or of bytes."""
 Some = Annotated[int, Field(ge=1, le=_MOST)]
 """At least one thing."""
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**64)]
 Share = Annotated[float, Field(ge=0, le=1)]
 """A part of a whole."""
 Points = Annotated[float, Field(ge=-_ROUNDING, le=100 + _ROUNDING)]

@@ -35,6 +35,7 @@ from caliport.validation.records.record import (
     Points,
     Record,
     Score,
+    Seed,
     Share,
     Some,
     Text,
@@ -135,7 +136,7 @@ class Asked(Record):
     targets: Name
     max_new_tokens: Some
     sampling: Literal["greedy"] = "greedy"
-    seeds: dict[Name, int]
+    seeds: dict[Name, Seed]
 
 
 class TaskResult(Record):
