@@ -22,7 +22,6 @@ from caliport.core.untrusted import check_regular, read_object, shown
 
 MANIFEST = "manifest.json"
 _MANIFEST_BYTES = 64 * 2**20  # one of a training has a loss for each step
-_SMALL = 10**6  # bytes of a file that is hashed to see whether it is still there
 _SETTLED = 100_000_000  # nanoseconds; longer than one tick of a file system's clock
 _HASHES: dict[tuple[int, ...], str] = {}
 _MADE: set[str] = set()
@@ -120,15 +119,13 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     return read_object(path, _MANIFEST_BYTES, directory)
 
 
-def check_files(directory: Path, hashed: int | None = None) -> None:
+def check_files(directory: Path) -> None:
     """Check that a finished directory holds exactly the files that its manifest records.
 
     Hidden files are ignored, and so is the manifest, since no hash of it is recorded.
 
     Args:
         directory: The finished directory.
-        hashed: Most bytes of a file whose hash is compared, of larger ones the size alone; None
-            to compare all hashes.
 
     Raises:
         InputError: The first file that is missing, changed, not recorded, or not a regular file of
@@ -152,8 +149,6 @@ def check_files(directory: Path, hashed: int | None = None) -> None:
             raise InputError(
                 f"{path}: {size} bytes, {MANIFEST} records {shown(facts['bytes'])}; {again}"
             )
-        if hashed is not None and size > hashed:
-            continue
         digest = file_hash(path)
         if digest != facts["sha256"]:
             raise InputError(
@@ -175,17 +170,13 @@ def check_recorded(directory: Path) -> None:
 
 
 def up_to_date(directory: Path, stage_key: str) -> bool:
-    """Whether a finished directory made from the same inputs is there with all of its files.
-
-    Sizes of all files are compared, and hashes of those of up to a megabyte: to hash weights would
-    take as long as to read them. Whatever opens the directory compares all hashes.
-    """
+    """Whether a finished directory made from the same inputs is there with all of its files."""
     if not (directory / MANIFEST).is_file():
         return False
     try:
         if read_manifest(directory).get("key") != stage_key:
             return False
-        check_files(directory, _SMALL)
+        check_files(directory)
     except InputError:
         return False
     return True

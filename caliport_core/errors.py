@@ -1,5 +1,16 @@
 """``InputError``, which reaches a user as a single line, and text from elsewhere on one line."""
 
+import errno
+import os
+
+UNUSABLE = frozenset(
+    {
+        *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM),
+        *(errno.EIO, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG),
+        *(errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.ETXTBSY),
+    }
+)
+"""Numbers of errors of the system that a user can mend: no room, no permission, a bad disk."""
 _SPACES = "\t\n\v\f\r\x1c\x1d\x1e\x1f\x85\xa0\u2028\u2029\u3000"
 _LONGEST = 2000  # characters of a message; room for two long paths
 
@@ -13,6 +24,18 @@ class InputError(Exception):
 
     def __init__(self, message: object) -> None:
         super().__init__(printable(str(message), _LONGEST))
+
+
+def unusable(error: BaseException) -> str | None:
+    """The message for an error of the system that a user can mend; None of any other error."""
+    if not isinstance(error, OSError):
+        return None
+    if isinstance(error, FileNotFoundError) and error.filename is None and error.strerror:
+        return f"{error.strerror}; set TMPDIR to a writable directory"  # tempfile's, with no place
+    if error.errno not in UNUSABLE:
+        return None
+    place = "output" if error.filename is None else error.filename
+    return f"{place}: {os.strerror(error.errno)}"
 
 
 def one_line(error: object, most: int = 200) -> str:

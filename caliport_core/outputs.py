@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import errno
 import glob
+import itertools
 import json
 import os
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
+
+from rich.text import Text
 
 from caliport.core.directories import (
     MANIFEST,
@@ -25,11 +29,14 @@ from caliport.core.directories import (
     versions,
     vouch,
 )
-from caliport.core.errors import InputError
+from caliport.core.errors import UNUSABLE, InputError, unusable
 from caliport.core.places import FORCED, check_place, check_writable
+from caliport.core.processes import alone, is_main
+from caliport.core.progress import console
 
-_UNWRITABLE = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.ENOTDIR}
+_RUN: ContextVar[Path | None] = ContextVar("run", default=None)
 _LOW_SPACE = 1 << 20
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 _OURS = {"stage", "key", "files"}  # fields of every caliport manifest
 
 
@@ -41,6 +48,19 @@ def forced(force: bool = True) -> Iterator[None]:
         yield
     finally:
         FORCED.reset(token)
+
+
+@contextmanager
+def within_run(root: Path) -> Iterator[None]:
+    """While the body runs, what no longer is an output in a run's directory is set aside.
+
+    A directory whose manifest is lost is kept under another name, so that the run can make it.
+    """
+    token = _RUN.set(root.resolve())
+    try:
+        yield
+    finally:
+        _RUN.reset(token)
 
 
 def check_output(out: Path, stage: str, inputs: Iterable[Path | str] = ()) -> None:
@@ -94,6 +114,11 @@ def _check_ours(out: Path, stage: str) -> None:
         return
     manifest = _manifest(out)
     if not manifest.keys() >= _OURS or not isinstance(manifest["files"], dict):
+        run = _RUN.get()
+        if run is not None and run in out.resolve().parents:
+            if is_main():
+                _set_aside(out)
+            return
         raise InputError(
             f"{out}: is not empty and was not made by caliport; name a new directory, or replace "
             "all of it with --force"
@@ -110,6 +135,14 @@ def _check_ours(out: Path, stage: str) -> None:
             f"{out}: was made by the stage {manifest['stage']!r}, this is {stage!r}; name a new "
             "directory, or replace it with --force"
         )
+
+
+def _set_aside(out: Path) -> None:
+    names = (out.with_name(f"{out.name}.kept-{number}") for number in itertools.count(1))
+    kept = next(path for path in names if not os.path.lexists(path))
+    out.rename(kept)
+    reason = f"{out}: no manifest of caliport's; it is made again, what was there is {kept}"
+    console.print(Text(reason, "yellow"), soft_wrap=True)
 
 
 def _manifest(out: Path) -> dict[str, Any]:
@@ -132,11 +165,19 @@ def new_directory(
         settings: JSON-serializable settings.
 
     Raises:
-        InputError: ``out`` may not be replaced (``check_output``), or cannot be written
-            (permissions, no space left); no partial output remains.
+        InputError: ``out`` may not be replaced (``check_output``), another process is writing it,
+            or it cannot be written (permissions, no space left); no partial output remains.
     """
     check_output(out, stage)
     check_writable(out)
+    with alone(out), _partial(out, stage, inputs, settings) as made:
+        yield made
+
+
+@contextmanager
+def _partial(
+    out: Path, stage: str, inputs: Mapping[str, str], settings: Mapping[str, Any]
+) -> Iterator[tuple[Path, dict[str, Any]]]:
     partial = out.parent / f".{out.name}.partial-{os.getpid()}-{secrets.token_hex(4)}"
     extra: dict[str, Any] = {}
     try:
@@ -163,22 +204,36 @@ def new_directory(
     except InputError:
         raise
     except Exception as error:
-        problem = _write_problem(error, out)
+        problem = _problem(error, out, partial)
         if problem is None:
             raise
-        raise InputError(f"{out}: cannot be written: {problem}; name a writable place") from error
+        raise InputError(problem) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _write_problem(error: Exception, out: Path) -> str | None:
-    """Why ``out`` cannot be written, or None; libraries wrap a full disk in their own errors."""
-    if isinstance(error, OSError) and error.errno in _UNWRITABLE:
-        return os.strerror(error.errno or 0)
+def _problem(error: Exception, out: Path, partial: Path) -> str | None:
+    """The message for an error of the system; None of another one.
+
+    Libraries wrap the system's errors in their own, or lose the number, as numpy does.
+    """
+    known = error.errno if isinstance(error, OSError) else None
+    name = getattr(error, "filename", None)
+    if known not in UNUSABLE:
+        known = next((number for number in _DISK if os.strerror(number) in str(error)), None)
+    elif isinstance(name, str) and not _is_of(Path(name), out, partial):
+        return unusable(error)
     place = next((p for p in (out, *out.parents) if p.exists()), Path("."))
-    if "No space left" in str(error) or shutil.disk_usage(place).free < _LOW_SPACE:
-        return os.strerror(errno.ENOSPC)
-    return None
+    if known is None and shutil.disk_usage(place).free < _LOW_SPACE:
+        known = errno.ENOSPC
+    if known is None:
+        return None
+    return f"{out}: cannot be written: {os.strerror(known)}; name a writable place"
+
+
+def _is_of(path: Path, out: Path, partial: Path) -> bool:
+    """Whether an output could not be made because of this file or directory."""
+    return path.is_relative_to(partial) or out.is_relative_to(path)
 
 
 def _replace(new: Path, out: Path) -> None:

@@ -1,6 +1,7 @@
 #include "decoder.hpp"
 
 #include <algorithm>
+#include <filesystem>
 #include <numeric>
 
 namespace caliport {
@@ -42,6 +43,15 @@ Ort::Session open(const Ort::Env& environment, const std::string& graph, std::in
                  [&] { return Ort::Session(environment, graph.c_str(), options); });
 }
 
+/// Nothing but files and directories lies in an artifact: ONNX Runtime waits for a named pipe.
+void check_files(const std::string& directory) {
+  for (const auto& entry : std::filesystem::directory_iterator(directory)) {
+    if (!entry.is_regular_file() && !entry.is_directory()) {
+      throw InputError(entry.path().string() + ": not a regular file");
+    }
+  }
+}
+
 }  // namespace
 
 Decoder::Decoder(const std::string& directory, const std::optional<std::string>& adapter,
@@ -51,6 +61,7 @@ Decoder::Decoder(const std::string& directory, const std::optional<std::string>&
       directory_(directory) {
   const std::string path = directory + "/genai_config.json";
   const json config = read_json(path);
+  check_files(directory);
   std::string graph;
   try {
     const json& model = config.at("model");

@@ -1,5 +1,6 @@
 #include "job.hpp"
 
+#include <filesystem>
 #include <fstream>
 #include <limits>
 #include <set>
@@ -131,6 +132,9 @@ Timing read_timing(const json& value, const std::string& where) {
 }  // namespace
 
 json read_json(const std::string& path) {
+  if (std::filesystem::exists(path) && !std::filesystem::is_regular_file(path)) {
+    throw InputError(path + ": not a regular file, expected a JSON file");  // a pipe would wait
+  }
   std::ifstream stream(path);
   if (!stream) {
     throw InputError(path + ": cannot be read, expected a JSON file");

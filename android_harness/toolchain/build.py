@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
@@ -22,9 +23,11 @@ from pathlib import Path
 from caliport.android_harness.runners.onnx import NAME
 from caliport.android_harness.toolchain.packages import fetch_packages
 from caliport.core.directories import content_hash, key, up_to_date
-from caliport.core.errors import InputError
+from caliport.core.errors import InputError, one_line
 from caliport.core.outputs import check_output, new_directory
 from caliport.core.places import check_place, replacing
+from caliport.core.processes import alone
+from caliport.core.untrusted import check_regular
 
 TARGETS = ("host", "x86_64", "aarch64", "android")
 PROGRAM = "caliport-onnx"
@@ -36,6 +39,9 @@ _SUITE = "trixie"  # the first whose header knows adapters, ONNX Runtime's inter
 _CROSS = "aarch64-linux-gnu-g++"
 _WHEELS = ("manylinux_2_28_aarch64", "manylinux_2_27_aarch64", "manylinux2014_aarch64")
 _ABI = "arm64-v8a"
+_AAR = re.compile(r"onnxruntime-android-\w[\w.-]*\.aar")
+_AAR_BYTES = 2**30
+_AAR_FILES = 200
 
 
 @dataclass(frozen=True)
@@ -83,6 +89,11 @@ def build_runner(
     if target not in TARGETS:
         raise InputError(f"target is {target!r}, expected one of {', '.join(TARGETS)}")
     check_output(out, "runner", [path for path in (ndk, aar) if path is not None])
+    with alone(cache, inside=True, wait=True):
+        return _built(target, out, cache, ndk, aar)
+
+
+def _built(target: str, out: Path, cache: Path, ndk: Path | None, aar: Path | None) -> Path:
     _check_cache(cache, target, aar)
     if target == "android":
         parts = _for_android(cache, ndk, aar)
@@ -160,11 +171,10 @@ def _for_android(cache: Path, ndk: Path | None, aar: Path | None) -> _Parts:
     toolchain = (ndk or Path()) / "build/cmake/android.toolchain.cmake"
     if ndk is None or not toolchain.is_file():
         raise InputError(f"{toolchain}: no such file; expected --ndk DIR, Android's NDK")
-    if aar is None or not zipfile.is_zipfile(aar):
-        raise InputError(f"{aar}: not an archive; expected --aar FILE, onnxruntime-android-*.aar")
+    if aar is None or not _AAR.fullmatch(aar.name):
+        raise InputError(f"{aar}: expected --aar FILE, onnxruntime-android-VERSION.aar")
     unpacked = cache / aar.stem
-    with zipfile.ZipFile(aar) as archive:
-        archive.extractall(unpacked)
+    _unpack(aar, unpacked)
     settings = {
         "CMAKE_TOOLCHAIN_FILE": str(toolchain.resolve()),
         "ANDROID_ABI": _ABI,
@@ -176,6 +186,33 @@ def _for_android(cache: Path, ndk: Path | None, aar: Path | None) -> _Parts:
         raise InputError(f"{aar}: no jni/{_ABI}/libonnxruntime.so; expected onnxruntime-android")
     version = aar.stem.rpartition("-")[2]
     return _Parts(library, unpacked / "headers", _headers(cache)[1], version, settings)
+
+
+def _unpack(aar: Path, out: Path) -> None:
+    """Unpack what a build needs of an archive, within bounds; nothing of it is a link.
+
+    Raises:
+        InputError: Not an archive of ONNX Runtime's, or a damaged one.
+    """
+    check_regular(aar, _AAR_BYTES)
+    try:
+        with zipfile.ZipFile(aar) as archive:
+            needed = [
+                entry
+                for entry in archive.infolist()
+                if re.fullmatch(rf"headers/[\w.]+|jni/{_ABI}/libonnxruntime\.so", entry.filename)
+            ]
+            size = sum(entry.file_size for entry in needed)
+            if len(needed) > _AAR_FILES or size > _AAR_BYTES:
+                raise InputError(
+                    f"{aar}: {len(needed):,} headers and libraries of {size:,} bytes, expected at "
+                    f"most {_AAR_FILES} of {_AAR_BYTES:,}"
+                )
+            archive.extractall(out, needed)
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
+        raise InputError(
+            f"{aar}: not a whole archive ({one_line(error)}); expected onnxruntime-android-*.aar"
+        ) from None
 
 
 def _headers(cache: Path) -> tuple[Path, Path]:

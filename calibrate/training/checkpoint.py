@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zipfile import BadZipFile, ZipFile
 
 import torch
+from rich.text import Text
 from torch import Tensor, nn
 from transformers import get_scheduler
 
@@ -84,7 +87,14 @@ class State:
             torch.save(state, beside)
 
     def load(self, path: Path, accelerator: Accelerator, title: str) -> None:
-        """Restore a checkpoint, and this process's random number generators if it has them."""
+        """Restore a checkpoint, and this process's random number generators if it has them.
+
+        A damaged one leaves all at the start.
+        """
+        if not _is_whole(path):
+            reason = f"{title}: begins anew, its checkpoint is damaged"
+            console.print(Text(reason, "yellow"), soft_wrap=True)
+            return
         state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
         with torch.no_grad():
             for name, parameter in self.parameters.items():
@@ -102,3 +112,12 @@ class State:
             )
         if accelerator.process_index < len(random):
             set_random_state(accelerator.device, random[accelerator.process_index])
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether an archive's parts have the checksums they were written with; torch reads any."""
+    try:
+        with ZipFile(path) as archive:
+            return archive.testzip() is None
+    except (BadZipFile, NotImplementedError, RuntimeError, EOFError, ValueError, struct.error):
+        return False

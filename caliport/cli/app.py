@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -66,14 +68,14 @@ def run(
     from caliport.run.score import score_all
     from caliport.run.validate import check_baseline, validate_all
 
-    space = _space(recipe, with_baseline(overrides, baseline), runs)
-    check_baseline(space)
-    compose_all(space)
-    score_all(space)
-    _only_main()
-    export_all(space)
-    passed = validate_all(space)
-    _show(space.reports, recipe)
+    with _alone(recipe, with_baseline(overrides, baseline), runs) as space:
+        check_baseline(space)
+        compose_all(space)
+        score_all(space)
+        _only_main()
+        export_all(space)
+        passed = validate_all(space)
+        _show(space.reports, recipe)
     raise typer.Exit(0 if passed else 1)
 
 
@@ -138,11 +140,11 @@ def calibrate(
             out=out,
             dora=dora,
         )
-        space = _space(recipe, overrides, runs)
-        compose_all(space)
-        score_all(space)
-        _only_main()
-        _show(space.reports)
+        with _alone(recipe, overrides, runs) as space:
+            compose_all(space)
+            score_all(space)
+            _only_main()
+            _show(space.reports)
         return
     from caliport.flags.calibrate import calibrate_one, features_one, inputs_of
     from caliport.stages.sources import Source
@@ -239,7 +241,8 @@ def export(
         _no_flags(**{"cache-bits": cache_bits})
         _no_flags(bundle=bundle, share=share, into=into, quantizer=quantizer)
         _no_flags(**{"calibration": calibration, "calibration-tokens": calibration_tokens})
-        export_all(_space(recipe, overrides, runs), preflight=preflight)
+        with _alone(recipe, overrides, runs) as space:
+            export_all(space, preflight=preflight)
         return
     if into is not None:
         from caliport.flags.export import add_to_bundle
@@ -347,13 +350,13 @@ def validate(
         if runner is not None:
             overrides = [*(overrides or ()), f"validation.runner={runner}"]
         layers = ["validation.by_layer=true"] if by_layer else []
-        space = _space(recipe, [*with_baseline(overrides, baseline), *layers], runs)
-        passed = validate_all(space, latency=latency)
-        if device:
-            from caliport.on_devices.validate import validate_rows
+        with _alone(recipe, [*with_baseline(overrides, baseline), *layers], runs) as space:
+            passed = validate_all(space, latency=latency)
+            if device:
+                from caliport.on_devices.validate import validate_rows
 
-            passed = validate_rows(space, device) and passed
-        _show(space.reports, recipe)
+                passed = validate_rows(space, device) and passed
+            _show(space.reports, recipe)
     raise typer.Exit(0 if passed else 1)
 
 
@@ -414,6 +417,18 @@ def _space(recipe: Path, overrides: list[str] | None, runs: Path) -> Any:
     space = Workspace(found, runs / found.name)
     check_reports(space.reports)
     return space
+
+
+@contextmanager
+def _alone(recipe: Path, overrides: list[str] | None, runs: Path) -> Iterator[Any]:
+    """The paths of a recipe's run, in which no other process works while the body runs."""
+    from caliport.core.outputs import within_run
+    from caliport.core.processes import alone, is_main
+
+    space = _space(recipe, overrides, runs)
+    lock = alone(space.root, inside=True) if is_main() else nullcontext()
+    with lock, within_run(space.root):
+        yield space
 
 
 def _show(reports: Path, validated: Path | None = None) -> None:

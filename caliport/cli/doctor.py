@@ -35,6 +35,7 @@ def examine() -> bool:
     import psutil
 
     from caliport.validation.records.reports import this_machine
+    from caliport.validation.report.plots.drawing import without_settings
 
     console = PlainConsole()
     versions = Table("package", "installed", "wanted", "", title="Packages", title_justify="left")
@@ -69,7 +70,8 @@ def examine() -> bool:
         problems.append(f"only {disk.free / 1e9:.1f} GB of disk free here")
     table = Table("ability", "", title="Abilities", title_justify="left")
     for ability, modules in abilities().items():
-        reason = _import_problem(modules)
+        with without_settings():
+            reason = _import_problem(modules)
         table.add_row(ability, Text(reason, "red") if reason else "ok")
         if reason:
             problems.append(f"{ability}: {reason}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import io
 import logging
 import os
@@ -11,14 +10,14 @@ import stat
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from caliport.cli.app import app
-from caliport.core.errors import InputError, one_line
+from caliport.core.errors import InputError, one_line, unusable
 from caliport.core.processes import end_on_signals, interrupted_code
 
 _INTERRUPTED = 130
-_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES}
 _PIPE_CLOSED = 141  # what a shell says of a program that SIGPIPE ended
 
 
@@ -66,9 +65,8 @@ def guarded(call: Callable[[], Any], usage: str, debug: bool, goes_on: bool = Fa
             code = _fail(f"{one_line(shown(), 400)} See {usage}.", 2)
         elif type(error).__name__ == "Abort":
             code = _INTERRUPTED
-        elif isinstance(error, OSError) and error.errno in _NO_ROOM:
-            where = "writing" if error.filename is None else error.filename
-            code = _fail(one_line(f"{where}: {error.strerror}", 400), 2)
+        elif (problem := unusable(error)) is not None:
+            code = _fail(one_line(problem, 400), 2)
         else:
             line = one_line(f"{type(error).__name__}: {error}", 300)
             code = _fail(f"internal error: {line} (--debug shows where)", 3)
@@ -95,5 +93,7 @@ def _reader_is_gone() -> bool:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"caliport: {message}", file=sys.stderr)
+    if sys.stderr is not None:
+        with suppress(OSError):  # a terminal that was closed, a log on a full disk
+            print(f"caliport: {message}", file=sys.stderr, flush=True)
     return code

@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.text import Text
 
 from caliport.core.errors import InputError, printable
+from caliport.core.places import check_place, replacing
 from caliport.core.progress import console
 from caliport.core.untrusted import check_regular, parse_json, shown
 
@@ -110,6 +111,8 @@ def _listed(unread: Mapping[str, int], examples: int) -> str:
 def write_jsonl(path: str | Path, examples: Iterable[Example]) -> None:
     """Write examples to a UTF-8 JSON Lines file that `read_jsonl` reads back unchanged.
 
+    The file appears whole or not at all.
+
     Raises:
         InputError: The file cannot be written, or a text contains a lone surrogate.
     """
@@ -119,7 +122,10 @@ def write_jsonl(path: str | Path, examples: Iterable[Example]) -> None:
     ]
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     try:
-        Path(path).write_bytes(text.encode("utf-8"))
+        content = text.encode("utf-8")
+        check_place(Path(path), "a file")
+        with replacing(Path(path)) as beside:
+            beside.write_bytes(content)
     except UnicodeEncodeError:
         raise InputError(f"{path}: a text has a lone surrogate; write valid Unicode text") from None
     except OSError as error:

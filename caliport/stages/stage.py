@@ -14,10 +14,18 @@ from typing import Any
 
 from rich.text import Text
 
-from caliport.core.directories import input_hash, key, up_to_date
+from caliport.core.directories import (
+    MANIFEST,
+    check_files,
+    input_hash,
+    key,
+    read_manifest,
+    up_to_date,
+)
+from caliport.core.errors import InputError
 from caliport.core.model_files.base_files import check_base_files
 from caliport.core.outputs import check_output, new_directory
-from caliport.core.processes import is_main, wait_until
+from caliport.core.processes import alone, is_main, wait_until
 from caliport.core.progress import console
 
 Build = Callable[[Path, dict[str, Any], Path], None]
@@ -36,7 +44,7 @@ def stage(
     build: Build,
     together: bool = False,
 ) -> None:
-    """Make ``out`` with ``build``, unless it exists and was made from the same inputs.
+    """Make ``out`` with ``build``, unless it is there, whole and made from the same inputs.
 
     Args:
         out: The directory to write.
@@ -62,6 +70,7 @@ def stage(
     if up_to_date(out, stage_key):
         console.print(Text(f"{title}: up to date, skipped", "dim"))
         return
+    _say_damage(out, stage_key, title)
     resume = out.parent / f".{out.name}.resume-{stage_key[:16]}"
     if not is_main():
         if together:
@@ -71,14 +80,25 @@ def stage(
         _hash.cache_clear()
         return
     start = time.monotonic()
-    with new_directory(out, name, hashes, plain) as (partial, extra):
-        build(partial, extra, resume)
-        if name not in _UNTIMED:
-            extra["seconds"] = round(time.monotonic() - start, 3)
-    for left in out.parent.glob(f".{glob.escape(out.name)}.resume-*"):
-        rmtree(left) if left.is_dir() else left.unlink()
+    with alone(out):
+        with new_directory(out, name, hashes, plain) as (partial, extra):
+            build(partial, extra, resume)
+            if name not in _UNTIMED:
+                extra["seconds"] = round(time.monotonic() - start, 3)
+        for left in out.parent.glob(f".{glob.escape(out.name)}.resume-*"):
+            rmtree(left) if left.is_dir() else left.unlink()
     _hash.cache_clear()
     console.print(f"{title}: done")
+
+
+def _say_damage(out: Path, stage_key: str, title: str) -> None:
+    """Say why a directory that was made from the same inputs is made again."""
+    if (out / MANIFEST).is_file():
+        try:
+            if read_manifest(out).get("key") == stage_key:
+                check_files(out)
+        except InputError as error:
+            console.print(Text(f"{title}: is made again ({error})", "yellow"), soft_wrap=True)
 
 
 def hashes_of(inputs: Mapping[str, Path | str]) -> dict[str, str]:

@@ -25,6 +25,7 @@ from caliport.core.directories import (
 )
 from caliport.core.errors import InputError
 from caliport.core.places import replacing
+from caliport.core.processes import alone
 from caliport.export.artifact import Artifact
 from caliport.export.onnx.files import GENAI_CONFIG
 
@@ -58,8 +59,11 @@ def add_composition(bundle: Path, name: str, adapter: Path) -> Path:
             name that cannot be a file name, or an adapter that cannot be read or updates a layer
             that the bundle does not have in that shape. The bundle is then unchanged.
     """
-    from caliport.calibrate.peft_files import read_peft
+    with alone(bundle):
+        return _added(bundle, name, adapter)
 
+
+def _added(bundle: Path, name: str, adapter: Path) -> Path:
     check_name(name)
     artifact = Artifact.read(bundle)
     if artifact.runtime != "onnx":
@@ -74,6 +78,8 @@ def add_composition(bundle: Path, name: str, adapter: Path) -> Path:
         raise InputError(
             f"{bundle / MANIFEST}: bundle lacks `modules` or `compositions`; export it again"
         )
+    from caliport.calibrate.peft_files import read_peft
+
     update = read_peft(adapter)
     shapes = {module: tuple(shape) for module, shape in manifest["bundle"]["modules"].items()}
     _check_shapes(update, shapes, adapter, bundle)

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import io
 import itertools
+import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+from caliport.core.patching import exclusive, swapped_here
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -48,10 +53,12 @@ def svg(
     """Draw one figure and return it as an ``<svg>`` element, or nothing where there is no data."""
     if empty:
         return ""
-    import matplotlib
+    with without_settings():
+        import matplotlib
     from matplotlib.figure import Figure
 
     style: Any = {
+        **_defaults(matplotlib.rcParamsDefault),
         "svg.fonttype": "none",
         "svg.hashsalt": "caliport",
         "text.parse_math": False,
@@ -76,6 +83,30 @@ def svg(
         out = io.StringIO()
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
     return _adapt(out.getvalue())
+
+
+@contextmanager
+def without_settings() -> Iterator[None]:
+    """Import matplotlib in the body: no file ``matplotlibrc`` but its own is read.
+
+    It would read that of the current directory, which may be a stranger's, and fail where it is not
+    text or wait where it is a pipe.
+    """
+    exists = os.path.exists
+
+    def is_there(path: Any) -> bool:
+        others = Path(str(path)).name == "matplotlibrc" and "mpl-data" not in str(path)
+        return not others and exists(path)
+
+    with exclusive(), swapped_here(os.path, "exists", is_there):
+        yield
+
+
+def _defaults(settings: Any) -> dict[str, Any]:
+    """The settings that decide how something is drawn, as matplotlib has them at first."""
+    from matplotlib.style.core import STYLE_BLACKLIST
+
+    return {name: value for name, value in settings.items() if name not in STYLE_BLACKLIST}
 
 
 def _adapt(text: str) -> str:
