@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sentencepiece import SentencePieceTrainer
 
 from caliport.core.checkpoints import eos_ids, load_base, load_tokenizer
 from caliport.core.errors import InputError
 from caliport.core.model_files.tokenizers import end_trouble, no_panic, open_tokenizer
+from caliport.export.api import export
 from caliport.export.package.tokenizer import read_tokenizer
 from caliport.stages.sources import Source
 from tests.commands import ENVIRONMENT
@@ -137,6 +139,31 @@ def test_a_tokenizer_in_a_hub_cache_is_read(base: Path, tmp_path: Path) -> None:
         shutil.copy(file, blobs / str(number))
         (home / file.name).symlink_to(f"../../blobs/{number}")
     assert open_tokenizer(home).get_vocab() == open_tokenizer(base).get_vocab()
+
+
+def test_a_base_with_a_sentencepiece_model_alone(base: Path, tmp_path: Path) -> None:
+    """Its artifact has a ``tokenizer.json`` that gives the same tokens."""
+    for file in (*base.glob("tokenizer*"), base / "chat_template.jinja"):
+        file.unlink(missing_ok=True)
+    text = tmp_path / "text"
+    text.write_text("\n".join(f"the park and number {i} in summer {7 * i}" for i in range(300)))
+    SentencePieceTrainer.train(
+        input=str(text),
+        model_prefix=str(tmp_path / "pieces"),
+        vocab_size=340,
+        byte_fallback=True,
+        model_type="bpe",
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    shutil.copy(tmp_path / "pieces.model", base / "tokenizer.model")
+    words = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (base / CONFIG).write_text(json.dumps({"tokenizer_class": "LlamaTokenizer", **words}))
+    out = export(base, tmp_path / "out", runtime="onnx", context=96).directory
+    sentence = "In summer the park, Ünï 😀 42"
+    tokens = load_tokenizer(base).encode(sentence)
+    assert read_tokenizer(out).encode(sentence) == tokens
+    assert len(tokens) > 5
 
 
 def test_a_panic_is_one_line() -> None:
