@@ -15,9 +15,8 @@ from caliport.android_harness.parity import HostReference, rounding_of, used
 from caliport.android_harness.run import Ran
 from caliport.android_harness.runners.executorch import llama_main_flags, parse_llama_main
 from caliport.android_harness.runners.job import Result, Turn
-from caliport.core.directories import file_hash
 from caliport.core.errors import InputError
-from caliport.core.files import TOKENIZER
+from caliport.core.files import TOKENIZER, file_hash
 from caliport.core.model_files.tokenizers import open_file
 from caliport.export import runtime as runtimes
 from caliport.export.artifact import Artifact

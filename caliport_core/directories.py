@@ -9,21 +9,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from caliport.core.errors import InputError
-from caliport.core.files import ADAPTER_WEIGHTS, MLX_WEIGHTS
+from caliport.core.files import ADAPTER_WEIGHTS, MLX_WEIGHTS, file_hash
 from caliport.core.model_files.tensor_files import read_header
 from caliport.core.untrusted import check_regular, read_object, shown
 
 MANIFEST = "manifest.json"
 _MANIFEST_BYTES = 64 * 2**20  # one of a training has a loss for each step
-_SETTLED = 100_000_000  # nanoseconds; longer than one tick of a file system's clock
-_HASHES: dict[tuple[int, ...], str] = {}
 _MADE: set[str] = set()
 _PACKAGES = (
     "caliport",
@@ -47,23 +44,6 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file's bytes, hexadecimal, read in chunks.
-
-    Hashes are cached per process by inode, size and times, so a file that was only renamed with
-    its directory is not read again.
-    """
-    found = path.stat()
-    state = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
-    if state in _HASHES:
-        return _HASHES[state]
-    with path.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    if time.time_ns() - found.st_ctime_ns > _SETTLED:  # else it may change within the same tick
-        _HASHES[state] = digest
-    return digest
 
 
 def content_hash(path: Path) -> str:

@@ -24,8 +24,8 @@ from pydantic import ValidationError
 
 from caliport.android_harness.device.adb import Completed, Device
 from caliport.android_harness.device.facts import ROOT, parse_space
-from caliport.core.directories import file_hash
 from caliport.core.errors import InputError
+from caliport.core.files import file_hash
 from caliport.validation.records.record import RECORD_BYTES, Record
 
 HOME = f"{ROOT}/caliport"

@@ -93,7 +93,7 @@ def snapshot(path: str | Path) -> Path | None:
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils import tqdm
 
-    class Silent(tqdm):  # type: ignore[misc]
+    class Silent(tqdm):
         def __init__(self, *args: Any, **settings: Any) -> None:
             super().__init__(*args, **{**settings, "disable": True})
 

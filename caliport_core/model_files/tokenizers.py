@@ -15,9 +15,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from caliport.core.directories import file_hash
 from caliport.core.errors import InputError, one_line
-from caliport.core.files import CONFIG, GENERATION_CONFIG
+from caliport.core.files import CONFIG, GENERATION_CONFIG, file_hash
 from caliport.core.model_files.base_files import snapshot
 from caliport.core.untrusted import (
     SETTINGS_BYTES,

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from caliport.core.directories import check_files, file_hash, read_manifest
+from caliport.core.directories import check_files, read_manifest
 from caliport.core.errors import InputError
+from caliport.core.files import file_hash
 from caliport.export.artifact import Artifact
 from caliport.validation.runners import executorch as executorch_runner
 from caliport.validation.runners import onnx as onnx_runner

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from caliport.core.directories import MANIFEST, content_hash, file_hash, read_manifest
+from caliport.core.directories import MANIFEST, content_hash, read_manifest
+from caliport.core.files import file_hash
 from caliport.export.decoder.stored import Weights
 from caliport.export.executorch.steps import Lowered
 from caliport.validation.runners.runner import Runner

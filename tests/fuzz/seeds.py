@@ -6,7 +6,8 @@ import json
 import shutil
 from pathlib import Path
 
-from caliport.core.directories import MANIFEST, file_hash, files_in
+from caliport.core.directories import MANIFEST, files_in
+from caliport.core.files import file_hash
 
 BASE = ("--base", "base")
 BOTH = (*BASE, "--adapter", "first", "--adapter", "second")

@@ -16,8 +16,8 @@ import torch
 from caliport.api import load
 from caliport.calibrate.training.small_base import BaseShape, build_model, build_tokenizer
 from caliport.cli.main import app, guarded
-from caliport.core.directories import file_hash
 from caliport.core.errors import InputError
+from caliport.core.files import file_hash
 from caliport.export.artifact import Artifact
 from caliport.validation.runners.executorch import ExecuTorchRunner
 from caliport.validation.runners.genai import GenaiRunner

@@ -17,8 +17,8 @@ import pytest
 from commands import ENVIRONMENT, caliport
 
 from caliport.core.checkpoints import load_base
-from caliport.core.directories import file_hash
 from caliport.core.errors import InputError
+from caliport.core.files import file_hash
 from caliport.export.artifact import Artifact
 from caliport.validation.latency.child import Child
 from caliport.validation.latency.measure import LOADS, measure

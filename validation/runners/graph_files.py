@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from caliport.core.directories import file_hash
 from caliport.core.errors import InputError, one_line
+from caliport.core.files import file_hash
 from caliport.core.untrusted import check_regular, shown
 
 if TYPE_CHECKING:

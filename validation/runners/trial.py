@@ -11,9 +11,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from caliport.core.directories import file_hash, made_here
+from caliport.core.directories import made_here
 from caliport.core.errors import InputError
-from caliport.core.files import TOKENIZER
+from caliport.core.files import TOKENIZER, file_hash
 
 _SECONDS = 300  # that loading, and a step of each method, may take
 _BYTES_A_SECOND = 1 << 23  # and more for large programs
