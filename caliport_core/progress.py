@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from threading import Event, Thread
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
@@ -57,15 +59,17 @@ Advance = Callable[[int, str], None]
 """Called with the number of units done so far and a short note, such as the loss."""
 
 
+_EVERY = 10.0  # seconds between two lines of a log
 _Show = Callable[[str, int, int | None], None]
 _shown: ContextVar[_Show | None] = ContextVar("shown", default=None)
 
 
 @contextmanager
 def progress(title: str, total: int | None) -> Iterator[Advance]:
-    """Show a bar (a spinner when ``total`` is None) while the body runs, on a terminal only.
+    """Show a bar (a spinner when ``total`` is None) while the body runs.
 
-    Yields a function that takes the number of units done so far and a short note.
+    Elsewhere than on a terminal, a line is printed every ten seconds. Yields a function that takes
+    the number of units done so far and a short note; without ``total``, ``at`` gives the note.
     """
     columns = (
         SpinnerColumn(),
@@ -80,11 +84,23 @@ def progress(title: str, total: int | None) -> Iterator[Advance]:
         *columns, console=console, transient=True, disable=console.quiet or not console.is_terminal
     ) as bars:
         task = bars.add_task(title, total=total, note="")
+        line = _Line(title, total)
 
         def advance(done: int, note: str = "") -> None:
             bars.update(task, completed=done, note=note)
+            line.set(note, done)
 
-        yield advance
+        def show(stage: str, done: int, parts: int | None) -> None:
+            bars.update(task, note=stage if parts is None else f"{stage} {done}/{parts}")
+            line.set(stage, done, parts)
+
+        token = _shown.set(show) if total is None else None
+        try:
+            with line.logged():
+                yield advance
+        finally:
+            if token is not None:
+                _shown.reset(token)
 
 
 @contextmanager
@@ -105,10 +121,13 @@ def working(title: str) -> Iterator[None]:
         def show(stage: str, done: int, total: int | None) -> None:
             count = "" if total is None else f"{done}/{total}"
             bars.update(task, stage=stage, count=count, refresh=True)
+            line.set(stage, done, total)
 
+        line = _Line(title)
         token = _shown.set(show)
         try:
-            yield
+            with line.logged():
+                yield
         finally:
             _shown.reset(token)
 
@@ -123,6 +142,44 @@ def at(stage: str, done: int = 0, total: int | None = None) -> None:
     show = _shown.get()
     if show is not None:
         show(stage, done, total)
+
+
+class _Line:
+    """What a log is told while something long runs: what is done, and what is left."""
+
+    def __init__(self, title: str, total: int | None = None) -> None:
+        self._title, self._note, self._done, self._total = title, "", 0, total
+        self._start = time.monotonic()
+
+    def set(self, note: str, done: int, total: int | None = None) -> None:
+        """Note what has begun, and how many of its parts are done."""
+        self._note, self._done = note, done
+        self._total = self._total if total is None else total
+
+    @contextmanager
+    def logged(self) -> Iterator[None]:
+        """Print a line every ten seconds while the body runs, elsewhere than on a terminal."""
+        if console.quiet or console.is_terminal:
+            yield
+            return
+        over = Event()
+
+        def tell() -> None:
+            while not over.wait(_EVERY):
+                console.print(str(self), soft_wrap=True)
+
+        thread = Thread(target=tell, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+
+    def __str__(self) -> str:
+        done = "" if self._total is None else f", {self._done} of {self._total}"
+        note = f": {self._note}" if self._note else ""
+        return f"{self._title}{note}{done}, {time.monotonic() - self._start:.0f} s"
 
 
 class MemoryColumn(ProgressColumn):

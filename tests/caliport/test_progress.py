@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import time
 
 import pytest
 from rich.console import Console
@@ -34,6 +35,22 @@ def test_stage_layer_and_memory_show_on_a_terminal(monkeypatch: pytest.MonkeyPat
 
 def test_logs_stay_readable(monkeypatch: pytest.MonkeyPatch) -> None:
     assert shown(monkeypatch, terminal=False).split() == ["line", "line"]
+
+
+@pytest.mark.parametrize("total", [None, 16])
+def test_a_log_is_told_what_is_done_and_what_is_left(
+    total: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = io.StringIO()
+    monkeypatch.setattr(progress, "console", Console(file=stream, width=120))
+    monkeypatch.setattr(progress, "_EVERY", 0.01)
+    with progress.progress("validating", total) as advance:
+        if total is None:
+            at("reading prompts", 3, 16)
+        else:
+            advance(3, "reading prompts")
+        time.sleep(0.2)
+    assert "validating: reading prompts, 3 of 16, 0 s" in stream.getvalue()
 
 
 def test_stages_may_be_named_where_nothing_shows_them() -> None:

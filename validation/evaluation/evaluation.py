@@ -11,6 +11,7 @@ import numpy as np
 
 from caliport.core.checkpoints import encode_prompt, eos_ids, render_prompt
 from caliport.core.errors import InputError
+from caliport.core.progress import at
 from caliport.validation.evaluation import bootstrap, probes, quality
 from caliport.validation.evaluation.measures import trace
 from caliport.validation.evaluation.prompts import SEED, TEXTS, builtin_prompts
@@ -161,7 +162,9 @@ def eager_answers(
     """
     runner = EagerRunner(model, name)
     logits = []
-    for prompt, target in zip(evaluation.prompts, evaluation.targets, strict=True):
+    pairs = list(zip(evaluation.prompts, evaluation.targets, strict=True))
+    for number, (prompt, target) in enumerate(pairs):
+        at(f"reading prompts, {name}", number, len(pairs))
         rows = runner.logits([*prompt, *target[:-1]])[len(prompt) - 1 :]
         if not np.isfinite(rows).all():
             raise InputError(
@@ -170,6 +173,7 @@ def eager_answers(
         logits.append(rows)
     generated = None
     if write:
+        at(f"writing, {name}")
         generated = quality.generate(
             model,
             evaluation.tokenizer,
@@ -216,7 +220,9 @@ def runner_answers(runner: Runner, evaluation: Evaluation) -> Answers:
         InputError: A prompt and its targets do not fit the runner's context.
     """
     logits, generated = [], []
-    for prompt, target in zip(evaluation.prompts, evaluation.targets, strict=True):
+    pairs = list(zip(evaluation.prompts, evaluation.targets, strict=True))
+    for number, (prompt, target) in enumerate(pairs):
+        at(f"asking {runner.name}", number, len(pairs))
         if len(prompt) + len(target) - 1 > runner.context:
             raise InputError(
                 f"{runner.name}: a prompt of {len(prompt)} and {len(target)} further tokens exceed "

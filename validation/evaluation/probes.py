@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from caliport.core.progress import at
 from caliport.validation.evaluation.measures import finite
 from caliport.validation.runners.runner import Runner
 
@@ -72,6 +73,7 @@ def make_probes(vocab_size: int, context: int) -> Probes:
 def eager_echo(model: PreTrainedModel, probes: Probes, full: bool = True) -> Echo:
     """What an eager model says, from whole passes without a cache; ``full`` may be left out."""
     kept = [end - 1 for end in probes.ends]
+    at("reading a whole context")
     rows = _logits(model, [probes.full], kept)[0] if full else np.zeros((0, 0), np.float32)
     return Echo(_logits(model, probes.sweep, [len(probes.sweep[0]) - 1])[:, 0], rows)
 
@@ -95,6 +97,7 @@ def again(runner: Runner, probes: Probes) -> np.ndarray:
     A cache that is truly forgotten leaves both the same.
     """
     few = probes.sweep[:_AGAIN]
+    at("reading a whole context again")
     fresh = [runner.prefill(tokens) for tokens in few]
     later = []
     for tokens in few:

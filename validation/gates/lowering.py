@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from caliport.core.progress import at
 from caliport.validation.evaluation.evaluation import Answers, Evaluation
 from caliport.validation.evaluation.measures import compare, distances, one_by_one, trace
 from caliport.validation.evaluation.probes import again, runner_echo
@@ -48,6 +49,7 @@ def check_lowering(
     parts = {"prefill": _part(quantized, answers, targets, slice(0, 1))}
     if any(len(target) > 1 for target in targets):
         parts["decode"] = _part(quantized, answers, targets, slice(1, None))
+    at("asking token by token")
     parts["one by one"] = one_by_one_apart(runner, answers, evaluation)
     overall = compare(quantized.logits, answers.logits, targets)
     found = _found(expected, Said(answers, runner_echo(runner, expected.probes)))
