@@ -18,14 +18,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from caliport import export as export
-    from caliport.api import compose, generate, load
+    from caliport.api import calibration_text, compose, generate, load
     from caliport.validation.api import validate
 
     __version__: str
 
-__all__ = ["__version__", "compose", "export", "generate", "load", "validate"]
+__all__ = ["__version__", "calibration_text", "compose", "export", "generate", "load", "validate"]
 
 _HOMES = {
+    "calibration_text": "caliport.api",
     "compose": "caliport.api",
     "generate": "caliport.api",
     "load": "caliport.api",

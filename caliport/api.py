@@ -1,4 +1,4 @@
-"""``caliport.compose``, ``caliport.load`` and ``caliport.generate``: the stages from Python.
+"""``caliport.compose``, ``load``, ``generate`` and ``calibration_text``: the stages from Python.
 
 ``caliport.export`` is in ``caliport.export.api``, ``caliport.validate`` in
 ``caliport.validation.api``.
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from caliport.export.artifact import Artifact
 
 if TYPE_CHECKING:
+    from caliport.export.quantization.text import CalibrationText
     from caliport.stages.sources import Source
     from caliport.validation.runners.runner import Runner
 
@@ -93,6 +94,31 @@ def compose(
     with forced(force):
         calibrate_one(str(base), inputs, method, settings, weights, Path(out), dora)
     return Path(out)
+
+
+def calibration_text(
+    files: str | Path | Mapping[str, str | Path],
+    *,
+    prompt: str | None = None,
+    tokens: int | None = None,
+) -> CalibrationText:
+    """Text that ``caliport.export`` calibrates int4 on.
+
+    Args:
+        files: JSON Lines with ``input`` and ``output`` (``.jsonl``), or plain text; for a bundle
+            one file for each composition, by name.
+        prompt: Put around each input, with ``{input}``; default the input alone.
+        tokens: Most tokens to run; default 8192.
+
+    Raises:
+        InputError: A prompt without ``{input}``, or too few tokens.
+    """
+    from caliport.export.quantization.text import TOKENS, CalibrationText
+    from caliport.stages.sources import text_from
+
+    named = files if isinstance(files, Mapping) else {"": files}
+    sources = {name: text_from(Path(path), prompt) for name, path in named.items()}
+    return CalibrationText(sources, TOKENS if tokens is None else tokens)
 
 
 def load(
