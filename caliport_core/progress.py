@@ -88,7 +88,7 @@ def progress(title: str, total: int | None) -> Iterator[Advance]:
 
         def advance(done: int, note: str = "") -> None:
             bars.update(task, completed=done, note=note)
-            line.set(note, done)
+            line.set(note, done, total)
 
         def show(stage: str, done: int, parts: int | None) -> None:
             bars.update(task, note=stage if parts is None else f"{stage} {done}/{parts}")
@@ -151,10 +151,9 @@ class _Line:
         self._title, self._note, self._done, self._total = title, "", 0, total
         self._start = time.monotonic()
 
-    def set(self, note: str, done: int, total: int | None = None) -> None:
+    def set(self, note: str, done: int, total: int | None) -> None:
         """Note what has begun, and how many of its parts are done."""
-        self._note, self._done = note, done
-        self._total = self._total if total is None else total
+        self._note, self._done, self._total = note, done, total
 
     @contextmanager
     def logged(self) -> Iterator[None]:

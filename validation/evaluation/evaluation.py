@@ -165,7 +165,7 @@ def eager_answers(
     pairs = list(zip(evaluation.prompts, evaluation.targets, strict=True))
     for number, (prompt, target) in enumerate(pairs):
         at(f"reading prompts, {name}", number, len(pairs))
-        rows = runner.logits([*prompt, *target[:-1]])[len(prompt) - 1 :]
+        rows = runner.logits([*prompt, *target[:-1]], last=max(1, len(target)))
         if not np.isfinite(rows).all():
             raise InputError(
                 f"{name}: logits are NaN or infinite before any export; check the weights"

@@ -38,15 +38,15 @@ class EagerRunner:
         """Clear the cache."""
         self._cache = None
 
-    def logits(self, tokens: Sequence[int]) -> np.ndarray:
-        """Logits after every token in one pass without a cache, float32 [len(tokens), vocab].
+    def logits(self, tokens: Sequence[int], last: int = 0) -> np.ndarray:
+        """Logits in one pass without a cache, float32 [last, vocab]; 0 is after every token.
 
         No cache is involved, so a reference made this way cannot share a cache's faults.
         """
         import torch
 
         with torch.no_grad():
-            out = self.model(torch.tensor([list(tokens)]), use_cache=False)
+            out = self.model(torch.tensor([list(tokens)]), use_cache=False, logits_to_keep=last)
         return np.asarray(out.logits[0].float().numpy())
 
     def _forward(self, tokens: Sequence[int]) -> np.ndarray:
