@@ -193,8 +193,8 @@ def last(text: str) -> str:
 
 
 def _below(name: str, writes: Sequence[str]) -> bool:
-    inside = name.split("/", 1)[1] if name.startswith("work/") else None
-    return inside is not None and any(inside == w or inside.startswith(f"{w}/") for w in writes)
+    inside = os.path.relpath(name, "work")
+    return any(inside == w or inside.startswith(f"{w}/") for w in writes)
 
 
 def wrong_result(root: Path, before: Mapping[str, Any], after: Mapping[str, Any]) -> str | None:

@@ -82,8 +82,8 @@ def trial(name: str, seeds: Path, kept: Path | None = None) -> Trial:
         bad = verdict(asked, ended, before, after)
         if bad is None and ended.code == 0:
             bad = wrong_result(work.parent, before, after)
-        left = [name for name in os.listdir(Path(spare, "tmp")) if name != ".ses"]
-        if bad is None and left:  # but for ONNX Runtime's own
+        left = [n for n in os.listdir(Path(spare, "tmp")) if n != ".ses" and n[:4] != "adb."]
+        if bad is None and left:  # but for ONNX Runtime's and adb's own
             bad = f"left {', '.join(left)[:100]} among temporary files"
         return Trial(asked, ended, bad)
 
