@@ -173,7 +173,8 @@ def fit(
 
     Raises:
         InputError: The loss or the gradient is not finite; the message names the step and its
-            examples. ``trained`` and ``run.resume`` then hold the state before that step.
+            examples. ``trained`` and, but for the first, ``run.resume`` then hold the state
+            before that step.
         KeyboardInterrupt: SIGINT or SIGTERM came; the checkpoint has been written.
     """
     settings, title, resume = run.settings, run.title, run.resume
@@ -205,9 +206,10 @@ def fit(
                     value, save, stopping = summed(accelerator, parameters, values)
                     norm = nn.utils.clip_grad_norm_(parameters, 1.0).item()
                     if not (math.isfinite(value) and math.isfinite(norm)):
-                        if resume is not None:
-                            state.save(resume, accelerator, before)
-                        raise InputError(_not_finite(run, value, norm, step, batch))
+                        kept = resume if step else None  # nothing is lost at the start
+                        if kept is not None:
+                            state.save(kept, accelerator, before)
+                        raise InputError(_not_finite(run.title, value, norm, step, batch, kept))
                     state.advance(value)
                     advance(step + 1, f"loss {value:.3f}")
                     if resume is not None and (save or stopping):
@@ -248,11 +250,13 @@ def _backward(
     return total
 
 
-def _not_finite(run: TrainRun, loss: float, norm: float, step: int, batch: Sequence[int]) -> str:
+def _not_finite(
+    title: str, loss: float, norm: float, step: int, batch: Sequence[int], state: Path | None
+) -> str:
     shown = ", ".join(map(str, batch[:_SHOWN_EXAMPLES])) + ", …" * (len(batch) > _SHOWN_EXAMPLES)
-    kept = f"; the last good state is in {run.resume}" if run.resume is not None else ""
+    kept = "" if state is None else f"; the last good state is in {state}"
     return (
-        f"{run.title}: loss is {loss}, gradient norm {norm} at step {step} (examples {shown}; "
+        f"{title}: loss is {loss}, gradient norm {norm} at step {step} (examples {shown}; "
         f"{len(batch)} in all, counted from 0){kept}; lower the learning rate or look at these "
         "examples"
     )

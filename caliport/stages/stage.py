@@ -23,7 +23,8 @@ from caliport.core.directories import (
     up_to_date,
 )
 from caliport.core.errors import InputError
-from caliport.core.model_files.base_files import check_base_files
+from caliport.core.model_files.base_files import check_base_files, local
+from caliport.core.model_files.tokenizers import check_tokenizer_files
 from caliport.core.outputs import check_output, new_directory
 from caliport.core.processes import alone, is_main, wait_until
 from caliport.core.progress import console
@@ -102,7 +103,13 @@ def _say_damage(out: Path, stage_key: str, title: str) -> None:
 
 
 def hashes_of(inputs: Mapping[str, Path | str]) -> dict[str, str]:
-    """Content hash of each input, by its label; cached by path until a stage has run."""
+    """Content hash of each input, by its label; cached by path until a stage has run.
+
+    Raises:
+        InputError: A file of the base's tokenizer that is too large to be one, before all is read.
+    """
+    if (base := local(inputs["base"]) if "base" in inputs else None) is not None:
+        check_tokenizer_files(base)
     return {label: _hash(str(path)) for label, path in inputs.items()}
 
 

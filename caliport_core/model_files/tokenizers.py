@@ -22,6 +22,7 @@ from caliport.core.untrusted import (
     SETTINGS_BYTES,
     TOKENIZER_BYTES,
     check_regular,
+    number,
     read_object,
     read_text,
     shown,
@@ -112,6 +113,8 @@ def check_tokenizer_files(directory: Path) -> None:
         if path.exists() or path.is_symlink():
             found = read_object(path, 4 * SETTINGS_BYTES, directory)
             files = found.get("fast_tokenizer_files", []) if name == _CONFIG else []
+            if name == _CONFIG and (most := found.get("model_max_length")) is not None:
+                number(most, f"{path}: model_max_length", 1, 1e31)  # transformers writes 1e30
             if files and not (
                 isinstance(files, list) and all(isinstance(f, str) and "/" not in f for f in files)
             ):
