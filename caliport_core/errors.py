@@ -11,6 +11,7 @@ UNUSABLE = frozenset(
     }
 )
 """Numbers of errors of the system that a user can mend: no room, no permission, a bad disk."""
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 _SPACES = "\t\n\v\f\r\x1c\x1d\x1e\x1f\x85\xa0\u2028\u2029\u3000"
 _LONGEST = 2000  # characters of a message; room for two long paths
 
@@ -28,14 +29,22 @@ class InputError(Exception):
 
 def unusable(error: BaseException) -> str | None:
     """The message for an error of the system that a user can mend; None of any other error."""
-    if not isinstance(error, OSError):
-        return None
     if isinstance(error, FileNotFoundError) and error.filename is None and error.strerror:
         return f"{error.strerror}; set TMPDIR to a writable directory"  # tempfile's, with no place
-    if error.errno not in UNUSABLE:
+    number, place = system_error(error), getattr(error, "filename", None) or "output"
+    if number is None:
         return None
-    place = "output" if error.filename is None else error.filename
-    return f"{place}: {os.strerror(error.errno)}"
+    return f"{place}: {os.strerror(number)}"
+
+
+def system_error(error: BaseException) -> int | None:
+    """The number of an error of the system that a user can mend; None of any other error.
+
+    Libraries wrap a full or bad disk in errors of their own, or lose its number.
+    """
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno if error.errno in UNUSABLE else None
+    return next((number for number in _DISK if os.strerror(number) in str(error)), None)
 
 
 def one_line(error: object, most: int = 200) -> str:

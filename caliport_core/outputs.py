@@ -29,14 +29,13 @@ from caliport.core.directories import (
     versions,
     vouch,
 )
-from caliport.core.errors import UNUSABLE, InputError, unusable
+from caliport.core.errors import InputError, system_error, unusable
 from caliport.core.places import FORCED, check_place, check_writable
 from caliport.core.processes import alone, is_main
 from caliport.core.progress import console
 
 _RUN: ContextVar[Path | None] = ContextVar("run", default=None)
 _LOW_SPACE = 1 << 20
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 _OURS = {"stage", "key", "files"}  # fields of every caliport manifest
 
 
@@ -213,15 +212,9 @@ def _partial(
 
 
 def _problem(error: Exception, out: Path, partial: Path) -> str | None:
-    """The message for an error of the system; None of another one.
-
-    Libraries wrap the system's errors in their own, or lose the number, as numpy does.
-    """
-    known = error.errno if isinstance(error, OSError) else None
-    name = getattr(error, "filename", None)
-    if known not in UNUSABLE:
-        known = next((number for number in _DISK if os.strerror(number) in str(error)), None)
-    elif isinstance(name, str) and not _is_of(Path(name), out, partial):
+    """The message for an error of the system; None of another one, where the disk has room."""
+    known, name = system_error(error), getattr(error, "filename", None)
+    if known is not None and isinstance(name, str) and not _is_of(Path(name), out, partial):
         return unusable(error)
     place = next((p for p in (out, *out.parents) if p.exists()), Path("."))
     if known is None and shutil.disk_usage(place).free < _LOW_SPACE:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import resource
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -157,6 +158,15 @@ def prompts() -> list[list[int]]:
     """Three token sequences of different lengths within the tiny base's vocabulary."""
     draw = random.Random(0)
     return [[draw.randrange(5, 300) for _ in range(n)] for n in (5, 17, 33)]
+
+
+@pytest.fixture
+def full_disk() -> Iterator[None]:
+    """No file may grow beyond 10,000 bytes, as where a disk has no more room."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.fixture

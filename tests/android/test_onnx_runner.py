@@ -229,6 +229,20 @@ def test_bad_files_are_one_line(
     assert re.fullmatch(r"caliport-onnx: job.json: not JSON .*\n", done.stderr)
 
 
+@pytest.mark.parametrize("name", ["job.json", "art/genai_config.json", "art/model.onnx.data"])
+def test_a_named_pipe_is_not_waited_for(
+    name: str, runner: JobRunner, artifact_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    shutil.copytree(artifact_of("int4"), tmp_path / "art")
+    (tmp_path / "job.json").write_text(json.dumps({**GOOD, "directory": "art"}))
+    (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / name)
+    command = runner.started(str(runner.directory), "job.json", "result.json")
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert re.fullmatch(rf"caliport-onnx: {name}: not a regular file.*\n", done.stderr)
+
+
 def test_a_runner_that_was_changed_is_refused(runner: JobRunner, tmp_path: Path) -> None:
     assert runner.directory is not None
     shutil.copytree(runner.directory, tmp_path, dirs_exist_ok=True)

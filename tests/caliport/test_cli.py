@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from commands import ENVIRONMENT, ROOT, caliport
+from commands import ENVIRONMENT, IN_NAMESPACE, ROOT, caliport, can_mount
 
 from caliport.core.errors import InputError
 from tests.forking import forked
@@ -103,17 +103,9 @@ def test_tokenizer_of_a_larger_vocabulary(base_dir: Path, tmp_path: Path) -> Non
 
 
 MOUNT = "mkdir -p out && mount -t tmpfs -o size={size}k none out && {more} exec {command}"
-IN_NAMESPACE = ["unshare", "--map-root-user", "--mount"]
 
 
-def _can_mount() -> bool:
-    if shutil.which("unshare") is None:
-        return False
-    probe = [*IN_NAMESPACE, "mount", "-t", "tmpfs", "none", "/mnt"]
-    return subprocess.run(probe, capture_output=True, check=False).returncode == 0
-
-
-@pytest.mark.skipif(not _can_mount(), reason="needs mount namespaces to make such a disk")
+@pytest.mark.skipif(not can_mount(), reason="needs mount namespaces to make such a disk")
 @pytest.mark.parametrize(
     ("size", "more", "says"),
     [

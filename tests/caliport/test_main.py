@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -51,3 +53,75 @@ def test_an_ascii_terminal_shows_what_it_can(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.isascii()
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.ENOSPC, "?", "/a/b"), "/a/b: No space left on device"),
+        (OSError(errno.EIO, "?"), "output: Input/output error"),
+        (NotADirectoryError(errno.ENOTDIR, "?", "/a\n/b"), "/a /b: Not a directory"),
+        (OSError(errno.EMFILE, "?", "x"), "x: Too many open files"),
+        (Exception("No space left on device (os error 28)"), "output: No space left on device"),
+        (FileNotFoundError(errno.ENOENT, "No usable temporary directory"), "; set TMPDIR to a "),
+        (FileNotFoundError(errno.ENOENT, "?", "/a"), "internal error: FileNotFoundError"),
+        (ValueError("ours"), "internal error: ValueError: ours"),
+    ],
+)
+def test_errors_of_the_system(
+    error: Exception, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails() -> None:
+        raise error
+
+    assert guarded(fails, "", False) == (3 if "internal" in said else 2)
+    printed = capsys.readouterr().err
+    assert said in printed
+    assert printed.startswith("caliport: ")
+    assert printed.count("\n") == 1
+
+
+@pytest.mark.parametrize("shell", ["2>/dev/full", "2>&-", ">/dev/full", ">&- 2>&-"])
+def test_output_that_cannot_be_written(shell: str, tmp_path: Path) -> None:
+    """The exit code is right also where nobody reads the line."""
+    runs.write_run(tmp_path / "run", *runs.run_of())
+    for command, code in (("report gone", 2), ("report run", 2 if shell == ">/dev/full" else 0)):
+        line = f"{sys.executable} -P -m caliport {command} {shell}"
+        done = subprocess.run(["bash", "-c", line], cwd=tmp_path, env=ENVIRONMENT, check=False)
+        assert done.returncode == code
+
+
+BARE = {"PATH": "/usr/bin:/bin", "PYTHONPATH": ENVIRONMENT["PYTHONPATH"], "TMPDIR": "/nowhere"}
+
+
+@pytest.mark.parametrize("settings", ["text", "bytes", "pipe", "device"])
+def test_a_report_in_a_strangers_directory_without_home_and_terminal(
+    settings: str, tmp_path: Path
+) -> None:
+    """matplotlib would read a file of the current directory, and fail or wait for ever."""
+    pages = []
+    for name in ("plain", settings):
+        here = tmp_path / name
+        runs.write_run(here / "run", *runs.run_of())
+        theirs = here / "matplotlibrc"
+        if name == "text":
+            theirs.write_text("lines.linewidth: 30\nsvg.fonttype: path\nfont.size: nonsense\n")
+        elif name == "bytes":
+            theirs.write_bytes(b"\xff\xfe\0")
+        elif name == "pipe":
+            os.mkfifo(theirs)
+        elif name == "device":
+            theirs.symlink_to("/dev/zero")
+        done = subprocess.run(
+            [sys.executable, "-m", "caliport", "report", "run"],
+            cwd=here,
+            env={**BARE, "LANG": "C", "TERM": "dumb"},
+            stdin=subprocess.DEVNULL,
+            text=True,
+            capture_output=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stderr
+        pages.append((here / "run" / "reports" / "report.html").read_bytes())
+        assert sorted(path.name for path in here.iterdir() if path != theirs) == ["run"]
+    assert pages[0] == pages[1]

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models
 
 from caliport.core.errors import InputError
 from caliport.core.outputs import check_output, forced, new_directory
@@ -112,3 +118,48 @@ def test_a_manifest_of_somebody_else_makes_nothing_ours(tmp_path: Path) -> None:
         with pytest.raises(InputError, match="was not made by caliport"):
             make(tmp_path / "theirs")
         assert (tmp_path / "theirs" / "manifest.json").read_text() == text
+
+
+def _safetensors(place: Path) -> None:
+    save_file({"a": torch.zeros(10_000)}, place / "weights.safetensors")
+
+
+def _torch(place: Path) -> None:
+    torch.save({"a": torch.zeros(10_000)}, place / "weights.pt")
+
+
+def _onnx(place: Path) -> None:
+    import onnx_ir
+
+    weights = onnx_ir.Value(name="w", const_value=onnx_ir.tensor(np.zeros(10_000, np.float32)))
+    graph = onnx_ir.Graph([], [], nodes=[], initializers=[weights], opset_imports={"": 21})
+    onnx_ir.save(onnx_ir.Model(graph, ir_version=10), place / "model.onnx")
+
+
+def _tokenizer(place: Path) -> None:
+    tokenizer = Tokenizer(models.WordLevel({f"word{i}": i for i in range(5000)}, "word0"))
+    tokenizer.save(str(place / "tokenizer.json"))
+
+
+def _plain(place: Path) -> None:
+    (place / "file").write_bytes(bytes(40_000))
+
+
+@pytest.mark.parametrize("write", [_safetensors, _torch, _onnx, _tokenizer, _plain])
+def test_a_full_disk_is_one_line_whichever_library_writes(
+    write: Callable[[Path], None], tmp_path: Path, full_disk: None
+) -> None:
+    with (
+        pytest.raises(InputError, match="out: cannot be written: File too large; name a writable"),
+        new_directory(tmp_path / "out", "export", {}, {}) as (partial, _),
+    ):
+        write(partial)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_problem_with_another_file_names_that(tmp_path: Path) -> None:
+    with (
+        pytest.raises(InputError, match=r"^/input: Permission denied$"),
+        new_directory(tmp_path / "out", "export", {}, {}),
+    ):
+        raise PermissionError(errno.EACCES, "Permission denied", "/input")

@@ -114,3 +114,12 @@ def test_lone_surrogate_is_refused_before_the_file_exists(tmp_path: Path) -> Non
     with pytest.raises(InputError, match="lone surrogate"):
         write_jsonl(path, [Example("\ud800", "")])
     assert not path.exists()
+
+
+def test_a_file_of_examples_is_whole_or_as_it_was(tmp_path: Path, full_disk: None) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("before")
+    with pytest.raises(InputError, match=r"rows.jsonl: cannot be written \(File too large\)"):
+        write_jsonl(path, [Example("x" * 20_000, "")])
+    assert path.read_text() == "before"
+    assert [found.name for found in tmp_path.iterdir()] == ["rows.jsonl"]
