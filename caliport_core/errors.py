@@ -40,11 +40,18 @@ def unusable(error: BaseException) -> str | None:
 def system_error(error: BaseException) -> int | None:
     """The number of an error of the system that a user can mend; None of any other error.
 
-    Libraries wrap a full or bad disk in errors of their own, or lose its number.
+    Libraries have errors of their own for a full or bad disk, with its text or raised while the
+    system's was handled.
     """
-    if isinstance(error, OSError) and error.errno is not None:
-        return error.errno if error.errno in UNUSABLE else None
-    return next((number for number in _DISK if os.strerror(number) in str(error)), None)
+    if isinstance(error, OSError) and error.errno in UNUSABLE:
+        return error.errno
+    first: BaseException | None = error
+    while first is not None:
+        for number in _DISK:
+            if getattr(first, "errno", None) == number or os.strerror(number) in str(first):
+                return number
+        first = first.__cause__ or first.__context__
+    return None
 
 
 def one_line(error: object, most: int = 200) -> str:

@@ -83,8 +83,8 @@ class State:
             "recent": self.recent,
         }
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as beside:
-            torch.save(state, beside)
+        with replacing(path) as beside, beside.open("wb") as stream:  # whose errors say why
+            torch.save(state, stream)
 
     def load(self, path: Path, accelerator: Accelerator, title: str) -> None:
         """Restore a checkpoint, and this process's random number generators if it has them.

@@ -41,7 +41,7 @@ def changed(path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("change", "said"),
-    [(cut, "not a whole archive"), (changed, "not a whole archive"), (Path.unlink, "no such file")],
+    [(cut, "not a whole archive"), (changed, "not a whole archive"), (Path.unlink, "No such file")],
 )
 def test_a_damaged_archive(change: Callable[[Path], None], said: str, tmp_path: Path) -> None:
     made = archive(tmp_path, {LIBRARY: b"content"})

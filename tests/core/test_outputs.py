@@ -125,7 +125,8 @@ def _safetensors(place: Path) -> None:
 
 
 def _torch(place: Path) -> None:
-    torch.save({"a": torch.zeros(10_000)}, place / "weights.pt")
+    with (place / "weights.pt").open("wb") as stream:
+        torch.save({"a": torch.zeros(10_000)}, stream)
 
 
 def _onnx(place: Path) -> None:
