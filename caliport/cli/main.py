@@ -18,6 +18,7 @@ from caliport.core.errors import InputError, one_line, unusable
 from caliport.core.processes import end_on_signals, interrupted_code
 
 _INTERRUPTED = 130
+_NO_HOME = "/nonexistent"  # as Debian has it for users without one
 _PIPE_CLOSED = 141  # what a shell says of a program that SIGPIPE ended
 
 
@@ -26,6 +27,8 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):  # an ASCII terminal gets ? for what it cannot show
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+    if not os.path.isabs(os.path.expanduser("~")):  # or libraries would keep files in ./~
+        os.environ["HOME"] = _NO_HOME
     end_on_signals()
     debug = "--debug" in sys.argv
     goes_on = "calibrate" in sys.argv or any(a.endswith((".yaml", ".yml")) for a in sys.argv)

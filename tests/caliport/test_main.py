@@ -125,3 +125,21 @@ def test_a_report_in_a_strangers_directory_without_home_and_terminal(
         pages.append((here / "run" / "reports" / "report.html").read_bytes())
         assert sorted(path.name for path in here.iterdir() if path != theirs) == ["run"]
     assert pages[0] == pages[1]
+
+
+def test_without_any_home_nothing_is_kept_in_the_current_directory(tmp_path: Path) -> None:
+    code = (
+        "import os, sys; os.path.expanduser = lambda path: path; sys.argv[1:] = ['report', 'gone']\n"
+        "from caliport.cli.main import main\n"
+        "try: main()\n"
+        "finally: print(os.environ['HOME'])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=BARE,
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+    assert done.stdout == "/nonexistent\n"

@@ -188,3 +188,21 @@ def test_weights_outside_linears_and_unknown_precisions_are_refused(plain: PreTr
         scheme("int2")
     with pytest.raises(TypeError, match="plain"):
         quantized_weight(plain.lm_head)
+
+
+@pytest.mark.parametrize("lacks", ["home", "place"])
+def test_compiled_code_is_kept_in_a_place_of_the_users_or_not_at_all(
+    lacks: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a home, numba would take ``./~``, which may be a stranger's."""
+    from numba.core import caching
+
+    from caliport.export.quantization.quantizers import hqq
+
+    if lacks == "home":
+        monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    else:
+        monkeypatch.setattr(caching._CacheImpl, "_locator_classes", [])
+    twice = hqq._compiled("float32(float32)")(lambda x: x + x)
+    assert twice(2.0) == 4.0
+    assert type(twice._cache).__name__ == "NullCache"
