@@ -58,7 +58,9 @@ def fill(
 
     from caliport.core.checkpoints import eos_ids, load_tokenizer, render_prompt
     from caliport.core.errors import printable
-    from caliport.core.model_files.tokenizers import end_trouble
+    from caliport.core.model_files.base_files import local
+    from caliport.core.model_files.chat_templates import start_ahead
+    from caliport.core.model_files.tokenizers import check_tokenizer_files, end_trouble
     from caliport.core.progress import console
     from caliport.export.decoder.checks import check_exportable
     from caliport.export.decoder.shipped import shipped_decoder
@@ -80,6 +82,9 @@ def fill(
         check_exportable(model, context_of(model))
         runtime.check_model(request, model)
 
+    if (place := local(base)) is not None:
+        check_tokenizer_files(place)
+        start_ahead(place)
     if request.bundle is not None:  # before the base's weights are read and quantized
         read_updates(base, {**request.bundle.shared, **request.bundle.compositions})
     with (

@@ -32,6 +32,7 @@ from caliport.cli.options import (
     with_baseline,
 )
 from caliport.cli.runner import register as register_runner
+from caliport.cli.starting import register as register_starting
 from caliport.core.errors import InputError
 from caliport.core.prompts import PLAIN
 from caliport.recipe.methods import CORRECTED, MERGED, WEIGHTED
@@ -377,28 +378,7 @@ def report(
     _show(reports)
 
 
-@app.command()
-def init(
-    path: Annotated[Path, typer.Argument(help="The file to write.")] = Path("recipe.yaml"),
-    recipe: Annotated[
-        str | None,
-        typer.Option(help="A built-in recipe, such as llama-3.2-1b or demo."),
-    ] = None,
-) -> None:
-    """Write a commented recipe to start from."""
-    from caliport.flags.template import write_template
-
-    write_template(path, recipe)
-
-
-@app.command()
-def doctor() -> None:
-    """Show what is installed, what would not work and why; exit code 1 if anything would not."""
-    from caliport.cli.doctor import examine
-
-    raise typer.Exit(0 if examine() else 1)
-
-
+register_starting(app)
 register(app)
 register_inspecting(app)
 register_devices(app)

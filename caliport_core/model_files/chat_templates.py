@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from caliport.core.errors import InputError, one_line
@@ -49,6 +50,17 @@ def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[s
     if "error" in answer:
         raise InputError(f"{where}: {one_line(answer['error'])}")
     return str(answer["text"])
+
+
+def start_ahead(directory: Path) -> None:
+    """Start the child where a tokenizer may have a template: it imports while others work."""
+    names = ("chat_template.jinja", "chat_template.json", "chat_templates")
+    config = directory / "tokenizer_config.json"
+    if any((directory / name).exists() for name in names) or (
+        config.is_file() and b'"chat_template"' in config.read_bytes()
+    ):
+        with _lock:
+            _child()
 
 
 _lock = threading.Lock()
