@@ -15,7 +15,7 @@ ANDROID ?= yes
 CASES ?= 3000
 SEED ?= 0
 
-.PHONY: setup demo test fuzz android test-arm64 test-benchmarks lint clean
+.PHONY: setup demo test fuzz android real test-arm64 test-benchmarks lint clean
 
 setup: .venv/ready
 
@@ -41,7 +41,11 @@ ifeq ($(ANDROID),yes)
 	$(BIN)/caliport runner build --target host
 endif
 
-test: lint android
+# A real chat model, for tests that are skipped where it cannot be had (fetched once).
+real: setup
+	-$(BIN)/python -m benchmarks.real fetch
+
+test: lint android real
 	$(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
 		--durations 15 -m "not benchmark$(if $(filter yes,$(ANDROID)),, and not android)"
 

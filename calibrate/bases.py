@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 from functools import cache
@@ -16,6 +17,7 @@ from caliport.core.processes import is_main
 
 # Ends of the names of quantized copies of a base.
 _QUANTIZED = ("-unsloth-bnb-4bit", "-bnb-4bit", "-bnb-8bit", "-4bit", "-8bit")
+_GGUF = re.compile(r"([.-](?:i?q\d\w*|b?f16|f32))?\.gguf$")
 
 
 def check_same_base(directories: Sequence[str | Path]) -> None:
@@ -96,5 +98,7 @@ def _base_name(base: str) -> tuple[str, bool]:
     name = parts[-1] if parts else ""
     if len(parts) > 2 and parts[-2] == "snapshots":
         name = parts[-3].rpartition("--")[2]
+    if found := _GGUF.search(name):
+        return name[: found.start()], found[1] is not None and "f" not in found[1]
     end = next((end for end in _QUANTIZED if name.endswith(end)), "")
     return name.removesuffix(end), bool(end)

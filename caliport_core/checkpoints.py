@@ -11,6 +11,7 @@ from caliport.core.files import GENERATION_CONFIG
 from caliport.core.model_files.base_files import check_base_files, local
 from caliport.core.model_files.base_model import check_base, check_loaded, silent
 from caliport.core.model_files.chat_templates import render_chat
+from caliport.core.model_files.gguf_base import as_directory
 from caliport.core.model_files.tokenizers import no_panic, open_tokenizer
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ def load_base(path: str | Path, dtype: torch.dtype | None = None) -> PreTrainedM
     """Load a causal language model in eval mode.
 
     Args:
-        path: A Hugging Face directory, or a hub name if a hub can be reached.
+        path: A Hugging Face directory or a ``.gguf`` file, or a hub name if a hub can be reached.
         dtype: Type of the weights; default float32.
 
     Raises:
@@ -44,7 +45,7 @@ def load_base(path: str | Path, dtype: torch.dtype | None = None) -> PreTrainedM
     try:
         with silent():
             loaded = AutoModelForCausalLM.from_pretrained(
-                path,
+                as_directory(path),
                 dtype=dtype or torch.float32,
                 use_safetensors=True,
                 trust_remote_code=False,
@@ -75,7 +76,7 @@ def load_config(path: str | Path) -> tuple[PretrainedConfig, GenerationConfig | 
 
     check_base(path)
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(as_directory(path), trust_remote_code=False)
     except Exception as error:
         raise InputError(f"{path}: not loadable as a model's config ({one_line(error)})") from error
     return config, load_generation(path)
@@ -94,7 +95,7 @@ def load_generation(path: str | Path) -> GenerationConfig | None:
     if directory is not None and not (directory / GENERATION_CONFIG).exists():
         return None
     try:
-        return GenerationConfig.from_pretrained(path)
+        return GenerationConfig.from_pretrained(as_directory(path))
     except OSError:
         return None  # of a hub name, which has none or cannot be reached
     except Exception as error:
@@ -110,7 +111,7 @@ def load_tokenizer(path: str | Path, model: nn.Module | None = None) -> PreTrain
         InputError: No tokenizer, or more tokens than the model's embedding has rows.
     """
     check_base_files(path)
-    tokenizer = open_tokenizer(path)
+    tokenizer = open_tokenizer(as_directory(path))
     if model is not None:
         rows = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
         if len(tokenizer) > rows:

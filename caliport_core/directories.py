@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from caliport.core.errors import InputError
-from caliport.core.files import ADAPTER_WEIGHTS, MLX_WEIGHTS, file_hash
-from caliport.core.model_files.tensor_files import read_header
+from caliport.core.files import file_hash
 from caliport.core.untrusted import check_regular, read_object, shown
 
 MANIFEST = "manifest.json"
@@ -60,18 +59,6 @@ def content_hash(path: Path) -> str:
     for name, entry in files_in(path).items():
         digest.update(f"{name}\0{file_hash(entry)}\n".encode())
     return digest.hexdigest()
-
-
-def input_hash(path: str | Path) -> str:
-    """Content hash of a stage's input; the name of one that is not on this machine.
-
-    Raises:
-        InputError: An adapter whose weights do not fit their own header, before all is read.
-    """
-    for name in (ADAPTER_WEIGHTS, MLX_WEIGHTS):
-        if (weights := Path(path) / name).exists():
-            read_header(weights)
-    return content_hash(Path(path)) if Path(path).exists() else f"name:{path}"
 
 
 def files_in(directory: Path) -> dict[str, Path]:

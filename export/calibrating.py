@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from caliport.core.directories import input_hash
 from caliport.core.errors import InputError
+from caliport.core.inputs import input_hash
 from caliport.export.decoder.shipped import IntegerSource, Plan, ShippedDecoder
 from caliport.export.quantization.quantizers.registry import CALIBRATED, needs_text
 from caliport.export.quantization.tensors import KnownIntegers

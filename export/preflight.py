@@ -20,6 +20,7 @@ model's parameters, is loaded whole, in float32.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,7 +151,7 @@ def needs(request: Request) -> Needs | None:
         + max(_BYTES.get(t.dtype, 4) * math.prod(t.shape) for t in read.values())
     )
     reading += 4 * beside.largest
-    if not Path(base).is_dir() or not _has_names(whole, read):
+    if not os.path.exists(base) or not _has_names(whole, read):
         reading += 4 * values
     copied = costs.copied(parts, how.precision)
     memory = max(reading, costs.lowering + TOKENIZER * tokenizer + copied) + beside.held

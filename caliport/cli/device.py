@@ -32,7 +32,10 @@ def validate(
         list[Path], typer.Argument(metavar="ARTIFACT...", help="Artifact directories.")
     ],
     base: Annotated[
-        str, typer.Option("--base", help="Hugging Face directory (or hub name) of the base.")
+        str,
+        typer.Option(
+            "--base", help="Hugging Face directory, .gguf file (or hub name) of the base."
+        ),
     ],
     adapter: Annotated[
         Path | None, typer.Option("--adapter", help="PEFT LoRA directory that is folded in.")

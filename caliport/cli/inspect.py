@@ -35,7 +35,7 @@ def audit(
 
 
 def sensitivity(
-    base: Annotated[Path, typer.Option(help="A Hugging Face directory.")],
+    base: Annotated[Path, typer.Option(help="A Hugging Face directory or .gguf file.")],
     adapter: Annotated[Path | None, typer.Option("--adapter", help="PEFT LoRA directory.")] = None,
     prompts: Annotated[
         Path | None,

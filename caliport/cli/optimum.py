@@ -14,6 +14,7 @@ from pathlib import Path
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 from caliport.core.errors import InputError, one_line
+from caliport.core.model_files.gguf_base import as_directory
 from caliport.core.outputs import forced
 
 _LIBRARY = "transformers"
@@ -32,7 +33,7 @@ class CaliportExportCommand(BaseOptimumCLICommand):
     def parse_args(parser: ArgumentParser) -> None:
         """Declare the flags; they mean the same as for ``caliport export``."""
         parser.add_argument(
-            "-m", "--model", required=True, help="Hugging Face directory or hub name."
+            "-m", "--model", required=True, help="Hugging Face directory, .gguf file or hub name."
         )
         parser.add_argument("--adapter", type=Path, help="PEFT LoRA directory to fold in.")
         parser.add_argument("--runtime", required=True, help="executorch or onnx.")
@@ -68,7 +69,7 @@ class CaliportExportCommand(BaseOptimumCLICommand):
         given = self.args
         if given.context is not None and given.context < 1:
             raise InputError(f"--context is {given.context}, expected at least 1")
-        check_task(given.model)
+        check_task(str(as_directory(given.model)))
         how = Quantization(given.precision)
         request = Request(given.model, given.runtime, how, given.context, given.adapter)
         with forced(given.force):

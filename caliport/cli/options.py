@@ -22,7 +22,8 @@ Overrides = Annotated[
 ]
 Runs = Annotated[Path, typer.Option("--runs", help="Parent directory of run directories.")]
 BaseOption = Annotated[
-    str | None, typer.Option("--base", help="Base model: Hugging Face directory or hub name.")
+    str | None,
+    typer.Option("--base", help="Base model: Hugging Face directory, .gguf file or hub name."),
 ]
 Adapter = Annotated[
     Path | None, typer.Option("--adapter", help="PEFT LoRA directory that is folded in.")

@@ -17,12 +17,12 @@ from rich.text import Text
 from caliport.core.directories import (
     MANIFEST,
     check_files,
-    input_hash,
     key,
     read_manifest,
     up_to_date,
 )
 from caliport.core.errors import InputError
+from caliport.core.inputs import input_hash
 from caliport.core.model_files.base_files import check_base_files, local
 from caliport.core.model_files.tokenizers import check_tokenizer_files
 from caliport.core.outputs import check_output, new_directory

@@ -15,6 +15,7 @@ from typing import Any
 from caliport.core.errors import InputError
 from caliport.core.files import ADAPTER_CONFIG, CONFIG, GENERATION_CONFIG, WEIGHTS, WEIGHTS_INDEX
 from caliport.core.model_files.base_settings import check_ends, check_settings
+from caliport.core.model_files.gguf_base import as_directory
 from caliport.core.model_files.tensor_files import StoredTensor, read_header
 from caliport.core.untrusted import mapping, read_object, shown
 
@@ -52,7 +53,8 @@ def check_base_files(path: str | Path) -> None:
 
     Args:
         path: A Hugging Face directory; or a hub name, of which the cached copy is checked, after
-            all but its weights has been fetched.
+            all but its weights has been fetched; or a ``.gguf`` file, which is converted to such a
+            directory.
 
     Raises:
         InputError: No such directory or no ``config.json``; settings that are not JSON, too large
@@ -62,7 +64,9 @@ def check_base_files(path: str | Path) -> None:
     directory = local(path)
     if directory is None:
         if os.path.isabs(path) or str(path).startswith(".") or str(path).count("/") != 1:
-            raise InputError(f"{path}: no such directory; expected a Hugging Face checkpoint")
+            raise InputError(
+                f"{path}: no such directory; expected a Hugging Face checkpoint or a .gguf file"
+            )
         return
     _check(directory, state_of(directory), is_whole(path, directory))
 
@@ -75,9 +79,14 @@ def is_whole(path: str | Path, directory: Path) -> bool:
 
 
 def local(path: str | Path) -> Path | None:
-    """The directory of a base: the path itself, or the cached copy of a hub name, or None."""
+    """The directory of a base: the path itself, or what a ``.gguf`` file is converted to, or the
+    cached copy of a hub name, or None.
+
+    Raises:
+        InputError: See ``as_directory``.
+    """
     if os.path.exists(path):
-        return Path(path)
+        return Path(as_directory(path))
     directory = snapshot(path)
     return directory if directory is not None and (directory / CONFIG).exists() else None
 
@@ -127,7 +136,9 @@ def settings_of(directory: Path) -> dict[str, Any]:
     """A base's ``config.json``, checked; see ``check_base_files`` for errors."""
     path = directory / CONFIG
     if not os.path.lexists(path):
-        raise InputError(f"{directory}: no config.json; expected a Hugging Face checkpoint")
+        files = sorted(directory.glob("*.gguf"))
+        advice = f"; name the file {files[0].name} itself" if files else ""
+        raise InputError(f"{directory}: no config.json; expected a Hugging Face checkpoint{advice}")
     settings = read_object(path, root=directory)
     check_settings(settings, path)
     return settings
@@ -198,7 +209,9 @@ def is_buffer(name: str) -> bool:
 @lru_cache(maxsize=16)
 def _check(directory: Path, state: tuple[object, ...], whole: bool) -> None:
     if not directory.is_dir():
-        raise InputError(f"{directory}: not a directory; expected a Hugging Face checkpoint")
+        raise InputError(
+            f"{directory}: not a directory; expected a Hugging Face checkpoint or a .gguf file"
+        )
     settings = settings_of(directory)
     generation = directory / GENERATION_CONFIG
     if os.path.lexists(generation):

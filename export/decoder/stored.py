@@ -18,6 +18,7 @@ from torch import Tensor
 
 from caliport.core.errors import InputError
 from caliport.core.model_files.base_files import tensors_of
+from caliport.core.model_files.gguf_base import as_directory
 from caliport.core.progress import at
 from caliport.export.decoder.fold import Folded
 from caliport.export.quantization.choices import GROUP_SIZE, Form
@@ -172,7 +173,7 @@ def store(
 
 def can_stream(source: str | Path, shell: PreTrainedModel, tied: Mapping[str, str]) -> bool:
     """Whether a checkpoint is local and has every parameter under the name it is stored by."""
-    directory = Path(source)
+    directory = Path(as_directory(source))
     files = tensors_of(directory) if directory.is_dir() else {}
     return all(tied.get(name, name) in files for name, _ in shell.named_parameters())
 
@@ -238,7 +239,7 @@ def reading(source: str | Path) -> Iterator[Read]:
     A checkpoint whose tensors do not have the parameters' names (an older layout that transformers
     converts while loading), or one given by hub name, is loaded whole.
     """
-    directory = Path(source)
+    directory = Path(as_directory(source))
     files = tensors_of(directory) if directory.is_dir() else {}
     if not files:
         yield _loaded(source)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from caliport.core.directories import MANIFEST, read_manifest, versions
 from caliport.core.errors import printable
 from caliport.core.files import ADAPTER_CONFIG, CHAT_TEMPLATE
+from caliport.core.model_files.gguf_base import is_gguf
 from caliport.core.prompts import PLAIN, PROMPT, put_in, recorded_prompt
 from caliport.core.untrusted import read_object
 from caliport.export import runtime as runtimes
@@ -32,14 +33,17 @@ def describe(
 ) -> dict[str, Any]:
     """Manifest entries ``base`` and ``adapter``, which describe what was exported.
 
-    A base is named only if it was given by hub name: a local path means nothing elsewhere.
+    A base is named only if it was given by hub name, or as a ``.gguf`` file, by the file's: a local
+    path means nothing elsewhere.
     """
     text = config.get_text_config()
     heads, head_size = cache_shape(config)
     name = str(base) if isinstance(base, str) and not Path(base).exists() else None
+    file = {"file": printable(Path(base).name, _LONGEST)} if is_gguf(base) else {}
     return {
         "base": {
             "name": name,
+            **file,
             "architecture": (config.architectures or [type(config).__name__])[0],
             "layers": text.num_hidden_layers,
             "hidden_size": text.hidden_size,

@@ -184,6 +184,18 @@ def base(draw: Random, work: Path) -> Asked:
     return Asked(_of_base(draw), _spoiled(draw, work / "base", _BASE))
 
 
+def gguf(draw: Random, work: Path) -> Asked:
+    path = work / "tiny.gguf"
+    data, header = path.read_bytes(), 1000  # bytes, in which most settings lie
+    if draw.random() < 0.5:
+        changed, what = spoil_bytes(draw, data[:header])
+        path.write_bytes(changed + data[header:])
+    else:
+        what = spoil_plain(draw, path, work.parent / "outside")
+    command = draw.choice([EXPORT, ("calibrate", *BOTH, "--method", "linear", "--out", "out")])
+    return Asked([path.name if word == "base" else word for word in command], what)
+
+
 def tokenizer(draw: Random, work: Path) -> Asked:
     return Asked(_of_base(draw), _spoiled(draw, work / "base", _TOKENIZER))
 
@@ -303,6 +315,7 @@ def device(draw: Random, work: Path) -> Asked:
 MAKES: dict[str, Make] = {
     "adapter": adapter,
     "base": base,
+    "gguf": gguf,
     "tokenizer": tokenizer,
     "onnx": onnx,
     "bundle": bundle,

@@ -98,6 +98,7 @@ class Server:
         temporary = spare / "tmp"
         temporary.mkdir()
         environment = {**ENVIRONMENT, **_MORE, "TMPDIR": str(temporary)}
+        environment["XDG_CACHE_HOME"] = str(spare / "cache")
         code, seconds, peak = self.ask(
             command=["caliport", *arguments],
             cwd=str(cwd),

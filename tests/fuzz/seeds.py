@@ -46,6 +46,7 @@ def start(root: Path) -> None:
 
     from caliport.calibrate.training.small_base import BaseShape, build_model, build_tokenizer
     from tests.conftest import TEXTS, random_adapter
+    from tests.ggufs import write_gguf
 
     root.mkdir(parents=True)
     tokenizer = build_tokenizer(TEXTS, 300)
@@ -55,6 +56,7 @@ def start(root: Path) -> None:
             parameter.mul_(4 if parameter.dim() == 2 else 1)
     model.save_pretrained(root / "base")
     tokenizer.save_pretrained(root / "base")
+    write_gguf(root / "base", root / "tiny.gguf")
     for seed, name in enumerate(("first", "second")):
         random_adapter(root / "base", root / name, seed, rank=2)
         shutil.rmtree(root / name / "README.md", ignore_errors=True)
