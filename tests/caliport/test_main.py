@@ -129,7 +129,8 @@ def test_a_report_in_a_strangers_directory_without_home_and_terminal(
 
 def test_without_any_home_nothing_is_kept_in_the_current_directory(tmp_path: Path) -> None:
     code = (
-        "import os, sys; os.path.expanduser = lambda path: path; sys.argv[1:] = ['report', 'gone']\n"
+        "import os, sys; os.path.expanduser = lambda path: path\n"
+        "sys.argv[1:] = ['report', 'gone']\n"
         "from caliport.cli.main import main\n"
         "try: main()\n"
         "finally: print(os.environ['HOME'])\n"

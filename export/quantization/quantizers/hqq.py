@@ -57,10 +57,13 @@ def _compiled(signature: str, **options: Any) -> Callable[[Callable[..., Any]], 
     """
 
     def compile_it(function: Callable[..., Any]) -> Callable[..., Any]:
+        compiled: Callable[..., Any]
         if os.path.isabs(os.path.expanduser("~")):
             with suppress(RuntimeError):  # numba finds no place that it can write
-                return numba.njit(signature, cache=True, nogil=True, **options)(function)
-        return numba.njit(signature, nogil=True, **options)(function)
+                compiled = numba.njit(signature, cache=True, nogil=True, **options)(function)
+                return compiled
+        compiled = numba.njit(signature, nogil=True, **options)(function)
+        return compiled
 
     return compile_it
 
