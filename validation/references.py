@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -159,10 +159,15 @@ class EagerReferences:
         from caliport.validation.evaluation.evaluation import eager_answers
 
         if wanted.key not in self._answers:
+            fp32 = wanted.how.precision == FP32.precision
+            known = self.evaluation.written if fp32 and not alone else None
             name = f"eager {wanted.how.precision}{' base' if alone else ''}"
-            streams = self._by_layer and not alone
-            self._answers[wanted.key] = eager_answers(
-                self._model(wanted), name, self.evaluation, write=not alone, streams=streams
+            streams, write = self._by_layer and not alone, not alone and known is None
+            answers = eager_answers(
+                self._model(wanted), name, self.evaluation, write=write, streams=streams
+            )
+            self._answers[wanted.key] = (
+                answers if known is None else replace(answers, generated=known)
             )
         return self._answers[wanted.key]
 

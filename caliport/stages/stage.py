@@ -28,6 +28,7 @@ from caliport.core.model_files.tokenizers import check_tokenizer_files
 from caliport.core.outputs import check_output, new_directory
 from caliport.core.processes import alone, is_main, wait_until
 from caliport.core.progress import console
+from caliport.export.quantization.text import INTEGERS_KEY
 
 Build = Callable[[Path, dict[str, Any], Path], None]
 """Takes a directory to fill, a dict for manifest entries, and a path for a checkpoint, which may be
@@ -87,7 +88,10 @@ def stage(
             if name not in _UNTIMED:
                 extra["seconds"] = round(time.monotonic() - start, 3)
         for left in out.parent.glob(f".{glob.escape(out.name)}.resume-*"):
-            rmtree(left) if left.is_dir() else left.unlink()
+            if (left / INTEGERS_KEY).is_file():
+                rmtree(left)
+            elif not left.is_dir():
+                left.unlink()
     _hash.cache_clear()
     console.print(f"{title}: done")
 

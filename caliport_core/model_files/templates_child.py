@@ -17,7 +17,7 @@ SECONDS = 3
 """Most processor time of one rendering."""
 MEMORY = 2**30
 """Most bytes of address space."""
-LONGEST = 4_000_000
+LONGEST = 1_000_000
 """Most characters of a rendered chat."""
 TOO_LONG = f"renders for more than {SECONDS} seconds"
 

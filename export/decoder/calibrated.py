@@ -28,13 +28,13 @@ from caliport.export.decoder.skeleton import empty, group_layers
 from caliport.export.decoder.stored import reading
 from caliport.export.quantization.integers import integers
 from caliport.export.quantization.quantizers.registry import QUANTIZERS
+from caliport.export.quantization.text import INTEGERS_KEY
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from caliport.calibrate.adapter import Adapter
 
-_KEY = "key.json"
 _HIDDEN = "hidden.safetensors"
 _HEAD = "head.safetensors"
 
@@ -120,7 +120,7 @@ def calibrated_integers(
 
 def _begin(directory: Path, key: Mapping[str, Any]) -> None:
     """Make a directory for integers with this key; one with another key is emptied."""
-    place, text = directory / _KEY, json.dumps(key, sort_keys=True, default=str)
+    place, text = directory / INTEGERS_KEY, json.dumps(key, sort_keys=True, default=str)
     if place.is_file() and place.read_text(encoding="utf-8") == text:
         return
     if place.is_file():

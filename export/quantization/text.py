@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 TOKENS = 8192
 """Default number of tokens."""
+INTEGERS_KEY = "key.json"
+"""The file that marks a directory of calibrated integers, and says what they depend on."""
 _PIECE = 512  # tokens of plain text that are read as one sequence
 _FEWEST = 64
 _BYTES_A_TOKEN = 16

@@ -82,7 +82,7 @@ def test_renders_as_transformers_does(
     [
         (f"{LOOPS}{{% endfor %}}{{% endfor %}}{{% endfor %}}", "renders for more than"),
         ("{{ ('a' * 10000000000) | length }}", "takes more than 1,024 MB of memory"),
-        ("{{ 'a' * 50000000 }}", "expected at most 4,000,000"),
+        ("{{ 'a' * 50000000 }}", "expected at most 1,000,000"),
         ("{{ range(1000000000) | list }}", "OverflowError: Range too big"),
         ("{% set x = [0] * 1000000000 %}{{ x }}", "takes more than 1,024 MB of memory"),
         ("{{ 9 ** (9 ** 9) > 1 }}", "renders for more than"),

@@ -41,6 +41,7 @@ class Evaluation:
             the same positions: the reference's, or what fp32 writes.
         ends: Token ids that end an answer.
         max_new_tokens: Longest answer, in tokens.
+        written: The answers of fp32, where they had to be written for the targets.
     """
 
     tokenizer: PreTrainedTokenizerBase = field(repr=False)
@@ -50,6 +51,7 @@ class Evaluation:
     targets: list[list[int]] = field(repr=False)
     ends: frozenset[int]
     max_new_tokens: int
+    written: list[list[int]] | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,7 @@ def make_evaluation(
         [target[:most] for target, most in zip(targets, room, strict=True)],
         frozenset(ends),
         max_new_tokens,
+        targets if references is None and positions == max_new_tokens else None,
     )
 
 
