@@ -197,12 +197,12 @@ def test_compiled_code_is_kept_in_a_place_of_the_users_or_not_at_all(
     """Without a home, numba would take ``./~``, which may be a stranger's."""
     from numba.core import caching
 
-    from caliport.export.quantization.quantizers import hqq
+    from caliport.export.quantization.quantizers.compiled import compiled
 
     if lacks == "home":
         monkeypatch.setattr("os.path.expanduser", lambda path: path)
     else:
         monkeypatch.setattr(caching._CacheImpl, "_locator_classes", [])
-    twice = hqq._compiled("float32(float32)")(lambda x: x + x)
+    twice = compiled("float32(float32)")(lambda x: x + x)
     assert twice(2.0) == 4.0
     assert type(twice._cache).__name__ == "NullCache"

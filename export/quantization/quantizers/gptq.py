@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 
 from caliport.export.quantization.choices import GROUP_SIZE
+from caliport.export.quantization.quantizers.compiled import compiled
 from caliport.export.quantization.quantizers.registry import Quantizer
 from caliport.export.quantization.quantizers.scales import pack, weighted_scales
 from caliport.export.quantization.quantizers.weighted import importance_of
@@ -77,11 +77,9 @@ def by_error_feedback(weight: Tensor, inputs: Prepared) -> tuple[Tensor, Tensor]
     return pack(placed), scales
 
 
-@numba.njit(
+@compiled(
     "void(float32[:, ::1], float32[:, ::1], float32[:, ::1], int64, float32[:, ::1],"
     " float32[:, ::1])",
-    cache=True,
-    nogil=True,
     error_model="numpy",
 )
 def _round_block(

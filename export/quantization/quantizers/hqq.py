@@ -8,17 +8,12 @@ it has converged, which gives the same scales in a fifth of the work.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
-from contextlib import suppress
-from typing import Any
-
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 
 from caliport.export.quantization.choices import GROUP_SIZE
+from caliport.export.quantization.quantizers.compiled import compiled
 from caliport.export.quantization.quantizers.registry import Quantizer
 
 _STEPS = 20
@@ -50,25 +45,7 @@ def in_groups(weight: Tensor, inputs: None = None) -> tuple[Tensor, Tensor]:
     return found[0].to(weight.device), found[1].to(weight.device)
 
 
-def _compiled(signature: str, **options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """``numba.njit`` that keeps what it compiled, if there is a place that is the user's own.
-
-    Without a home, numba would write into ``~`` in the current directory, and run what lies there.
-    """
-
-    def compile_it(function: Callable[..., Any]) -> Callable[..., Any]:
-        compiled: Callable[..., Any]
-        if os.path.isabs(os.path.expanduser("~")):
-            with suppress(RuntimeError):  # numba finds no place that it can write
-                compiled = numba.njit(signature, cache=True, nogil=True, **options)(function)
-                return compiled
-        compiled = numba.njit(signature, nogil=True, **options)(function)
-        return compiled
-
-    return compile_it
-
-
-@_compiled("float32(float32[::1])", inline="always")
+@compiled("float32(float32[::1])", inline="always")
 def _sum(values: np.ndarray) -> np.float32:
     """Sum 32 values; overwrites them."""
     for lane in range(8):
@@ -79,7 +56,7 @@ def _sum(values: np.ndarray) -> np.float32:
 
 # Products are summed in a fixed order and never fused with their sums, so that all processors give
 # the same scales. Eight sums run side by side for speed.
-@_compiled("void(float32[:, ::1], float32[::1])", error_model="numpy")
+@compiled("void(float32[:, ::1], float32[::1])", error_model="numpy")
 def _fit(groups: np.ndarray, scales: np.ndarray) -> None:
     products = np.empty(GROUP_SIZE, np.float32)
     squares = np.empty(GROUP_SIZE, np.float32)
@@ -103,7 +80,7 @@ def _fit(groups: np.ndarray, scales: np.ndarray) -> None:
         scales[row] = scale
 
 
-@_compiled(
+@compiled(
     "void(float32[:, ::1], float32[::1], uint8[:, ::1])",
     error_model="numpy",
     fastmath={"nsz", "nnan"},

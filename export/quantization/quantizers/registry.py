@@ -42,7 +42,9 @@ class Quantizer:
 
 
 QUANTIZERS: Entries[Quantizer] = Entries(
-    "caliport.export.quantization.quantizers", "QUANTIZER", helpers=("registry", "scales")
+    "caliport.export.quantization.quantizers",
+    "QUANTIZER",
+    helpers=("registry", "scales", "compiled"),
 )
 DEFAULTS = {8: "max-abs", 4: "hqq"}
 """The default quantizer for each number of bits, without calibration text."""

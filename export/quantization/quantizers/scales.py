@@ -8,12 +8,12 @@ rounded to bfloat16 before it is judged, since that is what ships.
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 
 from caliport.export.quantization.choices import GROUP_SIZE
+from caliport.export.quantization.quantizers.compiled import compiled
 
 _GRID = np.linspace(0.6, 1.15, 45, dtype=np.float32)
 _FITS = 4
@@ -51,15 +51,10 @@ def bfloat16_of(value: np.float32) -> np.float32:
     return np.int32(bits).view(np.float32)
 
 
-_narrow = numba.njit("float32(float32)", cache=True, nogil=True)(bfloat16_of)
+_narrow = compiled("float32(float32)")(bfloat16_of)
 
 
-@numba.njit(
-    "void(float32[:, ::1], float32[:, ::1], float32[::1], float32[::1])",
-    cache=True,
-    nogil=True,
-    error_model="numpy",
-)
+@compiled("void(float32[:, ::1], float32[:, ::1], float32[::1], float32[::1])", error_model="numpy")
 def _fit(groups: np.ndarray, importance: np.ndarray, grid: np.ndarray, scales: np.ndarray) -> None:
     for row in range(len(groups)):
         weights = importance[row % len(importance)]
