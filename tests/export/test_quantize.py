@@ -202,7 +202,7 @@ def test_compiled_code_is_kept_in_a_place_of_the_users_or_not_at_all(
     if lacks == "home":
         monkeypatch.setattr("os.path.expanduser", lambda path: path)
     else:
-        monkeypatch.setattr(caching._CacheImpl, "_locator_classes", [])
+        monkeypatch.setattr(caching.CacheImpl, "_locator_classes", [])
     twice = compiled("float32(float32)")(lambda x: x + x)
     assert twice(2.0) == 4.0
     assert type(twice._cache).__name__ == "NullCache"

@@ -150,7 +150,7 @@ def _in_doubled_groups(weight: Tensor) -> tuple[Tensor, Tensor]:
 def _quantize_by(monkeypatch: pytest.MonkeyPatch, name: str, function: Callable[..., Any]) -> None:
     """Let a quantizer find its integers another way."""
     entry = QUANTIZERS[name]
-    changed = replace(entry, quantize=function)
+    changed = replace(entry, quantize=lambda weight, _: function(weight))
     module = f"caliport.export.quantization.quantizers.{name.replace('-', '_')}"
     monkeypatch.setattr(f"{module}.QUANTIZER", changed)
 
