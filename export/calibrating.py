@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from caliport.core.errors import InputError
 from caliport.core.inputs import input_hash
-from caliport.export.decoder.shipped import IntegerSource, Plan, ShippedDecoder
 from caliport.export.quantization.quantizers.registry import CALIBRATED, needs_text
-from caliport.export.quantization.tensors import KnownIntegers
 from caliport.export.request import Request
+
+if TYPE_CHECKING:
+    from caliport.export.decoder.shipped import IntegerSource, Plan, ShippedDecoder
+    from caliport.export.quantization.tensors import KnownIntegers
 
 DIGITS = 32
 """Hexadecimal digits of a matrix's hash in a manifest."""

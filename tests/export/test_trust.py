@@ -148,7 +148,7 @@ def test_nothing_is_hashed_twice(
         return digest(stream, name)  # type: ignore[arg-type]
 
     monkeypatch.setattr(hashlib, "file_digest", count)
-    monkeypatch.setattr("caliport.core.directories._SETTLED", 0)
+    monkeypatch.setattr("caliport.core.files._SETTLED", 0)
     check_files(copy)
     assert len(hashed) == len(read_manifest(copy)["files"])
     open_runner(Artifact.read(copy), 1)
