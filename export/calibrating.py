@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from caliport.core.errors import InputError
-from caliport.core.inputs import input_hash
+from caliport.core.model_files.inputs import input_hash
+from caliport.core.untrusted import shown
 from caliport.export.quantization.quantizers.registry import CALIBRATED, needs_text
 from caliport.export.request import Request
 
@@ -31,6 +32,13 @@ def check_text(request: Request) -> None:
             f"quantizer {how.quantizer} measures on text what layers are fed; expected "
             "calibration text too"
         )
+    if request.text is not None:
+        names = {""} if request.bundle is None else {"", *request.bundle.compositions}
+        if odd := sorted(set(request.text.sources) - names):
+            raise InputError(
+                f"calibration text: found one for {shown(odd[0])}, which is no composition of this "
+                "artifact; expected a file, or one for each composition of a bundle"
+            )
     if request.text is not None and not needed:
         with_one = f"int4 with quantizer {CALIBRATED}"
         raise InputError(f"calibration text goes with {with_one}, found {how.precision}")

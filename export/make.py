@@ -6,8 +6,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from caliport.core.inputs import input_hash
 from caliport.core.model_files.base_model import check_base
+from caliport.core.model_files.inputs import input_hash
 from caliport.core.outputs import check_output, new_directory
 from caliport.export import runtime as runtimes
 from caliport.export.calibrating import calibrated, check_text, integers_of

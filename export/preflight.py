@@ -115,7 +115,7 @@ def needs(request: Request) -> Needs | None:
     from caliport.calibrate.peft_files import read_adapter
     from caliport.export.decoder.fold import untie
     from caliport.export.decoder.skeleton import empty
-    from caliport.export.quantization.tensors import plan
+    from caliport.export.quantization.tensors import plan_of
 
     base, how, context = request.base, request.quantization, request.context
     costs = runtimes.get(request.runtime).costs
@@ -131,7 +131,7 @@ def needs(request: Request) -> Needs | None:
     if request.bundle is None and request.adapter is not None:
         changes = read_adapter(request.adapter).fitted(whole, request.adapter)
         untie(whole, changes)  # a tied head that the adapter changes is stored on its own
-    forms = plan(whole, how.precision, how.int8_layers, how.embedding_bits)
+    forms = plan_of(whole, how)
     parts = parts_of(whole, forms)
     beside = _Beside.of(request, costs, changes)
     depth = int(whole.config.get_text_config().num_hidden_layers)

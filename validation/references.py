@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from caliport.validation.evaluation.evaluation import Answers, Evaluation
     from caliport.validation.gates.rounding import Expected
     from caliport.validation.gates.weights import Source
-    from caliport.validation.runners.integers import ArtifactIntegers
+    from caliport.validation.runners.weights import ArtifactIntegers
 
 FP32 = Quantization("fp32")
 
@@ -185,7 +185,7 @@ class EagerReferences:
 
     def _integers(self, artifact: Artifact) -> ArtifactIntegers | None:
         """The artifact's own, where a base alone does not give them again."""
-        from caliport.validation.runners.integers import ArtifactIntegers
+        from caliport.validation.runners.weights import ArtifactIntegers
 
         return ArtifactIntegers(artifact, self._base) if artifact.calibrated else None
 

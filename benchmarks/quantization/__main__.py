@@ -146,7 +146,7 @@ def _own_weights(base: Path, directory: Path) -> PreTrainedModel:
     from caliport.export.artifact import Artifact
     from caliport.export.quantization.tensors import dequantize
     from caliport.export.reference.folded import eager
-    from caliport.validation.runners.integers import ArtifactIntegers
+    from caliport.validation.runners.weights import ArtifactIntegers
 
     artifact = Artifact.read(directory)
     known = ArtifactIntegers(artifact, base) if artifact.calibrated else None

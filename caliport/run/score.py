@@ -155,7 +155,7 @@ def _with_adapter(space: Workspace, adapter: Path | None, variant: str = FP32) -
     from caliport.calibrate.peft_files import read_update
     from caliport.core.checkpoints import load_base
     from caliport.export.decoder.fold import fold
-    from caliport.export.quantization.tensors import as_shipped, plan, quantize
+    from caliport.export.quantization.tensors import as_shipped, plan_of, quantize
 
     model = load_base(space.base)
     precision, _, bundle = variant.partition("-")
@@ -167,7 +167,7 @@ def _with_adapter(space: Workspace, adapter: Path | None, variant: str = FP32) -
         model = fold(model, update, adapter)
     if bundle:
         return model
-    forms = plan(model, how.precision, how.int8_layers, how.embedding_bits)
+    forms = plan_of(model, how)
     return quantize(model, how.precision, forms)
 
 

@@ -276,7 +276,7 @@ class _Composer:
         from caliport.calibrate.corrections.train import calibrate
         from caliport.calibrate.merges.common import rank_zero
         from caliport.calibrate.training.loop import TrainRun
-        from caliport.export.quantization.tensors import as_shipped, plan, rounded
+        from caliport.export.quantization.tensors import as_shipped, plan_of, rounded
 
         method, settings = self.settings.method, self.settings
         assert settings.train is not None
@@ -290,7 +290,7 @@ class _Composer:
         if precision is not None:
             how = settings.quantization or Quantization(precision)
             keep = {m for c in compositions.values() for m in c.merged.modules} if folded else ()
-            forms = plan(self.model, how.precision, how.int8_layers, how.embedding_bits)
+            forms = plan_of(self.model, how)
             self.model = as_shipped(self.model, how, keep)
             self.rounding = (lambda name, weight: rounded(weight, forms[name])) if folded else None
         calibrated = calibrate(

@@ -22,8 +22,8 @@ from caliport.core.directories import (
     up_to_date,
 )
 from caliport.core.errors import InputError
-from caliport.core.inputs import input_hash
 from caliport.core.model_files.base_files import check_base_files, local
+from caliport.core.model_files.inputs import input_hash
 from caliport.core.model_files.tokenizers import check_tokenizer_files
 from caliport.core.outputs import check_output, new_directory
 from caliport.core.processes import alone, is_main, wait_until

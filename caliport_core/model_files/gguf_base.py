@@ -16,7 +16,6 @@ from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from caliport.core.caches import cache_directory
 from caliport.core.directories import key, read_manifest
 from caliport.core.errors import InputError, one_line, printable
 from caliport.core.files import file_hash
@@ -24,6 +23,7 @@ from caliport.core.machine import available_memory, free_disk
 from caliport.core.model_files import gguf_child
 from caliport.core.model_files.gguf_header import SUFFIX, GgufHeader, read_gguf_header
 from caliport.core.outputs import new_directory
+from caliport.core.places import cache_directory
 from caliport.core.processes import alone, is_main
 from caliport.core.progress import working
 from caliport.core.untrusted import check_regular

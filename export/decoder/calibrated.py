@@ -10,7 +10,6 @@ killed goes on there.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -119,13 +118,17 @@ def calibrated_integers(
 
 
 def _begin(directory: Path, key: Mapping[str, Any]) -> None:
-    """Make a directory for integers with this key; one with another key is emptied."""
+    """Make a directory for integers with this key; one with another key is emptied.
+
+    The hidden states go first: without them nothing is resumed, wherever this is killed.
+    """
     place, text = directory / INTEGERS_KEY, json.dumps(key, sort_keys=True, default=str)
     if place.is_file() and place.read_text(encoding="utf-8") == text:
         return
-    if place.is_file():
-        shutil.rmtree(directory)
     directory.mkdir(parents=True, exist_ok=True)
+    (directory / _HIDDEN).unlink(missing_ok=True)
+    for left in directory.glob("*.safetensors"):
+        left.unlink()
     place.write_text(text, encoding="utf-8")
 
 

@@ -20,7 +20,7 @@ from caliport.export.decoder.fold import untie
 from caliport.export.decoder.skeleton import Layers, empty, group_layers
 from caliport.export.decoder.stored import Weights, can_stream, reading, store
 from caliport.export.quantization.choices import Form, Quantization
-from caliport.export.quantization.tensors import KnownIntegers, plan
+from caliport.export.quantization.tensors import KnownIntegers, plan_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -171,7 +171,7 @@ def shipped_decoder(
             changes = changes.check_saved(lambda name: read(tied.get(name, name)), adapter)
         untie(whole, changes)
     check(whole)
-    forms = plan(whole, how.precision, how.int8_layers, how.embedding_bits)
+    forms = plan_of(whole, how)
     known = None if integers is None else integers(Plan(whole, forms, changes, tied))
     with exclusive(), TemporaryDirectory(dir=scratch, prefix="weights-") as directory:
         fill = partial(store, base, whole, forms, changes, Path(directory), tied, known)

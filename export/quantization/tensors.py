@@ -148,6 +148,11 @@ def plan(
     return forms
 
 
+def plan_of(model: nn.Module, how: Quantization) -> dict[str, Form]:
+    """``plan`` with the choices of a ``Quantization``."""
+    return plan(model, how.precision, how.int8_layers, how.embedding_bits)
+
+
 def _embedding_form(
     name: str,
     module: nn.Embedding,
@@ -296,7 +301,7 @@ def as_shipped(
             with an update (``rounded``).
     """
     how = Quantization(how) if isinstance(how, str) else how
-    forms = plan(model, how.precision, how.int8_layers, how.embedding_bits)
+    forms = plan_of(model, how)
     plain = dequantize(quantize(copy.deepcopy(model), how.precision, forms))
     for name in keep:
         weight = model.get_submodule(name).weight

@@ -35,14 +35,14 @@ def eager(
     from caliport.calibrate.peft_files import read_adapter
     from caliport.core.checkpoints import load_base
     from caliport.export.decoder.fold import fold
-    from caliport.export.quantization.tensors import plan, quantize
+    from caliport.export.quantization.tensors import plan_of, quantize
 
     how = Quantization(how) if isinstance(how, str) else how
     changes = None if adapter is None else read_adapter(adapter)
     model = load_base(base)
     if changes is not None and adapter is not None:
         fold(model, changes, adapter)
-    forms = plan(model, how.precision, how.int8_layers, how.embedding_bits)
+    forms = plan_of(model, how)
     return quantize(model, how.precision, forms, known)
 
 

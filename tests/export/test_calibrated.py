@@ -27,7 +27,7 @@ from caliport.export.quantization.text import CalibrationText, PlainText
 from caliport.export.reference.folded import eager
 from caliport.export.request import Bundle, Request
 from caliport.validation.gates.weights import Source, weights_gate
-from caliport.validation.runners.integers import ArtifactIntegers
+from caliport.validation.runners.weights import ArtifactIntegers
 from tests.conftest import TEXTS
 
 HOW = Quantization("int4", quantizer="gptq")
@@ -261,8 +261,21 @@ def test_text_goes_with_the_quantizers_that_read_it(
     refused("not UTF-8 text", HOW, CalibrationText({"": PlainText(empty)}))
     gone = CalibrationText({"": PlainText(tmp_path / "gone")})
     refused("gone: not readable", HOW, gone)
+    other = CalibrationText({"summarise": text.sources[""]})
+    refused("found one for 'summarise', which is no composition", HOW, other)
     with pytest.raises(InputError, match="calibration tokens: found 3"):
         CalibrationText({"": PlainText(empty)}, 3)
+
+
+def test_a_directory_that_was_half_emptied_is_not_resumed(tmp_path: Path) -> None:
+    """Wherever emptying is killed, no integers of another text are left behind a new key."""
+    for name in ("hidden.safetensors", "layer-0000.safetensors", "head.safetensors"):
+        (tmp_path / name).write_bytes(b"of another text")
+    calibrated._begin(tmp_path, {"text": "new"})
+    assert [path.name for path in tmp_path.iterdir()] == ["key.json"]
+    (tmp_path / "hidden.safetensors").write_bytes(b"of this text")
+    calibrated._begin(tmp_path, {"text": "new"})
+    assert (tmp_path / "hidden.safetensors").exists()
 
 
 def test_integers_are_read_by_module(tmp_path: Path) -> None:

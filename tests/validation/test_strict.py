@@ -41,6 +41,7 @@ from caliport.validation.records.reports import (
     QualityReport,
     read_if_there,
 )
+from tests.fuzz.calls import FIGURES
 from tests.validation import examples
 from tests.validation.runs import run_of, write_run
 
@@ -364,18 +365,6 @@ def test_what_a_runner_cannot_have_found_is_one_line(change: dict[str, Any]) -> 
 
 def test_a_result_that_nobody_timed_may_have_turns() -> None:
     check_result(RESULT, JOB.model_copy(update={"timing": None}), "here")
-
-
-FIGURES = {
-    "prompt_tokens": 4,
-    "generated_tokens": 2,
-    "model_load_start_ms": 0,
-    "model_load_end_ms": 50,
-    "inference_start_ms": 51,
-    "inference_end_ms": 99,
-    "first_token_ms": 70,
-    "SCALING_FACTOR_UNITS_PER_SECOND": 1000,
-}
 
 
 @pytest.mark.parametrize("field", FIGURES)

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from caliport.export.decoder.fold import Folded
 from caliport.export.quantization.choices import GROUP_SIZE
-from caliport.validation.runners.integers import ArtifactIntegers
-from caliport.validation.runners.weights import requested_weight
+from caliport.validation.runners.weights import ArtifactIntegers, requested_weight
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -64,7 +64,7 @@ def weights_gate(artifact: Artifact, source: Source) -> Gate:
     from caliport.export.decoder.shipped import shipped_decoder
     from caliport.export.decoder.stored import reading
     from caliport.validation.gates.calibrated import inspect
-    from caliport.validation.runners.integers import ArtifactIntegers
+    from caliport.validation.runners.weights import ArtifactIntegers
 
     how = artifact.quantization
     with TemporaryDirectory(prefix="caliport-weights-") as scratch, ExitStack() as made:
