@@ -16,7 +16,6 @@ import pytest
 import torch
 
 import caliport
-from caliport.core import caches
 from caliport.core.checkpoints import (
     encode_prompt,
     eos_ids,
@@ -30,6 +29,7 @@ from caliport.core.errors import InputError
 from caliport.core.model_files import gguf_base, gguf_child
 from caliport.core.model_files.base_files import check_base_files
 from caliport.core.model_files.gguf_base import as_directory
+from caliport.core.places import cache_directory
 from tests.exports import to_onnx
 from tests.ggufs import write_gguf
 
@@ -348,13 +348,13 @@ def test_two_at_once_convert_once(
 def test_without_a_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert caches.cache_directory("gguf") == tmp_path / ".cache/caliport/gguf"
+    assert cache_directory("gguf") == tmp_path / ".cache/caliport/gguf"
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
     monkeypatch.setenv("HOME", str(tmp_path / "gone"))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     place = tmp_path / f"caliport-{os.getuid()}"
-    assert caches.cache_directory("gguf") == place / "gguf"
+    assert cache_directory("gguf") == place / "gguf"
     assert place.stat().st_mode & 0o777 == 0o700
     place.chmod(0o777)
     with pytest.raises(InputError, match="is not this user's own; name a writable XDG_CACHE_HOME"):
-        caches.cache_directory("gguf")
+        cache_directory("gguf")
