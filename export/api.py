@@ -8,7 +8,7 @@ from pathlib import Path
 from caliport.core.outputs import forced
 from caliport.export.artifact import Artifact
 from caliport.export.make import make
-from caliport.export.quantization.choices import Quantization
+from caliport.export.quantization.choices import Goal, Quantization
 from caliport.export.quantization.text import CalibrationText
 from caliport.export.request import Bundle, Request
 
@@ -25,6 +25,7 @@ def export(
     context: int | None = None,
     bundle: Bundle | Mapping[str, Directory] | None = None,
     text: CalibrationText | None = None,
+    goal: Goal | None = None,
     force: bool = False,
 ) -> Artifact:
     """Quantize a base, with an adapter folded in or compositions beside it, and lower it.
@@ -48,6 +49,8 @@ def export(
             ``.onnx_adapter`` file, and ``add_composition`` adds more.
         text: Calibration text for a quantizer that measures what layers are fed, such as
             ``Quantization("int4", quantizer="gptq")``.
+        goal: A size or a divergence from float that decides how many layers of ``int4`` stay at 8
+            bits; needs ``text``.
         force: Replace ``out`` even if caliport did not make it; an input is never replaced.
 
     Returns:
@@ -76,7 +79,7 @@ def export(
         bundle = Bundle({name: Path(path) for name, path in bundle.items()})
     folded = None if adapter is None else Path(adapter)
     with forced(force):
-        make(Request(base, runtime, how, context, folded, bundle, text), Path(out))
+        make(Request(base, runtime, how, context, folded, bundle, text, goal), Path(out))
     return Artifact.read(out)
 
 

@@ -74,8 +74,8 @@ class Artifact:
     def calibrated(self) -> Mapping[str, Sequence[str]]:
         """By linear layer, the hashes of integers and scales that were found on calibration text.
 
-        As ``caliport.export.calibrating.calibrated`` records them; empty where a base alone gives
-        the integers again.
+        As ``caliport.export.calibrated.requests.calibrated`` records them; empty where a base
+        alone gives the integers again.
         """
         found: Mapping[str, Sequence[str]] = self.manifest.get("calibration", {}).get("weights", {})
         return found

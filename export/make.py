@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from caliport.core.errors import InputError
 from caliport.core.model_files.base_model import check_base
 from caliport.core.model_files.inputs import input_hash
 from caliport.core.outputs import check_output, new_directory
 from caliport.export import runtime as runtimes
-from caliport.export.calibrating import calibrated, check_text, integers_of
+from caliport.export.calibrated.requests import calibrated, check_text, decided
 from caliport.export.request import Request
 from caliport.export.runtime import Runtime
 
@@ -68,11 +70,12 @@ def fill(
     from caliport.export.package.card import describe, write_card
     from caliport.export.package.generation import save_generation_config
     from caliport.export.package.tokenizer import save_tokenizer
+    from caliport.export.preflight import artifact_bytes
     from caliport.export.quantization.cache import SCHEME
     from caliport.export.quantization.tensors import scheme
 
     runtime = runtime or runtimes.get(request.runtime)
-    base, how = request.base, request.quantization
+    base = request.base
 
     def context_of(model: PreTrainedModel) -> int:
         longest = int(model.config.max_position_embeddings)
@@ -82,22 +85,18 @@ def fill(
         check_exportable(model, context_of(model))
         runtime.check_model(request, model)
 
-    if (place := local(base)) is not None:
-        check_tokenizer_files(place)
-        start_ahead(place)
+    if (directory_of_base := local(base)) is not None:
+        check_tokenizer_files(directory_of_base)
+        start_ahead(directory_of_base)
     if request.bundle is not None:  # before the base's weights are read and quantized
         read_updates(base, {**request.bundle.shared, **request.bundle.compositions})
-    with (
-        TemporaryDirectory(dir=directory, prefix="integers-") as scratch,
-        shipped_decoder(
-            base,
-            request.adapter,
-            how,
-            directory,
-            check=check,
-            integers=integers_of(request, integers or Path(scratch) / "found"),
-        ) as decoder,
-    ):
+    with TemporaryDirectory(dir=directory, prefix="integers-") as scratch, ExitStack() as stack:
+        place = integers or Path(scratch) / "found"
+        request, source, bits = decided(request, place, artifact_bytes, check)
+        how = request.quantization
+        decoder = stack.enter_context(
+            shipped_decoder(base, request.adapter, how, directory, check=check, integers=source)
+        )
         model = decoder.whole
         tokenizer = load_tokenizer(base, model)
         render_prompt(tokenizer, "Hello")  # else validation refuses the chat template afterwards
@@ -106,7 +105,7 @@ def fill(
         context = context_of(model)
         lowered = runtime.lower(decoder, directory, request, context, tokenizer)
         sizes = decoder.sizes()
-        calibration = {} if request.text is None else {"calibration": calibrated(decoder, request)}
+        calibration = {} if source is None else {"calibration": calibrated(decoder, request)}
     save_tokenizer(tokenizer, directory)
     save_generation_config(base, model.config, directory, eos_ids(model), tokenizer.bos_token_id)
     lowering = lowered.pop("lowering")
@@ -118,8 +117,21 @@ def fill(
         | ({"cache": SCHEME} if how.cache_bits else {}),
         "quantization": how.choices(),
         **calibration,
+        **bits,
         "sizes": sizes,
         "lowering": lowering,
         **describe(base, model.config, request.adapter),
     }
     write_card(directory, extra)
+    _check_size(request, directory)
+
+
+def _check_size(request: Request, directory: Path) -> None:
+    """Check that an artifact is no larger than its goal; the estimate that decided may be wrong."""
+    most = None if request.goal is None else request.goal.most_bytes
+    size = sum(file.stat().st_size for file in directory.iterdir() if file.is_file())
+    if most is not None and size > most:
+        raise InputError(
+            f"size: came out as {size:,} bytes, expected at most {most:,}; ask for "
+            f"{2 * most - size:,}"
+        )

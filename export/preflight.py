@@ -49,6 +49,8 @@ TOKENIZER = 13
 """Bytes in memory for each byte of ``tokenizer.json``."""
 GRAPH = 18_000
 """Bytes of graph and of gaps between weights, per layer of a method and once more."""
+BESIDE = 64_000
+"""Bytes of manifest, card and settings, and what the estimate of a program may lack."""
 METHOD = 3e6
 """Bytes in memory per layer of every further method, until all are written."""
 VALUE = {"fp32": 20e-9, "int8": 10e-9, "int4": 8e-9}
@@ -108,6 +110,21 @@ def preflight(request: Request, out: Path, *, refuse: bool = True) -> Needs | No
                 f"{_size(there)} {where}; free some, or go on with --no-preflight"
             )
     return found
+
+
+def artifact_bytes(request: Request) -> int:
+    """Estimated size of an artifact in bytes, a little more than it will be.
+
+    Raises:
+        InputError: The headers of the base cannot be read from the local disk.
+    """
+    found = needs(request)
+    if found is None:
+        raise InputError(
+            f"{request.base}: its size cannot be told beforehand; expected a local directory with "
+            "safetensors"
+        )
+    return found.artifact + BESIDE
 
 
 def needs(request: Request) -> Needs | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from caliport.core.prompts import recorded_prompt
-from caliport.export.quantization.choices import Quantization
+from caliport.export.quantization.choices import Goal, Quantization
 from caliport.export.quantization.text import CalibrationText
 
 
@@ -41,7 +41,10 @@ class Request:
             base's maximum.
         adapter: PEFT LoRA directory to fold in; None exports only the base.
         bundle: Compositions to keep beside the base; None for a fold.
-        text: Calibration text, for a quantizer that measures on text what layers are fed.
+        text: Calibration text, for a quantizer that measures on text what layers are fed, or for
+            a goal.
+        goal: What decides which layers of ``int4`` stay at 8 bits, besides those that
+            ``quantization`` names; None for no others.
     """
 
     base: str | Path
@@ -51,6 +54,7 @@ class Request:
     adapter: Path | None = None
     bundle: Bundle | None = None
     text: CalibrationText | None = None
+    goal: Goal | None = None
 
     @property
     def label(self) -> str:
@@ -82,6 +86,8 @@ class Request:
             del found["quantizer"]
         if self.text is not None:
             found["calibration"] = self.text.settings()
+        if self.goal is not None:
+            found["goal"] = asdict(self.goal)
         if self.bundle is not None and self.bundle.modules is not None:
             found["modules"] = sorted(self.bundle.modules)
         if prompts := self._prompts():

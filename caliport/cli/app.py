@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -13,6 +11,7 @@ from caliport.cli.compare import register
 from caliport.cli.device import register as register_on_device
 from caliport.cli.devices import register as register_devices
 from caliport.cli.emulator import register as register_emulators
+from caliport.cli.exporting import register as register_exporting
 from caliport.cli.inspect import register as register_inspecting
 from caliport.cli.once import take_options_once
 from caliport.cli.options import (
@@ -29,6 +28,10 @@ from caliport.cli.options import (
     Recipe,
     Runs,
     Share,
+    alone_in,
+    needed,
+    no_flags,
+    space_of,
     with_baseline,
 )
 from caliport.cli.runner import register as register_runner
@@ -69,7 +72,7 @@ def run(
     from caliport.run.score import score_all
     from caliport.run.validate import check_baseline, validate_all
 
-    with _alone(recipe, with_baseline(overrides, baseline), runs) as space:
+    with alone_in(recipe, with_baseline(overrides, baseline), runs) as space:
         check_baseline(space)
         compose_all(space)
         score_all(space)
@@ -130,7 +133,7 @@ def calibrate(
         from caliport.run.compose import compose_all
         from caliport.run.score import score_all
 
-        _no_flags(
+        no_flags(
             base=base,
             adapter=adapter,
             data=data,
@@ -141,7 +144,7 @@ def calibrate(
             out=out,
             dora=dora,
         )
-        with _alone(recipe, overrides, runs) as space:
+        with alone_in(recipe, overrides, runs) as space:
             compose_all(space)
             score_all(space)
             _only_main()
@@ -159,120 +162,16 @@ def calibrate(
     if method == "flix":
         if dora is not None:
             raise InputError("--dora goes with --adapter; flix trains its own")
-        base, data, rank, target = _needed(base=base, data=data, rank=rank, out=out)
+        base, data, rank, target = needed(base=base, data=data, rank=rank, out=out)
         source = Source(data, PLAIN if prompt is None else prompt)
         features_one(base, source, rank, training, features, target)
         return
-    base, adapters, target = _needed(base=base, adapter=adapter, out=out)
+    base, adapters, target = needed(base=base, adapter=adapter, out=out)
     inputs = inputs_of(adapters, data, prompt)
     calibrate_one(base, inputs, method, training, weight or [], target, dora)
 
 
-@app.command()
-def export(
-    recipe: Recipe = None,
-    overrides: Overrides = None,
-    runs: Runs = Path("runs"),
-    base: BaseOption = None,
-    adapter: Adapter = None,
-    runtime: Annotated[str | None, typer.Option(help="executorch or onnx.")] = None,
-    precision: Annotated[str, typer.Option(help="fp32, int8 or int4.")] = "fp32",
-    context: Annotated[
-        int | None,
-        typer.Option(help="Key-value cache length in tokens; default the base's.", min=1),
-    ] = None,
-    bundle: Bundle = None,
-    share: Share = None,
-    into: Annotated[
-        Path | None,
-        typer.Option(help="Add the --bundle compositions to this finished onnx bundle."),
-    ] = None,
-    int8_layer: Annotated[
-        list[str] | None,
-        typer.Option(help="A layer that int4 keeps at 8 bits; repeatable; see sensitivity."),
-    ] = None,
-    embedding_bits: Annotated[
-        int | None,
-        typer.Option(
-            help="Bits of the embedding with int4: 4 or 8; default a tied head's, else 8."
-        ),
-    ] = None,
-    cache_bits: Annotated[
-        int | None, typer.Option(help="8 for an int8 key-value cache, executorch only.")
-    ] = None,
-    quantizer: Annotated[
-        str | None,
-        typer.Option(
-            help="How int4 is rounded: hqq needs no text, weighted and gptq do; default gptq with "
-            "--calibration, else hqq."
-        ),
-    ] = None,
-    calibration: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="[NAME=]FILE",
-            help="Text that int4 is calibrated on: JSON Lines with `input` and `output` (.jsonl), "
-            "or plain text; NAME=FILE for each composition of a bundle.",
-        ),
-    ] = None,
-    calibration_tokens: Annotated[
-        int | None, typer.Option(help="Tokens of it to run; default 8192.", min=64)
-    ] = None,
-    out: Out = None,
-    preflight: Annotated[
-        bool,
-        typer.Option("--preflight/--no-preflight", help="Stop if memory or disk is too small."),
-    ] = True,
-    push_to_hub: Annotated[
-        str | None,
-        typer.Option("--push-to-hub", metavar="REPO_ID", help="Upload the artifact when done."),
-    ] = None,
-    private: Annotated[
-        bool, typer.Option("--private", help="Make the repository private if it is new.")
-    ] = False,
-    force: ForceOption = False,
-) -> None:
-    """Quantize a base with adapters and lower it to .pte or .onnx."""
-    if recipe is not None:
-        from caliport.run.export import export_all
-
-        _no_flags(base=base, adapter=adapter, runtime=runtime, context=context, out=out)
-        _no_flags(**{"push-to-hub": push_to_hub, "private": private})
-        _no_flags(**{"int8-layer": int8_layer, "embedding-bits": embedding_bits})
-        _no_flags(**{"cache-bits": cache_bits})
-        _no_flags(bundle=bundle, share=share, into=into, quantizer=quantizer)
-        _no_flags(**{"calibration": calibration, "calibration-tokens": calibration_tokens})
-        with _alone(recipe, overrides, runs) as space:
-            export_all(space, preflight=preflight)
-        return
-    if into is not None:
-        from caliport.flags.export import add_to_bundle
-
-        if any((base, adapter, runtime, out, share)):
-            raise InputError("--into only goes with --bundle NAME=DIR")
-        (added,) = _needed(bundle=bundle)
-        add_to_bundle(into, added)
-        return
-    from caliport.core.prompts import recorded_prompt
-    from caliport.export.quantization.choices import Quantization
-    from caliport.export.quantization.quantizers.registry import CALIBRATED
-    from caliport.export.request import Request
-    from caliport.flags.export import bundle_for, export_one, text_for
-
-    base, runtime, target = _needed(base=base, runtime=runtime, out=out)
-    if private and push_to_hub is None:
-        raise InputError("--private only goes with --push-to-hub REPO_ID")
-    if bundle and adapter is not None:
-        raise InputError("--adapter does not go with --bundle; expected --share NAME=DIR")
-    if share and not bundle:
-        raise InputError("--share goes with --bundle NAME=DIR")
-    beside = bundle_for(runtime, bundle, share or []) if bundle else None
-    prompt = None if adapter is None else recorded_prompt(adapter)
-    text = text_for(calibration or [], calibration_tokens, prompt, beside)
-    rounding = CALIBRATED if text is not None and quantizer is None else quantizer
-    how = Quantization(precision, tuple(int8_layer or ()), embedding_bits, cache_bits, rounding)
-    request = Request(base, runtime, how, context, adapter, beside, text)
-    export_one(request, target, preflight=preflight, repo_id=push_to_hub, private=private)
+register_exporting(app)
 
 
 @app.command()
@@ -329,7 +228,7 @@ def validate(
             check_reports(out)
         if device:
             raise InputError("--device goes with a recipe; see caliport device validate")
-        (base,) = _needed(base=base)
+        (base,) = needed(base=base)
         options = Options(
             threads=threads,
             runner=runner or "plain",
@@ -345,13 +244,13 @@ def validate(
     else:
         from caliport.run.validate import validate_all
 
-        _no_flags(base=base, adapter=adapter, bundle=bundle, share=share)
-        _no_flags(prompts=prompts, out=out, precision=precision, against=against)
-        _no_flags(**{"against-runner": against_runner})
+        no_flags(base=base, adapter=adapter, bundle=bundle, share=share)
+        no_flags(prompts=prompts, out=out, precision=precision, against=against)
+        no_flags(**{"against-runner": against_runner})
         if runner is not None:
             overrides = [*(overrides or ()), f"validation.runner={runner}"]
         layers = ["validation.by_layer=true"] if by_layer else []
-        with _alone(recipe, [*with_baseline(overrides, baseline), *layers], runs) as space:
+        with alone_in(recipe, [*with_baseline(overrides, baseline), *layers], runs) as space:
             passed = validate_all(space, latency=latency)
             if device:
                 from caliport.on_devices.validate import validate_rows
@@ -371,7 +270,7 @@ def report(
 ) -> None:
     """Rewrite the HTML report from a run's measurements."""
     _check_there(recipe, "a recipe or a run directory")
-    run_dir = recipe if recipe.is_dir() else _space(recipe, overrides, runs).root
+    run_dir = recipe if recipe.is_dir() else space_of(recipe, overrides, runs).root
     reports = run_dir / "reports"
     if not reports.is_dir():
         raise InputError(f"{run_dir}: has no reports; expected a run directory")
@@ -386,29 +285,6 @@ register_on_device(app)
 register_emulators(app)
 register_runner(app)
 take_options_once(app)
-
-
-def _space(recipe: Path, overrides: list[str] | None, runs: Path) -> Any:
-    from caliport.recipe.read import read_recipe
-    from caliport.run.workspace import Workspace
-    from caliport.validation.records.reports import check_reports
-
-    found = read_recipe(recipe, overrides or [])
-    space = Workspace(found, runs / found.name)
-    check_reports(space.reports)
-    return space
-
-
-@contextmanager
-def _alone(recipe: Path, overrides: list[str] | None, runs: Path) -> Iterator[Any]:
-    """The paths of a recipe's run, in which no other process works while the body runs."""
-    from caliport.core.outputs import within_run
-    from caliport.core.processes import alone, is_main
-
-    space = _space(recipe, overrides, runs)
-    lock = alone(space.root, inside=True) if is_main() else nullcontext()
-    with lock, within_run(space.root):
-        yield space
 
 
 def _show(reports: Path, validated: Path | None = None) -> None:
@@ -435,16 +311,3 @@ def _only_main() -> None:
 def _check_there(path: Path, expected: str) -> None:
     if not path.exists():
         raise InputError(f"{path}: no such file or directory, expected {expected}")
-
-
-def _needed(**flags: Any) -> tuple[Any, ...]:
-    for name, value in flags.items():
-        if value is None or value == []:
-            raise InputError(f"--{name} is missing; use it, or a recipe (see --help)")
-    return tuple(flags.values())
-
-
-def _no_flags(**flags: Any) -> None:
-    for name, value in flags.items():
-        if value:
-            raise InputError(f"--{name} does not go with a recipe; use --set FIELD=VALUE")

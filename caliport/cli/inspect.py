@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from caliport.cli.options import Prompt
+from caliport.cli.options import CalibrationTokens, Prompt
 
 
 def register(app: typer.Typer) -> None:
@@ -46,9 +46,19 @@ def sensitivity(
         float,
         typer.Option(help="Bytes to spend on 8-bit layers, relative to all layers in 4 bits."),
     ] = 0.05,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help="Measure after rounding that is calibrated on this text."),
+    ] = None,
+    calibration_tokens: CalibrationTokens = None,
     out: Annotated[Path | None, typer.Option("--out", help="Also write a JSON file.")] = None,
 ) -> None:
     """Show what each linear layer loses at 4 bits and which to keep at 8."""
+    from caliport.core.prompts import recorded_prompt
+    from caliport.flags.export import text_for
     from caliport.flags.sensitivity import show_sensitivity
 
-    show_sensitivity(base, adapter, prompts, prompt, share, out)
+    files = [] if calibration is None else [str(calibration)]
+    recorded = None if adapter is None else recorded_prompt(adapter)
+    text = text_for(files, calibration_tokens, recorded, None)
+    show_sensitivity(base, adapter, prompts, prompt, share, out, text)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from caliport.core.errors import InputError
 from caliport.core.outputs import forced
 from caliport.core.prompts import check_prompt
 
@@ -57,6 +59,36 @@ Share = Annotated[
         "--share",
         metavar="NAME=DIR",
         help="An adapter that compositions of a bundle share, stored once; repeatable.",
+    ),
+]
+
+
+CalibrationFiles = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--calibration",
+        metavar="[NAME=]FILE",
+        help="Text that int4 is calibrated on: JSON Lines with `input` and `output` (.jsonl), "
+        "or plain text; NAME=FILE for each composition of a bundle.",
+    ),
+]
+CalibrationTokens = Annotated[
+    int | None, typer.Option(help="Tokens of it to run; default 8192.", min=64)
+]
+MaxSize = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Keep as many layers of int4 at 8 bits as fit into this size, such as 95MB, those "
+        "first that gain most for each byte; needs --calibration.",
+    ),
+]
+TargetKl = Annotated[
+    float | None,
+    typer.Option(
+        metavar="NATS",
+        help="Keep as few layers of int4 at 8 bits as bring the divergence from float down to "
+        "this; needs --calibration.",
     ),
 ]
 
@@ -121,3 +153,42 @@ LlamaMainOption = Annotated[
         help="ExecuTorch's own runner, for .pte files; default build/llama_main.",
     ),
 ]
+
+
+def space_of(recipe: Path, overrides: list[str] | None, runs: Path) -> Any:
+    """The paths of a recipe's run."""
+    from caliport.recipe.read import read_recipe
+    from caliport.run.workspace import Workspace
+    from caliport.validation.records.reports import check_reports
+
+    found = read_recipe(recipe, overrides or [])
+    space = Workspace(found, runs / found.name)
+    check_reports(space.reports)
+    return space
+
+
+@contextmanager
+def alone_in(recipe: Path, overrides: list[str] | None, runs: Path) -> Iterator[Any]:
+    """The paths of a recipe's run, in which no other process works while the body runs."""
+    from caliport.core.outputs import within_run
+    from caliport.core.processes import alone, is_main
+
+    space = space_of(recipe, overrides, runs)
+    lock = alone(space.root, inside=True) if is_main() else nullcontext()
+    with lock, within_run(space.root):
+        yield space
+
+
+def needed(**flags: Any) -> tuple[Any, ...]:
+    """The values of flags; one that is missing is an error."""
+    for name, value in flags.items():
+        if value is None or value == []:
+            raise InputError(f"--{name} is missing; use it, or a recipe (see --help)")
+    return tuple(flags.values())
+
+
+def no_flags(**flags: Any) -> None:
+    """Refuse flags that do not go with a recipe."""
+    for name, value in flags.items():
+        if value:
+            raise InputError(f"--{name} does not go with a recipe; use --set FIELD=VALUE")

@@ -8,6 +8,8 @@ from pathlib import Path
 from caliport.core.errors import InputError
 from caliport.core.progress import console
 from caliport.core.prompts import recorded_prompt
+from caliport.core.untrusted import shown
+from caliport.export.quantization.choices import Goal
 from caliport.export.quantization.text import TOKENS, CalibrationText
 from caliport.export.request import Bundle, Request
 from caliport.export.runtime import get, names
@@ -84,6 +86,28 @@ def text_for(
             for name, path in files.items()
         }
     return CalibrationText(sources, TOKENS if tokens is None else tokens)
+
+
+def goal_for(max_size: str | None, target_kl: float | None) -> Goal | None:
+    """The goal of ``--max-size`` or ``--target-kl``.
+
+    Raises:
+        InputError: Both, or a size that is none.
+    """
+    if max_size is None and target_kl is None:
+        return None
+    if max_size is not None and target_kl is not None:
+        raise InputError("--max-size and --target-kl: expected one of them")
+    if max_size is None:
+        return Goal(target_kl=target_kl)
+    from pydantic import ByteSize, TypeAdapter, ValidationError
+
+    try:
+        return Goal(int(TypeAdapter(ByteSize).validate_python(max_size)))
+    except ValidationError:
+        raise InputError(
+            f"--max-size: found {shown(max_size)}, expected a size such as 95MB"
+        ) from None
 
 
 def bundle_for(runtime: str, compositions: Sequence[str], shared: Sequence[str]) -> Bundle:

@@ -20,3 +20,5 @@ WEIGHT = 1e4
 """Of an adapter in a merge."""
 SECONDS = 30 * 86_400.0
 """That anything may be waited for."""
+BYTES = 10**13
+"""Of an artifact."""

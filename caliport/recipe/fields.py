@@ -10,6 +10,7 @@ from pydantic import (
     AfterValidator,
     BaseModel,
     BeforeValidator,
+    ByteSize,
     ConfigDict,
     Field,
     StringConstraints,
@@ -94,6 +95,7 @@ def _limit(name: str) -> str:
 Limit = Annotated[str, AfterValidator(_limit)]
 Whole = Annotated[int, BeforeValidator(_number)]
 Real = Annotated[float, BeforeValidator(_number)]
+Size = Annotated[ByteSize, BeforeValidator(_number)]
 Count = Annotated[Whole, Field(gt=0, le=bounds.COUNT)]
 Tokens = Annotated[Whole, Field(gt=0, le=bounds.TOKENS)]
 Rank = Annotated[Whole, Field(gt=0, le=bounds.RANK)]

@@ -9,8 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from caliport.core.errors import InputError
-from caliport.export.quantization.text import TOKENS
-from caliport.export.runtime import get, names
+from caliport.export.runtime import get
 from caliport.recipe import bounds
 from caliport.recipe.fields import (
     Count,
@@ -24,17 +23,16 @@ from caliport.recipe.fields import (
     Place,
     Precision,
     PromptTemplate,
-    QuantizerName,
     Rank,
     Rate,
     Real,
-    Runtime,
     Tokens,
     Whole,
     Width,
     checked_name,
 )
 from caliport.recipe.methods import CORRECTED, Method, parse
+from caliport.recipe.shipping import Export
 from caliport.validation.baseline.regression import RegressionLimits
 
 
@@ -283,29 +281,6 @@ class Evaluation(Part):
     metric: Metric = "rougeL"
 
 
-class Export(Part):
-    """What is exported: every runtime in every precision.
-
-    ``ship`` is ``fold`` for one artifact per composition, ``bundle`` for one artifact with all.
-    ``int8_layers`` and ``embedding_bits`` apply to int4, ``cache_bits`` to executorch
-    (``caliport.export.quantization.choices.Quantization``). ``quantizer`` finds the integers of
-    int4, on ``calibration_tokens`` of the compositions' own training examples if it needs text. By
-    default it is gptq, but hqq for a method that was trained through int4, since those corrections
-    make up for the errors of hqq.
-    """
-
-    method: str = "best"
-    ship: tuple[Literal["fold", "bundle"], ...] = Field(("fold",), min_length=1)
-    runtimes: tuple[Runtime, ...] = names()
-    precisions: tuple[Precision, ...] = ("fp32", "int8", "int4")
-    context: Tokens | None = None
-    int8_layers: tuple[str, ...] = ()
-    embedding_bits: Literal[4, 8] | None = None
-    cache_bits: Literal[8] | None = None
-    quantizer: QuantizerName | None = None
-    calibration_tokens: Annotated[Whole, Field(ge=64, le=bounds.COUNT)] = TOKENS
-
-
 class Validation(Part):
     """How artifacts are checked: see ``caliport.validation.gates.limits`` for the limits.
 
@@ -388,6 +363,12 @@ class Recipe(Part):
             raise ValueError(
                 f"export.method is {wanted}, expected best or one of calibration.methods that "
                 f"give an adapter: {', '.join(composed) or 'none'}"
+            )
+        through = [name for name, method in methods.items() if method.precision == "int4"]
+        if self.export.goal is not None and through:
+            raise ValueError(
+                f"export.max_size and export.target_kl choose layers after {through[0]} was "
+                "trained through int4; leave one out, or name export.int8_layers"
             )
         for runtime in self.export.runtimes if "bundle" in self.export.ship else ():
             for name in self.compositions:

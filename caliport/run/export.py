@@ -63,12 +63,12 @@ def export_all(space: Workspace, *, preflight: bool = True) -> None:
     }
     for row in rows_of(space):
         how, length = _quantization(space, row), recipe.export.context
-        text = _text(space, row, how)
+        goal = recipe.export.goal if row.precision == "int4" else None
+        text = _text(space, row) if needs_text(how.quantizer) or goal is not None else None
         form = f"{row.runtime} {row.precision}"
         if not row.bundle:
-            request = Request(
-                space.base, row.runtime, how, length, adapters[row.composition], text=text
-            )
+            folded = adapters[row.composition]
+            request = Request(space.base, row.runtime, how, length, folded, text=text, goal=goal)
             export_to(
                 row.artifact,
                 f"{row.composition}: {form}",
@@ -78,7 +78,9 @@ def export_all(space: Workspace, *, preflight: bool = True) -> None:
             )
         elif row.composition == BASE_ALONE:
             bundle = Bundle(adapters, _shared(space, row))
-            request = Request(space.base, row.runtime, how, length, bundle=bundle, text=text)
+            request = Request(
+                space.base, row.runtime, how, length, bundle=bundle, text=text, goal=goal
+            )
             export_to(
                 row.artifact,
                 f"bundle of {len(adapters)}: {form}",
@@ -113,10 +115,8 @@ def _quantizer(space: Workspace, row: Row) -> str:
     return DEFAULTS[4] if trained else CALIBRATED
 
 
-def _text(space: Workspace, row: Row, how: Quantization) -> CalibrationText | None:
-    """The compositions' own training examples, if the quantizer needs text."""
-    if not needs_text(how.quantizer):
-        return None
+def _text(space: Workspace, row: Row) -> CalibrationText:
+    """The compositions' own training examples."""
     names = {n: n for n in space.recipe.compositions} if row.bundle else {"": row.composition}
     sources = {label: source_of(space, name, tuned=False) for label, name in names.items()}
     return CalibrationText(sources, space.recipe.export.calibration_tokens)

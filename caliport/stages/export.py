@@ -13,7 +13,7 @@ from caliport.core.model_files.base_files import check_base_files
 from caliport.core.outputs import check_output
 from caliport.core.progress import working
 from caliport.export import runtime as runtimes
-from caliport.export.calibrating import check_text
+from caliport.export.calibrated.requests import check_text
 from caliport.export.request import Request
 from caliport.stages.stage import hashes_of, stage
 

@@ -46,6 +46,20 @@ def fold(
     return model
 
 
+def load_folded(base: str | Path, adapter: Path | None) -> PreTrainedModel:
+    """A base in float32 with an adapter folded in, if there is one.
+
+    Raises:
+        InputError: A base or adapter that cannot be read, or an adapter that does not fit.
+    """
+    from caliport.calibrate.peft_files import read_adapter
+    from caliport.core.checkpoints import load_base
+
+    changes = None if adapter is None else read_adapter(adapter)
+    model = load_base(base)
+    return model if changes is None or adapter is None else fold(model, changes, adapter)
+
+
 def untie(model: PreTrainedModel, adapter: Adapter) -> None:
     """Give parameters that an adapter changes a tensor of their own, if they share one.
 

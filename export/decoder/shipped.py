@@ -125,6 +125,37 @@ def every(decoder: ShippedDecoder) -> Layers:
     return group_layers(decoder.whole, lambda layer: layer)
 
 
+def planned(
+    base: str | Path,
+    adapter: Path | None,
+    how: Quantization,
+    check: Callable[[PreTrainedModel], None] = lambda model: None,
+) -> Plan:
+    """What would ship, from configurations and an adapter alone.
+
+    Raises:
+        InputError: See ``shipped_decoder``.
+    """
+    from caliport.calibrate.bases import note_base
+    from caliport.calibrate.peft_files import read_adapter
+    from caliport.core.checkpoints import load_config
+
+    config, generation = load_config(base)
+    whole = empty(config)
+    if generation is not None:
+        whole.generation_config = generation
+    tied = {**(whole.all_tied_weights_keys or {})}  # before an adapter unties the head
+    changes = None
+    if adapter is not None:
+        note_base(adapter, base)
+        changes = read_adapter(adapter).fitted(whole, adapter)
+        with reading(base) as read:
+            changes = changes.check_saved(lambda name: read(tied.get(name, name)), adapter)
+        untie(whole, changes)
+    check(whole)
+    return Plan(whole, plan_of(whole, how), changes, tied)
+
+
 @contextmanager
 def shipped_decoder(
     base: str | Path,
@@ -153,26 +184,10 @@ def shipped_decoder(
     Raises:
         InputError: See ``plan``, ``check``, ``read_adapter`` and ``Adapter``.
     """
-    from caliport.calibrate.bases import note_base
-    from caliport.calibrate.peft_files import read_adapter
-    from caliport.core.checkpoints import load_config
-
     how = Quantization(how) if isinstance(how, str) else how
-    config, generation = load_config(base)
-    whole = empty(config)
-    if generation is not None:
-        whole.generation_config = generation
-    tied = {**(whole.all_tied_weights_keys or {})}  # before an adapter unties the head
-    changes = None
-    if adapter is not None:
-        note_base(adapter, base)
-        changes = read_adapter(adapter).fitted(whole, adapter)
-        with reading(base) as read:
-            changes = changes.check_saved(lambda name: read(tied.get(name, name)), adapter)
-        untie(whole, changes)
-    check(whole)
-    forms = plan_of(whole, how)
-    known = None if integers is None else integers(Plan(whole, forms, changes, tied))
+    plan = planned(base, adapter, how, check)
+    whole, forms, changes, tied = plan.whole, plan.forms, plan.adapter, plan.tied
+    known = None if integers is None else integers(plan)
     with exclusive(), TemporaryDirectory(dir=scratch, prefix="weights-") as directory:
         fill = partial(store, base, whole, forms, changes, Path(directory), tied, known)
         if not can_stream(base, whole, tied):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import inf
 from typing import Any, Literal
 
 from caliport.core.errors import InputError
@@ -58,6 +59,28 @@ class Quantization:
             choices.get("cache_bits"),
             choices.get("quantizer"),
         )
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What decides how many layers of ``int4`` stay at 8 bits; one of the two.
+
+    Attributes:
+        most_bytes: Size of the whole artifact, in bytes.
+        target_kl: Mean Kullback-Leibler divergence from the float model, in nats per token, on
+            text that was not calibrated on; in float arithmetic on the quantized weights.
+    """
+
+    most_bytes: int | None = None
+    target_kl: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.most_bytes is None) == (self.target_kl is None):
+            raise InputError("goal: expected a size or a divergence, and not both")
+        if self.target_kl is not None and not 0 < self.target_kl < inf:
+            raise InputError(f"target KL: found {self.target_kl}, expected more than 0")
+        if self.most_bytes is not None and self.most_bytes < 1:
+            raise InputError(f"most bytes: found {self.most_bytes}, expected 1 or more")
 
 
 _BLOCKS = (256, 128, 64, 32)

@@ -268,11 +268,12 @@ def dequantize(model: PreTrainedModel) -> PreTrainedModel:
     plain = copy.deepcopy(model)
     for module in plain.modules():
         if isinstance(module, nn.Linear | nn.Embedding) and is_quantized(module):
-            _replace(module, _values(*quantized_weight(module)))
+            _replace(module, values_of(*quantized_weight(module)))
     return plain
 
 
-def _values(data: Tensor, scale: Tensor) -> Tensor:
+def values_of(data: Tensor, scale: Tensor) -> Tensor:
+    """q · scale: float32 [out, in] from q int8 [out, in] and scale float32 [out, groups]."""
     return (data.float().unflatten(1, (scale.shape[1], -1)) * scale.unsqueeze(-1)).flatten(1)
 
 
@@ -286,7 +287,7 @@ def rounded(weight: Tensor, form: Form | None) -> Tensor:
         weight: float32 [out, in].
         form: How it ships (``plan``); None for float32.
     """
-    return weight if form is None else _values(*_parts(quantized(weight, form)))
+    return weight if form is None else values_of(*_parts(quantized(weight, form)))
 
 
 def as_shipped(

@@ -124,23 +124,63 @@ class CalibrationText:
         Raises:
             InputError: A file that cannot be read, or too little text.
         """
+        return {name: taken for name, (taken, _) in self._split(tokenizer, model).items()}
+
+    def held_out(
+        self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, tokens: int
+    ) -> list[tuple[int, ...]]:
+        """Token ids to measure on, of examples that ``sequences`` leaves out.
+
+        Args:
+            tokenizer: The base's.
+            model: The decoder, for its longest sequence.
+            tokens: Most tokens of all sources together.
+
+        Raises:
+            InputError: A file that cannot be read, or too few examples.
+        """
+        share = tokens // len(self.sources)
+        found = []
+        for name, (_, left) in self._split(tokenizer, model).items():
+            kept = _taken(left, _spread(left, share), share)
+            if sum(map(len, kept)) < _FEWEST:
+                raise InputError(
+                    f"{self.sources[name].path}: {self.tokens} calibration tokens take all of it, "
+                    "and nothing is left to measure layers on; expected a longer text, or fewer "
+                    "tokens"
+                )
+            found += kept
+        return found
+
+    def _split(
+        self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
+    ) -> dict[str, tuple[list[tuple[int, ...]], list[tuple[int, ...]]]]:
+        """By composition, the examples to calibrate on, and the others."""
         share = self.tokens // len(self.sources)
         longest = int(model.config.max_position_embeddings)
-        return {
-            name: _spread([ids[:longest] for ids in source.sequences(tokenizer, model)], share)
-            for name, source in self.sources.items()
-        }
+        found = {}
+        for name, source in self.sources.items():
+            examples = [ids[:longest] for ids in source.sequences(tokenizer, model)]
+            chosen = _spread(examples, share)
+            others = sorted(set(range(len(examples))) - set(chosen))
+            found[name] = _taken(examples, chosen, share), [examples[i] for i in others]
+        return found
 
 
-def _spread(examples: Sequence[tuple[int, ...]], tokens: int) -> list[tuple[int, ...]]:
-    """Examples from all over the file with the given number of tokens in all."""
-    mean = sum(map(len, examples)) / len(examples)
-    count = min(len(examples), max(1, round(tokens / mean)))
-    chosen = [examples[i * len(examples) // count] for i in range(count)]
+def _spread(examples: Sequence[tuple[int, ...]], tokens: int) -> list[int]:
+    """Places of examples from all over the file with about the given number of tokens in all."""
+    mean = sum(map(len, examples)) / max(1, len(examples))
+    count = min(len(examples), max(1, round(tokens / max(1, mean))))
+    return [i * len(examples) // count for i in range(count)]
+
+
+def _taken(
+    examples: Sequence[tuple[int, ...]], places: Sequence[int], tokens: int
+) -> list[tuple[int, ...]]:
+    """The examples at these places, cut to the given number of tokens in all."""
     kept: list[tuple[int, ...]] = []
-    left = tokens
-    for example in chosen:
-        if left > 0:
-            kept.append(example[:left])
-            left -= len(example)
+    for place in places:
+        if tokens > 0:
+            kept.append(examples[place][:tokens])
+            tokens -= len(examples[place])
     return kept

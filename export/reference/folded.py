@@ -32,16 +32,11 @@ def eager(
         InputError: Unknown precision, a base or adapter that cannot be read, or an adapter that
             does not fit the base.
     """
-    from caliport.calibrate.peft_files import read_adapter
-    from caliport.core.checkpoints import load_base
-    from caliport.export.decoder.fold import fold
+    from caliport.export.decoder.fold import load_folded
     from caliport.export.quantization.tensors import plan_of, quantize
 
     how = Quantization(how) if isinstance(how, str) else how
-    changes = None if adapter is None else read_adapter(adapter)
-    model = load_base(base)
-    if changes is not None and adapter is not None:
-        fold(model, changes, adapter)
+    model = load_folded(base, adapter)
     forms = plan_of(model, how)
     return quantize(model, how.precision, forms, known)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +17,13 @@ from caliport.core.checkpoints import load_base, load_tokenizer
 from caliport.core.errors import InputError
 from caliport.export.api import export
 from caliport.export.artifact import Artifact
-from caliport.export.decoder import calibrated
-from caliport.export.decoder.calibrated import Integers
+from caliport.export.calibrated import integers as calibrated
+from caliport.export.calibrated.integers import Integers
+from caliport.export.calibrated.requests import decided, measured_for
+from caliport.export.calibrated.sensitivity import Divergence
 from caliport.export.make import fill
-from caliport.export.quantization.choices import Quantization
+from caliport.export.preflight import artifact_bytes
+from caliport.export.quantization.choices import Goal, Quantization
 from caliport.export.quantization.quantizers import gptq, hqq, weighted
 from caliport.export.quantization.quantizers.scales import pack, weighted_scales
 from caliport.export.quantization.tensors import unpacked
@@ -288,3 +292,80 @@ def test_integers_are_read_by_module(tmp_path: Path) -> None:
     assert "a.b" in found
     assert "" not in found
     assert torch.equal(found.parts("a.b")[1], torch.ones(2, 1))
+
+
+@pytest.fixture(scope="module")
+def longer(tmp_path_factory: pytest.TempPathFactory) -> CalibrationText:
+    """Text of which two thirds are left to measure on."""
+    path = tmp_path_factory.mktemp("longer") / "text.txt"
+    path.write_text("\n".join(TEXTS * 60))
+    return CalibrationText({"": PlainText(path)}, 256)
+
+
+def test_what_is_measured_on_was_not_calibrated_on(longer: CalibrationText, base_dir: Path) -> None:
+    model = load_base(base_dir)
+    tokenizer = load_tokenizer(base_dir)
+    taken = longer.sequences(tokenizer, model)[""]
+    left = longer.held_out(tokenizer, model, 300)
+    assert 200 < sum(map(len, left)) <= 300
+    everything = longer.sources[""].sequences(tokenizer, model)
+    places = [[everything.index(s) for s in part if s in everything] for part in (taken, left)]
+    assert not set(places[0]) & set(places[1])
+
+
+def test_bits_go_where_they_gain_most_for_their_bytes(
+    base_dir: Path, longer: CalibrationText, tmp_path: Path
+) -> None:
+    """A divergence is reached with fewer layers than all, and a size is kept to."""
+    plain = Request(base_dir, "onnx", HOW, 96, text=longer)
+    found, _ = measured_for(plain, tmp_path / "integers")
+    none, every = found.divergence([]), found.divergence(found.order())
+    assert every < 0.1 * none
+    target = 0.5 * none
+    request = replace(plain, goal=Goal(target_kl=target))
+    chosen, _, facts = decided(request, tmp_path / "integers", artifact_bytes)
+    names = chosen.quantization.int8_layers
+    assert 0 < len(names) < len(found.layers)
+    assert facts["bits"]["kl"] <= target < facts["bits"]["kl_without"] == none
+    one_less = found.order()[: len(names) - 1]
+    assert found.divergence(one_less) > target
+
+    least = artifact_bytes(plain)
+    most = least + 20_000
+    artifact = export(
+        base_dir,
+        tmp_path / "a",
+        runtime="onnx",
+        precision=HOW,
+        context=96,
+        text=longer,
+        goal=Goal(most),
+    )
+    kept = artifact.quantization.int8_layers
+    assert kept
+    sizes = sum(file.stat().st_size for file in artifact.directory.iterdir())
+    assert sizes <= most
+    with pytest.raises(InputError, match=r"size: found .* MB with every layer in 4 bits, expected"):
+        decided(replace(plain, goal=Goal(least - 1)), tmp_path / "integers", artifact_bytes)
+    with pytest.raises(InputError, match=r"loss: found .* with every layer in 8 bits, expected"):
+        decided(replace(plain, goal=Goal(target_kl=1e-9)), tmp_path / "integers", artifact_bytes)
+
+
+def test_measured_losses_are_kept(
+    base_dir: Path, longer: CalibrationText, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever was measured before a kill is not measured again."""
+    request = Request(base_dir, "onnx", HOW, 96, text=longer)
+    first, _ = measured_for(request, tmp_path)
+    measured = []
+    monkeypatch.setattr(
+        Divergence, "of", lambda self, values: measured.append(sorted(values)) or 0.0
+    )
+    file = tmp_path / "losses.json"
+    content = json.loads(file.read_text())
+    dropped = first.layers[-1].name
+    del content["layers"][dropped]
+    file.write_text(json.dumps(content))
+    second, _ = measured_for(request, tmp_path)
+    assert [dropped in names for names in measured] == [True]
+    assert [x.divergence for x in second.layers[:-1]] == [x.divergence for x in first.layers[:-1]]

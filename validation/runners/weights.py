@@ -15,7 +15,7 @@ from torch import Tensor
 
 from caliport.core.errors import InputError
 from caliport.export.artifact import Artifact
-from caliport.export.calibrating import DIGITS
+from caliport.export.calibrated.requests import DIGITS
 from caliport.export.quantization.tensors import unpacked
 from caliport.validation.runners import engine as engines
 

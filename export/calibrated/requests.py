@@ -1,7 +1,9 @@
-"""Integers for a request whose quantizer measures on text what layers are fed."""
+"""Integers, and layers at 8 bits, for a request that is calibrated on text."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +14,9 @@ from caliport.export.quantization.quantizers.registry import CALIBRATED, needs_t
 from caliport.export.request import Request
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from caliport.export.calibrated.bits import Measured
     from caliport.export.decoder.shipped import IntegerSource, Plan, ShippedDecoder
     from caliport.export.quantization.tensors import KnownIntegers
 
@@ -23,7 +28,8 @@ def check_text(request: Request) -> None:
     """Check that a request has calibration text if, and only if, its quantizer needs it.
 
     Raises:
-        InputError: No such quantizer, text is missing, or text would not be read.
+        InputError: No such quantizer, text is missing, text would not be read, or a goal for
+            another precision.
     """
     how = request.quantization
     needed = needs_text(how.quantizer)
@@ -39,7 +45,14 @@ def check_text(request: Request) -> None:
                 f"calibration text: found one for {shown(odd[0])}, which is no composition of this "
                 "artifact; expected a file, or one for each composition of a bundle"
             )
-    if request.text is not None and not needed:
+    if request.goal is not None:
+        if how.precision != "int4":
+            raise InputError(
+                f"a size or divergence to reach: goes with int4, found {how.precision}"
+            )
+        if request.text is None:
+            raise InputError("a size or divergence to reach: expected calibration text too")
+    elif request.text is not None and not needed:
         with_one = f"int4 with quantizer {CALIBRATED}"
         raise InputError(f"calibration text goes with {with_one}, found {how.precision}")
 
@@ -59,7 +72,7 @@ def integers_of(request: Request, place: Path) -> IntegerSource | None:
     def find(plan: Plan) -> KnownIntegers:
         from caliport.calibrate.adapter import Adapter
         from caliport.core.checkpoints import load_tokenizer
-        from caliport.export.decoder.calibrated import Calibration, calibrated_integers
+        from caliport.export.calibrated.integers import Calibration, calibrated_integers
         from caliport.export.decoder.terms import read_updates
 
         updates = {} if request.bundle is None else request.bundle.compositions
@@ -69,6 +82,68 @@ def integers_of(request: Request, place: Path) -> IntegerSource | None:
         return calibrated_integers(plan, what, place, _key(request, plan))
 
     return find
+
+
+def decided(
+    request: Request,
+    place: Path,
+    bytes_of: Callable[[Request], int],
+    check: Callable[[PreTrainedModel], None] = lambda model: None,
+) -> tuple[Request, IntegerSource | None, dict[str, Any]]:
+    """Decide which layers stay at 8 bits, if a request has a goal.
+
+    Args:
+        request: What to export.
+        place: As for ``integers_of``; it also keeps what was measured.
+        bytes_of: Size of the artifact of a request.
+        check: Called with the decoder on the ``meta`` device before anything is measured.
+
+    Returns:
+        The request with those layers named, what finds its integers, and manifest entries: the
+        divergence from float with these layers and with none at 8 bits, and of how many tokens.
+
+    Raises:
+        InputError: See ``caliport.export.calibrated.bits.choose``.
+    """
+    if request.goal is None:
+        return request, integers_of(request, place), {}
+    from caliport.export.calibrated.bits import choose
+
+    found, known = measured_for(request, place, check)
+    names = choose(request.goal, found, lambda how: bytes_of(replace(request, quantization=how)))
+    facts = {
+        **{key: value for key, value in asdict(request.goal).items() if value is not None},
+        "kl": found.divergence(names),
+        "kl_without": found.divergence(()),
+        "tokens": found.tokens,
+    }
+    chosen = replace(request, quantization=found.with_kept(names))
+    return chosen, None if known is None else lambda _: known, {"bits": facts}
+
+
+def measured_for(
+    request: Request,
+    place: Path,
+    check: Callable[[PreTrainedModel], None] = lambda model: None,
+) -> tuple[Measured, KnownIntegers | None]:
+    """Measure the layers of a request's base, with its adapter, and find their integers.
+
+    Of a bundle the base is measured without its compositions.
+    """
+    from caliport.core.checkpoints import load_tokenizer
+    from caliport.export.calibrated.bits import MEASURING, measured
+    from caliport.export.decoder.fold import load_folded
+    from caliport.export.decoder.shipped import planned
+
+    assert request.text is not None
+    plan = planned(request.base, request.adapter, request.quantization, check)
+    source = integers_of(request, place)
+    known = None if source is None else source(plan)
+    tokenizer = load_tokenizer(request.base, plan.whole)
+    texts = request.text.held_out(tokenizer, plan.whole, MEASURING)
+    model = load_folded(request.base, request.adapter)
+    key = _key(request, plan)
+    return measured(model, request.quantization, texts, known, place, key), known
 
 
 def calibrated(decoder: ShippedDecoder, request: Request) -> dict[str, Any]:
