@@ -9,6 +9,8 @@ safetensors files:
                READING + TOKENIZER · tokenizer + the largest matrix as read + the largest ΔW
                lowering + TOKENIZER · tokenizer + weights that the runtime copies
              + further methods · (their key-value cache + METHOD · layers)
+             + with calibration text READING again, a layer in float32 and the moments of its
+             inputs; with a goal, the whole model in float32
     seconds  = start + layer · layers + VALUE[precision] · values
 
 with sizes in bytes; lowering, start and layer come from the runtime (``runtime.Costs``). Weights
@@ -21,7 +23,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,7 +36,9 @@ from caliport.core.model_files.base_files import is_whole, local, tensors_of
 from caliport.core.model_files.base_model import check_base
 from caliport.core.model_files.tensor_files import read_header
 from caliport.export import runtime as runtimes
-from caliport.export.decoder.parts import cache_shape, parts_of
+from caliport.export.calibrated.bits import MEASURING, RANKING
+from caliport.export.decoder.parts import Part, cache_shape, parts_of
+from caliport.export.quantization.quantizers.registry import needs_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -53,6 +57,8 @@ BESIDE = 64_000
 """Bytes of manifest, card and settings, and what the estimate of a program may lack."""
 METHOD = 3e6
 """Bytes in memory per layer of every further method, until all are written."""
+OPERATIONS = 60e9
+"""Floating-point operations a second."""
 VALUE = {"fp32": 20e-9, "int8": 10e-9, "int4": 8e-9}
 """Seconds per value to read, quantize, write and hash it."""
 
@@ -172,9 +178,14 @@ def needs(request: Request) -> Needs | None:
         reading += 4 * values
     copied = costs.copied(parts, how.precision)
     memory = max(reading, costs.lowering + TOKENIZER * tokenizer + copied) + beside.held
+    calibration = _Calibration.of(request, parts, depth)
+    if calibration.memory:  # what it loaded stays while the graph is lowered
+        memory += READING + calibration.memory
+    stored += calibration.disk
     cache = _cache(whole, context, how.cache_bits)
     memory += (beside.methods - 1) * (cache + METHOD * depth)
     seconds = costs.start + costs.layer * layers + VALUE[how.precision] * values
+    seconds += calibration.operations / OPERATIONS
     return Needs(int(memory), artifact + stored, artifact, seconds)
 
 
@@ -210,6 +221,44 @@ class _Beside:
         own_bytes, shared_bytes = costs.term_bytes(request.quantization.precision)
         shipped = own_bytes * sum(rest) + shared_bytes * sum(under)
         return cls(costs.methods(count), held, shipped, 0)
+
+
+@dataclass(frozen=True)
+class _Calibration:
+    """What calibration text and a goal add to the estimate.
+
+    Attributes:
+        memory: Bytes beside Python and libraries while integers are found or layers measured.
+        disk: Bytes of the integers, and of the hidden states between two layers.
+        operations: Floating-point operations.
+    """
+
+    memory: float = 0
+    disk: int = 0
+    operations: float = 0
+
+    @classmethod
+    def of(cls, request: Request, parts: Sequence[Part], depth: int) -> _Calibration:
+        if request.text is None:
+            return cls()
+        tokens = request.text.tokens
+        values = sum(part.values for part in parts if not part.is_lookup)
+        whole = sum(part.values for part in parts if not part.is_tied)
+        memory = disk = operations = 0.0
+        if needs_text(request.quantization.quantizer):
+            matrices = [part for part in parts if part.form == "int4" and not part.is_lookup]
+            width = min((part.shape[1] for part in matrices), default=0)
+            widest = max((part.shape[1] for part in matrices), default=0)
+            hidden = 4 * tokens * width
+            disk = sum(part.stored() for part in matrices) + 2 * hidden
+            # A layer, its moments, and their ordered copy, inverse and factors.
+            memory = 4 * values / depth + 5 * 4 * widest**2 + 3 * hidden
+            operations = 2 * tokens * (values + sum(part.shape[1] ** 2 for part in matrices) / 2)
+        if request.goal is not None:
+            memory = max(memory, 4 * whole * 1.1)
+            count = sum(part.form == "int4" for part in parts)
+            operations += 2 * whole * (0.6 * count * RANKING + 10 * MEASURING)
+        return cls(memory, int(disk), operations)
 
 
 def _has_names(whole: PreTrainedModel, read: Mapping[str, object]) -> bool:

@@ -11,6 +11,7 @@ from caliport.data.examples import Example, read_jsonl, write_jsonl
 from caliport.recipe.methods import CORRECTED, Method, parse
 from caliport.recipe.schema import Recipe, Train, prompt_of, prompts_of
 from caliport.run.audit import audit_all
+from caliport.run.integers import frozen_base
 from caliport.run.resolve import compose_settings, examples_of, source_of, train_settings
 from caliport.run.workspace import Workspace
 from caliport.stages.compose import (
@@ -181,7 +182,7 @@ def compose(space: Workspace, composition: str, method: Method) -> None:
         pick(out, title, space.shared("mixture"), ".", prompt)
     elif method.shared:
         inputs = {name: inputs_of(space, name, method) for name in space.recipe.compositions}
-        settings = compose_settings(space, method)
+        settings = _settings(space, method)
         compose_shared(space.shared(method.name), method.name, inputs, settings)
         pick(out, title, space.shared(method.name), composition, prompt)
     elif method.kind == "joint":
@@ -191,7 +192,12 @@ def compose(space: Workspace, composition: str, method: Method) -> None:
         _lora(space, out, title, [source], train)
     else:
         one = inputs_of(space, composition, method)
-        compose_to(out, title, one, compose_settings(space, method))
+        compose_to(out, title, one, _settings(space, method))
+
+
+def _settings(space: Workspace, method: Method) -> ComposeSettings:
+    form = f"{method.precision}-bundle" if method.bundle else ""
+    return replace(compose_settings(space, method), integers=frozen_base(space, form))
 
 
 def inputs_of(space: Workspace, composition: str, method: Method) -> CompositionInputs:

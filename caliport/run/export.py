@@ -8,12 +8,18 @@ from pathlib import Path
 
 from caliport.export.artifact import BASE_ALONE, form_of
 from caliport.export.quantization.choices import Quantization
-from caliport.export.quantization.quantizers.registry import CALIBRATED, DEFAULTS, needs_text
+from caliport.export.quantization.quantizers.registry import needs_text
 from caliport.export.quantization.text import CalibrationText
 from caliport.export.request import Bundle, Request
 from caliport.export.runtime import get
-from caliport.recipe.methods import parse
-from caliport.run.resolve import best_method, source_of
+from caliport.run.integers import (
+    bundle_place,
+    bundle_quantizer_of,
+    bundle_text,
+    folded_text,
+    quantizer_of,
+)
+from caliport.run.resolve import best_method
 from caliport.run.workspace import Workspace, need
 from caliport.stages.export import export_to
 
@@ -86,40 +92,29 @@ def export_all(space: Workspace, *, preflight: bool = True) -> None:
                 f"bundle of {len(adapters)}: {form}",
                 request,
                 refuse=preflight,
-                integers=space.kept("integers", BASE_ALONE),
+                integers=bundle_place(space),
             )
 
 
 def _quantization(space: Workspace, row: Row) -> Quantization:
     """The recipe's quantization settings that apply to this row."""
     settings, is_int4 = space.recipe.export, row.precision == "int4"
+    quantizer = None
+    if is_int4 and row.bundle:
+        quantizer = bundle_quantizer_of(space)
+    elif is_int4:
+        quantizer = quantizer_of(space, best_method(space, row.composition))
     return Quantization(
         row.precision,
         settings.int8_layers if is_int4 else (),
         settings.embedding_bits if is_int4 else None,
         settings.cache_bits if get(row.runtime).has_int8_cache else None,
-        _quantizer(space, row) if is_int4 else None,
+        quantizer,
     )
 
 
-def _quantizer(space: Workspace, row: Row) -> str:
-    """The recipe's quantizer; by default one that needs text, which is at hand here.
-
-    A correction that was trained through int4 makes up for the errors of the quantizer without
-    text, so it ships with that.
-    """
-    if space.recipe.export.quantizer is not None:
-        return space.recipe.export.quantizer
-    names = space.recipe.compositions if row.bundle else (row.composition,)
-    trained = any(parse(best_method(space, name)).precision is not None for name in names)
-    return DEFAULTS[4] if trained else CALIBRATED
-
-
 def _text(space: Workspace, row: Row) -> CalibrationText:
-    """The compositions' own training examples."""
-    names = {n: n for n in space.recipe.compositions} if row.bundle else {"": row.composition}
-    sources = {label: source_of(space, name, tuned=False) for label, name in names.items()}
-    return CalibrationText(sources, space.recipe.export.calibration_tokens)
+    return bundle_text(space) if row.bundle else folded_text(space, row.composition)
 
 
 def _shared(space: Workspace, row: Row) -> dict[str, Path]:

@@ -12,6 +12,7 @@ from caliport.core.progress import progress
 from caliport.export.quantization.choices import Quantization
 from caliport.recipe.methods import parse
 from caliport.recipe.schema import prompt_of, prompts_of
+from caliport.run.integers import frozen_base, known_integers, scored
 from caliport.run.resolve import (
     FP32,
     best_method,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from caliport.data.examples import Example
+    from caliport.export.quantization.tensors import KnownIntegers
     from caliport.validation.evaluation.quality import Score
     from caliport.validation.records.reports import MethodResult
 
@@ -60,9 +62,13 @@ def score_method(space: Workspace, composition: str, method: str, variant: str) 
     elif parse(method).composed:
         adapters = [space.composed(composition, method)]
     shown = f"{method} in {variant}" if variant != FP32 else method
+    adapter = adapters[0] if adapters else None
+    request = scored(space, composition, method, adapter) if variant == "int4" else None
+    frozen = frozen_base(space, variant)
 
     def build(partial: Path, extra: dict[str, Any], resume: Path) -> None:
         from caliport.core.checkpoints import load_base, load_tokenizer
+        from caliport.export.calibrated.integers import Integers
 
         examples = examples_of(space, composition, "validation", recipe.evaluation.examples)
         tokenizer = load_tokenizer(space.base, load_base(space.base))
@@ -70,7 +76,12 @@ def score_method(space: Workspace, composition: str, method: str, variant: str) 
         if method == "multi-step":
             score = _score_chain(space, tokenizer, tasks, examples, title)
         else:
-            model = _with_adapter(space, adapters[0] if adapters else None, variant)
+            known: KnownIntegers | None = None
+            if request is not None:
+                known = known_integers(request, resume)
+            elif frozen is not None:
+                known = Integers(frozen)
+            model = _with_adapter(space, adapter, variant, known)
             prompt = prompt_of(recipe, composition, method)
             score = _score_model(space, model, tokenizer, prompt, examples, title)
         result = {
@@ -96,6 +107,12 @@ def score_method(space: Workspace, composition: str, method: str, variant: str) 
     }
     if variant != FP32:
         settings["quantization"] = quantization_of(recipe, variant.partition("-")[0])
+    if request is not None:
+        settings["quantization"] = request.quantization
+        inputs |= {} if request.text is None else request.text.inputs()
+        settings |= {} if request.text is None else {"calibration": request.text.settings()}
+    if frozen is not None:
+        inputs["integers"] = frozen
     out = space.kept("scores", composition, method, variant)
     stage(out, "score", f"{composition}: score of {shown}", inputs, settings, build)
 
@@ -150,7 +167,12 @@ def _judged(space: Workspace, composition: str, method: str) -> float | None:
     return float(json.loads(path.read_text(encoding="utf-8"))["share"])
 
 
-def _with_adapter(space: Workspace, adapter: Path | None, variant: str = FP32) -> PreTrainedModel:
+def _with_adapter(
+    space: Workspace,
+    adapter: Path | None,
+    variant: str = FP32,
+    known: KnownIntegers | None = None,
+) -> PreTrainedModel:
     """The base with an adapter folded in: in fp32, quantized, or beside a quantized base."""
     from caliport.calibrate.peft_files import read_update
     from caliport.core.checkpoints import load_base
@@ -162,13 +184,13 @@ def _with_adapter(space: Workspace, adapter: Path | None, variant: str = FP32) -
     update = None if adapter is None else read_update(adapter, model)
     how = quantization_of(space.recipe, precision) or Quantization(FP32)
     if bundle:
-        model = as_shipped(model, how)
+        model = as_shipped(model, how, known=known)
     if adapter is not None and update is not None:
         model = fold(model, update, adapter)
     if bundle:
         return model
     forms = plan_of(model, how)
-    return quantize(model, how.precision, forms)
+    return quantize(model, how.precision, forms, known)
 
 
 def _score_model(

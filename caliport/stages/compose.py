@@ -72,6 +72,8 @@ class ComposeSettings:
         micro_batch: Most examples in one forward pass; changes memory use, not the result.
         quantization: What a method that trains through quantized weights trains through; None for
             the defaults of its precision.
+        integers: A directory of the frozen base's calibrated integers that it trains through; None
+            to quantize without text.
         dora: ``svd`` or ``svd=RANK``: take the nearest low-rank update of adapters with DoRA.
     """
 
@@ -84,6 +86,7 @@ class ComposeSettings:
     parameters: Mapping[str, Any] = field(default_factory=lambda: {"density": 0.5, "seed": 0})
     micro_batch: int | None = None
     quantization: Quantization | None = None
+    integers: Path | None = None
     dora: str | None = None
 
 
@@ -180,6 +183,8 @@ def _stage_key(
 
     method = settings.method
     files: dict[str, Path | str] = {"base": settings.base}
+    if settings.integers is not None:
+        files["integers"] = settings.integers
     key: dict[str, Any] = {"method": method.name}
     for name, one in inputs.items():
         files |= {f"{name} adapter {task}": path for task, path in one.adapters.items()}
@@ -276,6 +281,7 @@ class _Composer:
         from caliport.calibrate.corrections.train import calibrate
         from caliport.calibrate.merges.common import rank_zero
         from caliport.calibrate.training.loop import TrainRun
+        from caliport.export.calibrated.integers import Integers
         from caliport.export.quantization.tensors import as_shipped, plan_of, rounded
 
         method, settings = self.settings.method, self.settings
@@ -291,7 +297,8 @@ class _Composer:
             how = settings.quantization or Quantization(precision)
             keep = {m for c in compositions.values() for m in c.merged.modules} if folded else ()
             forms = plan_of(self.model, how)
-            self.model = as_shipped(self.model, how, keep)
+            known = None if settings.integers is None else Integers(settings.integers)
+            self.model = as_shipped(self.model, how, keep, known)
             self.rounding = (lambda name, weight: rounded(weight, forms[name])) if folded else None
         calibrated = calibrate(
             self.model,

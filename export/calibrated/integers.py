@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 _HIDDEN = "hidden.safetensors"
 _HEAD = "head.safetensors"
+_COMPLETE = "complete"
 
 
 class Integers:
@@ -97,7 +98,8 @@ def calibrated_integers(
     Raises:
         InputError: Layers that cannot be run one by one, or weights that cannot be read.
     """
-    _begin(directory, key)
+    if _begin(directory, key):
+        return Integers(directory)
     model = empty(plan.whole.config)
     path = group_layers(model).path
     if not path:
@@ -114,22 +116,30 @@ def calibrated_integers(
             return Folded.of(adapter, module, full, value).rows(0, len(value))
 
         _Pass(model, layers, path, plan, what, directory, load).run()
+    (directory / _COMPLETE).touch()
+    (directory / _HIDDEN).unlink(missing_ok=True)
     return Integers(directory)
 
 
-def _begin(directory: Path, key: Mapping[str, Any]) -> None:
+def _begin(directory: Path, key: Mapping[str, Any]) -> bool:
     """Make a directory for integers with this key; one with another key is emptied.
 
-    The hidden states go first: without them nothing is resumed, wherever this is killed.
+    What says how much is done goes first: without it nothing is resumed, wherever this is killed.
+
+    Returns:
+        Whether all integers are there.
     """
     place, text = directory / INTEGERS_KEY, json.dumps(key, sort_keys=True, default=str)
+    complete = directory / _COMPLETE
     if place.is_file() and place.read_text(encoding="utf-8") == text:
-        return
+        return complete.is_file()
+    complete.unlink(missing_ok=True)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / _HIDDEN).unlink(missing_ok=True)
     for left in directory.glob("*.safetensors"):
         left.unlink()
     place.write_text(text, encoding="utf-8")
+    return False
 
 
 class _Stop(Exception):

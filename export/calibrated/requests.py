@@ -75,7 +75,8 @@ def integers_of(request: Request, place: Path) -> IntegerSource | None:
         from caliport.export.calibrated.integers import Calibration, calibrated_integers
         from caliport.export.decoder.terms import read_updates
 
-        updates = {} if request.bundle is None else request.bundle.compositions
+        alone = request.bundle is None or text.alone
+        updates = {} if alone or request.bundle is None else request.bundle.compositions
         beside = {n: Adapter(u) for n, u in read_updates(request.base, updates).items()}
         sequences = text.sequences(load_tokenizer(request.base, plan.whole), plan.whole)
         what = Calibration(request.base, quantizer, sequences, beside)
@@ -168,9 +169,12 @@ def calibrated(decoder: ShippedDecoder, request: Request) -> dict[str, Any]:
 def _key(request: Request, plan: Plan) -> dict[str, Any]:
     import torch
 
-    shared = {} if request.bundle is None else request.bundle.shared
-    inputs = {k: p for k, p in request.inputs().items() if p not in shared.values()}
     assert request.text is not None
+    inputs = {"base": request.base, **request.text.inputs()}
+    if request.adapter is not None:
+        inputs["adapter"] = request.adapter
+    if request.bundle is not None and not request.text.alone:
+        inputs |= {f"composition {name}": p for name, p in request.bundle.compositions.items()}
     return {
         "inputs": {label: input_hash(path) for label, path in inputs.items()},
         "text": request.text.settings(),

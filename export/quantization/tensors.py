@@ -291,7 +291,10 @@ def rounded(weight: Tensor, form: Form | None) -> Tensor:
 
 
 def as_shipped(
-    model: PreTrainedModel, how: Quantization | str, keep: Iterable[str] = ()
+    model: PreTrainedModel,
+    how: Quantization | str,
+    keep: Iterable[str] = (),
+    known: KnownIntegers | None = None,
 ) -> PreTrainedModel:
     """A plain float32 copy of a model with the values that ship.
 
@@ -300,10 +303,11 @@ def as_shipped(
         how: How it is quantized; a precision stands for its defaults.
         keep: Linear layers that keep their float weights, since they are rounded later together
             with an update (``rounded``).
+        known: Integers to take in place of quantizing.
     """
     how = Quantization(how) if isinstance(how, str) else how
     forms = plan_of(model, how)
-    plain = dequantize(quantize(copy.deepcopy(model), how.precision, forms))
+    plain = dequantize(quantize(copy.deepcopy(model), how.precision, forms, known))
     for name in keep:
         weight = model.get_submodule(name).weight
         assert isinstance(weight, Tensor)

@@ -91,10 +91,13 @@ class CalibrationText:
         sources: By composition of a bundle; by the empty name for a fold or a base alone.
         tokens: Most tokens of all sources together; each gives an equal share, its examples
             spread evenly over the file.
+        alone: The base of a bundle runs on it by itself, without its compositions: its integers
+            are then known before the compositions are, which can be trained through them.
     """
 
     sources: Mapping[str, TextSource]
     tokens: int = TOKENS
+    alone: bool = False
 
     def __post_init__(self) -> None:
         if self.tokens < _FEWEST:
@@ -114,6 +117,7 @@ class CalibrationText:
         return {
             "tokens": self.tokens,
             "sources": {name: source.settings for name, source in self.sources.items()},
+            **({"alone": True} if self.alone else {}),
         }
 
     def sequences(

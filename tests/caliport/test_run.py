@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import shutil
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from caliport.android_harness.toolchain.build import build_runner
 from caliport.core.directories import content_hash, read_manifest
+from caliport.export.calibrated.integers import Integers
 from caliport.validation.records.reports import ParityReport, read_result
 from tests import commands
 from tests.android.daemon import PROJECT
@@ -209,13 +211,28 @@ def test_failed_gate_is_exit_1_and_a_junit_failure(place: Path, tmp_path: Path) 
 
 
 def test_a_recipe_ships_bundles(place: Path, tmp_path: Path) -> None:
-    """One for all compositions, on shared adapters; what is not asked for any more is not there."""
+    """One for all compositions, on shared adapters; what is not asked for any more is not there.
+
+    Its base has the very integers that the correction was trained through and scored with.
+    """
     shutil.copytree(place, tmp_path / "copy")
     shutil.rmtree(tmp_path / "copy/runs/tiny/artifacts")
     change = ["--set", "export.ship=[bundle]", "--set", "export.precisions=[int4]"]
-    done = forked("run", "tiny.yaml", *change, "--set", "export.method=lc++", cwd=tmp_path / "copy")
+    through = "lc++-int4-bundle"
+    change += ["--set", f"calibration.methods=[{through}]", "--set", f"export.method={through}"]
+    change += ["--set", f"evaluation.quantized={{int4-bundle: [{through}]}}"]
+    done = forked("run", "tiny.yaml", *change, cwd=tmp_path / "copy")
     assert done.returncode == 0, done.stdout + done.stderr
     run = tmp_path / "copy/runs/tiny"
+    assert f"{through} in int4-bundle" in done.stdout + done.stderr
+    trained_through = Integers(run / "shared/int4-bundle")
+    for runtime in ("executorch", "onnx"):
+        shipped = read_manifest(run / f"bundles/{runtime}-int4")["calibration"]["weights"]
+        assert len(shipped) == 15
+        for module, hashes in shipped.items():
+            for part, found in zip(trained_through.parts(module), hashes, strict=True):
+                content = part.contiguous().view(torch.uint8).numpy().tobytes()
+                assert hashlib.sha256(content).hexdigest().startswith(found)
     assert not (run / "artifacts").exists()
     bundle = read_manifest(run / "bundles/executorch-int4")["bundle"]
     assert set(bundle["adapters"]) == {"summarize", "translate_es"}

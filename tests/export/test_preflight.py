@@ -6,7 +6,6 @@ import json
 import struct
 import subprocess
 import sys
-import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -86,9 +85,8 @@ def huge_base(directory: Path) -> Path:
 
 
 def test_what_memory_cannot_hold_is_refused_before_a_weight_is_read(tmp_path: Path) -> None:
-    """400 GB, which no machine here reads in the time that is given."""
+    """400 GB, which no machine here could read before the test is given up."""
     huge_base(tmp_path / "base")
-    start = time.monotonic()
     done = forked("export", "--base", "base", "--runtime", "onnx", "--out", "art", cwd=tmp_path)
     assert done.returncode == 2, done.stderr
     assert done.stderr.count("\n") == 1
@@ -96,7 +94,6 @@ def test_what_memory_cannot_hold_is_refused_before_a_weight_is_read(tmp_path: Pa
     assert "GB of memory, " in done.stderr
     assert "--no-preflight" in done.stderr
     assert "art: needs about " in done.stdout
-    assert time.monotonic() - start < 60
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
