@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from caliport.core.errors import InputError
+from caliport.core.progress import at
 from caliport.export.artifact import Artifact
 from caliport.validation.evaluation import quality
 from caliport.validation.evaluation.evaluation import (
@@ -84,6 +85,7 @@ def validate_artifact(
         verdicts += _graph_gates(execution, criteria, graph)
     gap = engines.get(artifact.runtime).gap(execution.composition)
     if answers is not None and gap is None:
+        at("asking the stock runtime")
         noise = limits.farthest * max(float(part.max()) for part in quantized.noise.values())
         stock = stock_result(execution, runner, criteria, answers, noise)
         if stock is not None:
@@ -122,6 +124,7 @@ def _file_gates(artifact: Artifact, source: Source | None) -> list[Gate]:
 
 def _graph_gates(execution: Execution, criteria: Criteria, graph: Expected) -> list[Gate]:
     artifact = execution.artifact
+    at("asking the program in float32")
     try:
         runner = engines.get(artifact.runtime).open_float(artifact, execution.threads)
         return check_graph(runner, few_of(criteria.evaluation), graph, criteria.limits)
