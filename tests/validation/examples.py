@@ -67,11 +67,15 @@ def quality() -> QualityReport:
 
 
 def gate(name: str, stage: str, passed: bool = True, decided: bool = True) -> Gate:
+    if name == "task quality" or not decided:  # of a task's difference of -1, see below
+        measure, limit, found = "rougeL difference from fp32, points", -5 if decided else -1, -1.0
+    else:
+        measure, limit, found = "KL in nats", 0.01, 0.001 if passed else 2.5
     return Gate(
         name=name,
-        measure="KL in nats",
-        limit=0.01,
-        found=0.001 if passed else 2.5,
+        measure=measure,
+        limit=limit,
+        found=found,
         passed=passed,
         decided=decided,
         stage=stage,
@@ -83,6 +87,11 @@ def artifact(runtime: str, precision: str, gates: list[Gate]) -> ArtifactResult:
     measures = Measures(
         positions=8, max_abs=0.2, kl=0.003, top1=1.0, perplexity=4.2, reference_perplexity=4.1
     )
+    parts = {
+        name: measures.model_copy(update={"kl": gate.found})
+        for gate in gates
+        if (name := gate.name) in ("prefill", "decode")
+    }
     task = TaskResult(metric="rougeL", fp32=40, artifact=39, difference=-1, interval=(-2.5, 0.5))
     return ArtifactResult(
         composition="describe in German",
@@ -94,8 +103,8 @@ def artifact(runtime: str, precision: str, gates: list[Gate]) -> ArtifactResult:
         files={"model.pte": 2_800_000, "tokenizer.json": 100_000},
         examples=4,
         lowering=measures,
-        prefill=measures,
-        decode=measures,
+        prefill=parts.get("prefill", measures),
+        decode=parts.get("decode", measures),
         one_by_one=measures,
         quantization=measures,
         total=measures,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,9 @@ def artifact(precision: str = "int4", **changes: Any) -> ArtifactResult:
     assert found.task is not None
     task = found.task.model_copy(
         update={
+            **scoring(SCORES),
             "fp32_scores": SCORES,
-            "artifact_scores": SCORES,
             "fp32": sum(SCORES) / len(SCORES),
-            "artifact": sum(SCORES) / len(SCORES),
         }
     )
     lowering = measures.model_copy(update={"kl": 1e-6})
@@ -50,6 +50,25 @@ def artifact(precision: str = "int4", **changes: Any) -> ArtifactResult:
     return found.model_copy(
         update={**sound, "task": task, "parts": {"linear": 2_000_000, "rest": 900_000}, **changes}
     )
+
+
+def scoring(scores: Sequence[float]) -> dict[str, Any]:
+    """Changes that let an artifact's task have these scores."""
+    mean = sum(scores) / len(scores)
+    difference = mean - sum(SCORES) / len(SCORES)
+    return {"artifact_scores": tuple(scores), "artifact": mean, "difference": difference}
+
+
+def sized(count: int) -> dict[str, Any]:
+    """Changes that let an artifact have so many bytes."""
+    return {"bytes": count, "files": {"model.onnx": count}}
+
+
+def lost() -> dict[str, Any]:
+    """Changes that let an artifact fail the gate ``prefill``."""
+    gates = [examples.gate("prefill", "lowering", passed=False)]
+    prefill = examples.artifact("onnx", "int4", gates).prefill
+    return {"gates": gates, "passed": False, "lost_at": "lowering", "prefill": prefill}
 
 
 def times(precision: str = "int4", rate: float = 200.0, noise: float = 0.01, **changes: Any) -> Any:

@@ -28,7 +28,7 @@ from caliport.validation.records.reports import ArtifactResult, ParityReport, Qu
 from caliport.validation.report.junit import write_junit
 from caliport.validation.report.page import write_report
 from tests.validation import examples
-from tests.validation.runs import ASKED, SCORES, artifact, run_of, times, write_run
+from tests.validation.runs import ASKED, SCORES, artifact, run_of, scoring, sized, times, write_run
 
 
 @pytest.fixture
@@ -117,10 +117,7 @@ def worse_task(by: float) -> ArtifactResult:
     found = artifact()
     assert found.task is not None
     scores = tuple(score - by for score in SCORES)
-    task = found.task.model_copy(
-        update={"artifact_scores": scores, "artifact": sum(scores) / len(scores)}
-    )
-    return artifact(task=task)
+    return artifact(task=found.task.model_copy(update=scoring(scores)))
 
 
 def measured(**changes: float) -> ArtifactResult:
@@ -171,7 +168,7 @@ def with_times(found: LatencyResult) -> tuple[ParityReport, LatencyReport, Quali
         ),
         (
             lambda: with_artifact(
-                artifact(bytes=3_100_000, parts={"linear": 2_200_000, "rest": 900_000})
+                artifact(**sized(3_100_000), parts={"linear": 2_200_000, "rest": 900_000})
             ),
             {"size"},
             "size",
@@ -222,14 +219,14 @@ def test_each_kind_of_loss_fails_its_own_gate_alone(
 
 def test_what_is_better_or_within_the_limits_passes(stored: Baseline) -> None:
     better = measured(kl=0.001, top1=0.999).model_copy(
-        update={"bytes": 2_000_000, "task": worse_task(-3.0).task}
+        update={**sized(2_000_000), "task": worse_task(-3.0).task}
     )
     runs = [
         run_of([artifact("fp32"), better], [times("fp32", 100.0), times(rate=400.0)], loss=0.5),
         run_of(
             [
                 artifact("fp32"),
-                measured(kl=0.0049, top1=0.976).model_copy(update={"bytes": 2_950_000}),
+                measured(kl=0.0049, top1=0.976).model_copy(update=sized(2_950_000)),
             ],
             [times("fp32", 100.0), times(rate=184.0, peak_bytes=71_900_000)],
             loss=1.119,
@@ -244,7 +241,7 @@ def test_what_is_better_or_within_the_limits_passes(stored: Baseline) -> None:
 def test_limits_are_the_recipes(stored: Baseline) -> None:
     limits = RegressionLimits(margin=5, kl=1, top1=0.1, size=0.5, memory=0.5, speed=0.5, loss=1)
     worse = measured(kl=0.007, top1=0.95).model_copy(
-        update={"bytes": 4_000_000, "task": worse_task(4.0).task}
+        update={**sized(4_000_000), "task": worse_task(4.0).task}
     )
     slow = times(rate=120.0, peak_bytes=79_000_000)
     run = run_of([artifact("fp32"), worse], [times("fp32", 100.0), slow])
@@ -313,7 +310,7 @@ def test_elsewhere_accuracy_and_size_are_still_held(
     stored: Baseline, machine: Machine, versions: dict[str, str], says: str
 ) -> None:
     slow = [times("fp32", 100.0), times(rate=50.0, peak_bytes=900_000_000)]
-    worse = [artifact("fp32"), worse_task(3.0).model_copy(update={"bytes": 9_000_000})]
+    worse = [artifact("fp32"), worse_task(3.0).model_copy(update=sized(9_000_000))]
     report = hold(stored, run_of(worse, slow, machine, versions))
     assert {name for name, gate in gates(report).items() if not gate.passed} == {
         "task quality",
@@ -410,10 +407,11 @@ def test_parts_of_a_bundle_are_told_apart(tmp_path: Path) -> None:
 
 
 def test_what_is_broken_is_no_baseline(tmp_path: Path, stored: Baseline) -> None:
-    broken = artifact().model_copy(update={"gates": [examples.gate("decode", "lowering", False)]})
+    gates = [examples.gate("another", "lowering", False)]
+    broken = artifact().model_copy(update={"gates": gates, "passed": False, "lost_at": "lowering"})
     run = write_run(tmp_path / "broken", run_of([broken])[0])
     with pytest.raises(
-        InputError, match=r"onnx int4 failed \(decode\); expected a run that passes"
+        InputError, match=r"onnx int4 failed \(another\); expected a run that passes"
     ):
         baseline_of(reports_of(run))
     regressed = hold(stored, with_artifact(worse_task(3.0)))

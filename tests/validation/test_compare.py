@@ -13,7 +13,17 @@ from caliport.validation.records.reports import ArtifactResult
 from caliport.validation.report.compare import Comparison, compare_runs, write_page
 from caliport.validation.report.compare_figures import Figure
 from tests.validation import examples
-from tests.validation.runs import ASKED, SCORES, artifact, run_of, times, write_run
+from tests.validation.runs import (
+    ASKED,
+    SCORES,
+    artifact,
+    lost,
+    run_of,
+    scoring,
+    sized,
+    times,
+    write_run,
+)
 from tests.validation.test_report import Page
 
 
@@ -31,8 +41,7 @@ def scored(change: float, scatter: float = 0.0) -> ArtifactResult:
     task = artifact().task
     assert task is not None
     scores = tuple(s + change + (scatter if i % 2 else -scatter) for i, s in enumerate(SCORES))
-    mean = sum(scores) / len(scores)
-    return artifact(task=task.model_copy(update={"artifact_scores": scores, "artifact": mean}))
+    return artifact(task=task.model_copy(update=scoring(scores)))
 
 
 def test_the_same_run_twice_differs_in_nothing(
@@ -61,13 +70,10 @@ def test_the_same_run_twice_differs_in_nothing(
 
 
 def test_what_changed_is_said_with_its_direction(before: Path, tmp_path: Path) -> None:
-    lost = examples.gate("prefill", "lowering", passed=False)
     worse = scored(-3.0).model_copy(
         update={
-            "gates": [lost],
-            "passed": False,
-            "lost_at": "lowering",
-            "bytes": 3_000_000,
+            **lost(),
+            **sized(3_000_000),
             "parts": {"linear": 2_100_000, "rest": 900_000},
         }
     )
@@ -77,7 +83,7 @@ def test_what_changed_is_said_with_its_direction(before: Path, tmp_path: Path) -
     assert [h.state for h in found.headlines] == ["pass", "fail"]
     pair = found.artifacts[1]
     assert pair.verdicts == ("pass", "fail")
-    assert pair.gates == (("prefill", "pass", "fail", lost.reason),)
+    assert pair.gates == (("prefill", "pass", "fail", worse.gates[0].reason),)
     shown = figures(found)
     assert shown["ROUGE-L"].tone == "worse"
     assert shown["ROUGE-L"].change == "-3.00 (-3.00 to -3.00)"
@@ -157,17 +163,14 @@ def test_budgets_stand_stage_by_stage(before: Path, tmp_path: Path) -> None:
     ]
     assert (found[0].kl, found[0].task) == (("–", "–"), ("–", "8.50"))
     worse = parity.model_copy(update={"budgets": [examples.budget(failing=True)]})
-    lost = compare_runs(after, write_run(tmp_path / "worse", worse))
-    (pairs,) = lost.budgets.values()
+    shown = compare_runs(after, write_run(tmp_path / "worse", worse))
+    (pairs,) = shown.budgets.values()
     assert [p.form for p in pairs if p.kl[0] != p.kl[1]] == ["ONNX int4"]
     assert (pairs[-1].kl, pairs[-1].task) == (("0", "2.5"), ("90.70", "8.10"))
 
 
 def test_the_page_is_sound_and_self_contained(before: Path, tmp_path: Path) -> None:
-    lost = examples.gate("prefill", "lowering", passed=False)
-    worse = scored(-3.0).model_copy(
-        update={"gates": [lost], "passed": False, "lost_at": "lowering"}
-    )
+    worse = scored(-3.0).model_copy(update=lost())
     machine = examples.MACHINE.model_copy(update={"cpu": examples.ATTACK})
     parity, *others = run_of([artifact("fp32"), worse], machine=machine)
     parity = parity.model_copy(update={"budgets": [examples.budget()]})

@@ -38,6 +38,7 @@ from caliport.validation.records.reports import (
     CompositionAudit,
     MergeError,
     PairOverlap,
+    ParityReport,
     QualityReport,
     read_if_there,
 )
@@ -203,6 +204,53 @@ def test_what_no_run_could_reach_is_refused(
     text = put(report.model_dump(mode="json"), tuple(keys), value)
     said = refused(type(report), tmp_path / "report.json", text)
     assert str(keys[0]) in said or "Value error" in said
+
+
+GATE = "artifacts.1.gates.0."
+
+
+@pytest.mark.parametrize(
+    ("edits", "says"),
+    [
+        ({FIRST + "passed": False}, "passed is false, but every gate passed"),
+        ({"artifacts.1.passed": True}, "passed is true, but the gate prefill failed"),
+        ({"artifacts.1.passed": True, "artifacts.1.lost_at": None}, "the gate prefill failed"),
+        ({"artifacts.1.lost_at": "size"}, "lost_at is size, but no gate that failed says so"),
+        ({"artifacts.1.lost_at": None}, "lost_at is None, but"),
+        ({FIRST + "lost_at": "lowering"}, "lost_at is lowering, but"),
+        ({GATE + "passed": True}, "passed is true, but 2.5 was found and at most 0.01 passes"),
+        ({GATE + "limit": 3.0}, "passed is false, but 2.5 was found and at most 3 passes"),
+        ({GATE + "passed": True, GATE + "limit": 3.0}, "passed is false, but every"),
+        (
+            {
+                "artifacts.1.passed": True,
+                "artifacts.1.lost_at": None,
+                GATE + "passed": True,
+                GATE + "found": 0,
+            },
+            "the gate prefill found 0, but the measure is 2.5",
+        ),
+        ({GATE + "passed": True, GATE + "found": None}, "passed is true, but nothing was found"),
+        ({GATE + "passed": True, GATE + "decided": False}, "decided is false, but"),
+        ({FIRST + "prefill.kl": 0.5}, "the gate prefill found 0.001, but the measure is 0.5"),
+        ({FIRST + "gates.1.found": -9}, "passed is true, but -9 was found and at least -5 passes"),
+        ({FIRST + "gates.1.found": -2}, "the gate task quality found -2, but the measure is -1"),
+        ({FIRST + "task.interval": [-6, 0]}, "not that of its interval"),
+        ({FIRST + "task.interval": [-7, -6]}, "not that of its interval"),
+        ({FIRST + "task.interval": [0, -2]}, "the interval ends before it begins"),
+        ({FIRST + "task.difference": 1}, "difference is 1, but the scores differ by -1"),
+        ({FIRST + "task.fp32_scores": [1], FIRST + "task.artifact_scores": [1]}, "mean of its"),
+        ({FIRST + "bytes": 5}, "bytes is 5, but its files have 2900000"),
+    ],
+    ids=str,
+)
+def test_an_edited_verdict_is_refused(edits: dict[str, Any], says: str, tmp_path: Path) -> None:
+    root = examples.parity(True).model_dump(mode="json")
+    root["artifacts"][1]["gates"] = root["artifacts"][1]["gates"][:1]
+    for field, value in edits.items():
+        keys = tuple(int(key) if key.isdecimal() else key for key in field.split("."))
+        root = json.loads(put(root, keys, value))
+    assert says in refused(ParityReport, tmp_path / "parity.json", json.dumps(root))
 
 
 def test_artifacts_timed_together_have_as_many_rounds(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def test_verdict_first_then_a_table_with_failures_on_top() -> None:
     ]
     assert "✕ lost at lowering" in rows[2]
     assert "✓ pass" in rows[4]
-    assert rows[4].endswith("| 2.9 MB | -1.00 | 0.004 | 98.5% | 2.00 × |")
+    assert rows[4].endswith("| 2.9 MB | +0.00 | 0.004 | 98.5% | 2.00 × |")
     assert rows[3].endswith("| – |"), "fp32 is compared with nothing"
     assert "### Failed" in lines
     assert any("lost at **lowering**" in line for line in lines)

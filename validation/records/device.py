@@ -6,6 +6,7 @@ from typing import Literal, Self
 
 from pydantic import model_validator
 
+from caliport.validation.records.agreement import agreeing, device_trouble
 from caliport.validation.records.gate import Gate, Measures
 from caliport.validation.records.record import (
     Amount,
@@ -119,7 +120,7 @@ class DeviceResult(Record):
     def _fits(self) -> Self:
         if self.identical + self.ties > self.examples:
             raise ValueError(f"{self.identical} + {self.ties} answers of {self.examples}")
-        return self
+        return agreeing(self, device_trouble(self))
 
     @property
     def form(self) -> str:

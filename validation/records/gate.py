@@ -6,6 +6,7 @@ from typing import Self
 
 from pydantic import model_validator
 
+from caliport.validation.records.agreement import agreeing, gate_trouble
 from caliport.validation.records.record import (
     Count,
     Name,
@@ -40,6 +41,10 @@ class Gate(Record):
     decided: bool = True
     stage: Name
     reason: Text
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        return agreeing(self, gate_trouble(self))
 
 
 class AdapterEffect(Record):

@@ -15,14 +15,10 @@ from caliport.core.machine import _cpu_name
 from caliport.core.places import check_file, write_text
 from caliport.core.untrusted import shown
 from caliport.export.artifact import Artifact
+from caliport.validation.records.agreement import agreeing, result_trouble, task_trouble
 from caliport.validation.records.budget import Budget
 from caliport.validation.records.device import DeviceResult
-from caliport.validation.records.gate import (
-    AdapterEffect,
-    Gate,
-    Measures,
-    StockResult,
-)
+from caliport.validation.records.gate import AdapterEffect, Gate, Measures, StockResult
 from caliport.validation.records.latency import LatencyReport
 from caliport.validation.records.record import (
     Amount,
@@ -159,7 +155,7 @@ class TaskResult(Record):
         sizes = len(self.fp32_scores), len(self.artifact_scores)
         if sizes[0] != sizes[1]:
             raise ValueError(f"fp32_scores has {sizes[0]} and artifact_scores {sizes[1]}")
-        return self
+        return agreeing(self, task_trouble(self))
 
 
 class ParitySample(Record):
@@ -230,6 +226,10 @@ class ArtifactResult(Findings):
     lost_at: Name | None
     seconds: Amount
     notes: tuple[Text, ...] = ()
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        return agreeing(self, result_trouble(self))
 
     @property
     def form(self) -> str:
