@@ -25,6 +25,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.children import child
+
 METHODS = {"joint": "joint LoRA (PEFT)", "lc": "LC", "lc++": "LC++"}
 _WARM_UP = 1
 
@@ -79,7 +81,7 @@ def main(
 
 def _started(method: str, threads: int) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.training_cost", *sys.argv[1:], "--worker", method],
+        [*child("benchmarks.training_cost"), *sys.argv[1:], "--worker", method],
         env={**os.environ, "OMP_NUM_THREADS": str(threads)},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from benchmarks.bundles.adapters import FAMILIES, needed
 from benchmarks.bundles.speed import PROGRAM
+from benchmarks.children import child
 from benchmarks.export.measuring import measured
 from benchmarks.export.records import Export, read_export, write_record
 from caliport.core.directories import read_manifest, versions
@@ -44,12 +45,11 @@ def command(
     """The command that exports an artifact, without ``--out``."""
     family, way = family_of(artifact), way_of(artifact)
     common = ["--base", str(checkpoint), "--precision", "int4", "--context", str(context)]
-    caliport = [sys.executable, "-m", "caliport", "export", *common, "--runtime", "executorch"]
+    caliport = [sys.executable, "-P", "-m", "caliport", "export", *common]
+    caliport += ["--runtime", "executorch"]
     if way == FOLDED:
         return [*caliport, "--adapter", str(adapters / family / compositions[0])]
-    program = (
-        caliport if way == "methods" else [sys.executable, "-m", __package__, "inputs", *common]
-    )
+    program = caliport if way == "methods" else [*child(str(__package__)), "inputs", *common]
     shared = needed(compositions) if family == "merged" else []
     return [
         *program,

@@ -38,9 +38,9 @@ def install(name: str, peers: Path) -> bool:
     if not steps or (ready.is_file() and json.loads(ready.read_text(encoding="utf-8")) == steps):
         return False
     ready.unlink(missing_ok=True)
-    _run([sys.executable, "-m", "venv", "--clear", str(home)], name)
+    _run([sys.executable, "-P", "-m", "venv", "--clear", str(home)], name)
     for step in steps:
-        _run([interpreter(name, peers), "-m", "pip", "install", "--quiet", *step], name)
+        _run([interpreter(name, peers), "-P", "-m", "pip", "install", "--quiet", *step], name)
     ready.write_text(json.dumps(steps, indent=2) + "\n", encoding="utf-8")
     return True
 
@@ -63,7 +63,7 @@ def check_installed(names: Sequence[str], peers: Path) -> None:
 
 def installed(name: str, peers: Path) -> dict[str, str]:
     """Versions of an exporter's packages that the tables show."""
-    command = [interpreter(name, peers), "-c", _VERSIONS, *EXPORTERS[name].shown]
+    command = [interpreter(name, peers), "-P", "-c", _VERSIONS, *EXPORTERS[name].shown]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     found: dict[str, str] = json.loads(done.stdout)
     return found

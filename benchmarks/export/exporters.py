@@ -56,7 +56,7 @@ def interpreter(name: str, peers: Path) -> str:
 def _caliport(runtime: str) -> Callable[[Job], list[str]]:
     def command(job: Job) -> list[str]:
         return [
-            *(job.python, "-m", "caliport", "export", "--base", str(job.checkpoint)),
+            *(job.python, "-P", "-m", "caliport", "export", "--base", str(job.checkpoint)),
             *("--runtime", runtime, "--precision", "int4"),
             *("--context", str(job.context), "--out", str(job.artifact)),
         ]
@@ -77,7 +77,7 @@ def _optimum(job: Job) -> list[str]:
 
 def _export_llm(job: Job) -> list[str]:
     module = "executorch.extension.llm.export.export_llm"
-    return [job.python, "-m", module, "--config", str(job.work / "export.yaml")]
+    return [job.python, "-P", "-m", module, "--config", str(job.work / "export.yaml")]
 
 
 def _meta_checkpoint(job: Job) -> None:
@@ -115,7 +115,7 @@ def _meta_checkpoint(job: Job) -> None:
 
 def _model_builder(job: Job) -> list[str]:
     return [
-        *(job.python, "-m", "onnxruntime_genai.models.builder"),
+        *(job.python, "-P", "-m", "onnxruntime_genai.models.builder"),
         *("-m", str(job.work / "checkpoint"), "-o", str(job.artifact)),
         *("-p", "int4", "-e", "cpu", "-c", str(job.work / "cache")),
     ]

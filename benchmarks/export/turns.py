@@ -11,7 +11,6 @@ import os
 import random
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from benchmarks.children import child
 from benchmarks.export.exporters import EXPORTERS
 from benchmarks.export.records import Speed
 from benchmarks.export.speed import Turn, prompt_of
@@ -104,7 +104,7 @@ class Process:
         self._log = artifact.with_name(f"{artifact.name}.run.log")
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", module, *arguments],
+                [*child(module), *arguments],
                 env={**os.environ, "OMP_NUM_THREADS": str(threads)},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
