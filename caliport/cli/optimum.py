@@ -9,16 +9,22 @@ from __future__ import annotations
 
 import sys
 from argparse import ArgumentParser
-from pathlib import Path
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 from caliport.core.errors import InputError, one_line
 from caliport.core.model_files.gguf_base import as_directory
-from caliport.core.outputs import forced
+
+if TYPE_CHECKING:
+    from typer.core import TyperOption
 
 _LIBRARY = "transformers"
 _TASK = "text-generation"
+_LEFT_OUT = ("base", "out", "overrides", "runs", "into", "help")
+"""Options of ``caliport export`` that are ``--model`` and ``OUT`` here, or go with a recipe or a
+finished bundle."""
 
 
 class CaliportExportCommand(BaseOptimumCLICommand):
@@ -31,27 +37,18 @@ class CaliportExportCommand(BaseOptimumCLICommand):
 
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
-        """Declare the flags; they mean the same as for ``caliport export``."""
+        """Declare the flags of ``caliport export``, but those that name its input and output."""
         parser.add_argument(
             "-m", "--model", required=True, help="Hugging Face directory, .gguf file or hub name."
         )
-        parser.add_argument("--adapter", type=Path, help="PEFT LoRA directory to fold in.")
-        parser.add_argument("--runtime", required=True, help="executorch or onnx.")
-        parser.add_argument("--precision", default="fp32", help="fp32, int8 or int4.")
-        parser.add_argument(
-            "--context", type=int, help="Key-value cache length in tokens; default the base's."
-        )
-        parser.add_argument(
-            "--no-preflight",
-            action="store_true",
-            help="Continue even if memory or disk seems too small.",
-        )
-        parser.add_argument(
-            "--force",
-            action="store_true",
-            help="Replace the output even if caliport did not make it.",
-        )
-        parser.add_argument("output", type=Path, help="The directory to write.")
+        for option in _options():
+            more: dict[str, Any] = {"action": "store_true"}
+            if not option.is_flag:  # caliport export itself refuses what is given twice
+                more = {"action": "append", "metavar": option.metavar or str(option.name).upper()}
+                more["required"] = option.name == "runtime"
+            help_ = str(option.help).replace("%", "%%")
+            parser.add_argument(_flag(option), dest=option.name, help=help_, **more)
+        parser.add_argument("output", help="The directory to write.")
 
     def run(self) -> None:
         """Export; as with ``caliport export``, invalid input ends in one line and exit code 2."""
@@ -61,19 +58,37 @@ class CaliportExportCommand(BaseOptimumCLICommand):
         if code:
             sys.exit(code)
 
-    def _export(self) -> None:
-        from caliport.export.quantization.choices import Quantization
-        from caliport.export.request import Request
-        from caliport.flags.export import export_one
+    def _export(self) -> object:
+        from caliport.cli.app import app
 
         given = self.args
-        if given.context is not None and given.context < 1:
-            raise InputError(f"--context is {given.context}, expected at least 1")
+        words = ["export", f"--base={given.model}", f"--out={given.output}"]
+        for option in _options():
+            value = getattr(given, str(option.name))
+            if option.is_flag:
+                words += [_flag(option)] * value
+            else:
+                words += [f"{_flag(option)}={each}" for each in value or ()]
         check_task(str(as_directory(given.model)))
-        how = Quantization(given.precision)
-        request = Request(given.model, given.runtime, how, given.context, given.adapter)
-        with forced(given.force):
-            export_one(request, given.output, preflight=not given.no_preflight)
+        return app(words, standalone_mode=False)
+
+
+def _options() -> Iterator[TyperOption]:
+    """The options of ``caliport export`` that make sense for one base and one output."""
+    import typer
+    from typer.core import TyperOption
+
+    from caliport.cli.app import app
+
+    group = typer.main.get_command(app)
+    for option in group.commands["export"].params:  # type: ignore[attr-defined]
+        if isinstance(option, TyperOption) and option.name not in _LEFT_OUT:
+            yield option
+
+
+def _flag(option: TyperOption) -> str:
+    """What changes an option from its default, such as ``--no-preflight``."""
+    return (option.secondary_opts or option.opts)[0]
 
 
 def check_task(base: str) -> None:

@@ -6,11 +6,13 @@ import json
 import os
 import subprocess
 import sys
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 import pytest
 
-from caliport.cli.optimum import check_task
+from caliport.cli.app import app
+from caliport.cli.optimum import CaliportExportCommand, check_task
 from caliport.core.directories import read_manifest
 from caliport.core.errors import InputError
 from tests.forking import forked
@@ -39,6 +41,49 @@ def test_optimum_cli_exports(base_dir: Path, adapter_dirs: list[Path], tmp_path:
     assert manifest["inputs"].keys() == {"base", "adapter"}
     again = forked("export", "--base", base_dir, *flags, "--out", "art", cwd=tmp_path)
     assert "up to date, skipped" in again.stderr
+
+
+FLAGS = ["--precision", "int4", "--context", "96", "--no-preflight"]
+FLAGS += ["--int8-layer", "a", "--int8-layer=b", "--embedding-bits", "8", "--quantizer", "gptq"]
+FLAGS += ["--calibration", "text.txt", "--calibration-tokens", "64"]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--runtime", "onnx", "--adapter", "ADAPTER", "--push-to-hub", "me/it"],
+        ["--runtime", "executorch", "--bundle", "x=ADAPTER", "--share", "y=ADAPTER", "--force"],
+    ],
+)
+def test_flags_are_those_of_caliport_export(
+    more: list[str],
+    base_dir: Path,
+    adapter_dirs: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Both ask for the same; only what names a recipe, an input or an output is not there."""
+    asked: list[object] = []
+    monkeypatch.setattr(
+        "caliport.flags.export.export_one", lambda *given, **named: asked.append((given, named))
+    )
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("Anna plays tennis with Tom. " * 50)
+    flags = [*FLAGS, *(word.replace("ADAPTER", str(adapter_dirs[0])) for word in more)]
+    base = str(base_dir)
+    parser = ArgumentParser()
+    CaliportExportCommand.parse_args(parser)
+    run_optimum(parser.parse_args(["--model", base, *flags, "out"]))
+    app(["export", "--base", base, *flags, "--out", "out"], standalone_mode=False)
+    assert len(asked) == 2
+    assert asked[0] == asked[1]
+    with pytest.raises(InputError, match="--precision: found twice, expected once"):
+        run_optimum(parser.parse_args(["-m", base, *flags, "--precision", "int8", "out"]))
+
+
+def run_optimum(arguments: Namespace) -> None:
+    parser = ArgumentParser()
+    CaliportExportCommand(None, arguments, from_defaults_factory=True, parser=parser)._export()
 
 
 def checkpoint(directory: Path, **config: object) -> Path:
