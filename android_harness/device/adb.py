@@ -7,19 +7,22 @@ adb itself; ``ANDROID_ADB_SERVER_PORT`` names another port than 5037 for it.
 from __future__ import annotations
 
 import os
+import selectors
 import shlex
 import signal
 import subprocess
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from caliport.core.errors import InputError
+from caliport.core.errors import InputError, one_line
 
 NO_DEVICE = "adb sees no device; connect one with USB debugging allowed, or start an emulator"
 _SECONDS = 20.0  # for what a healthy device answers at once
+_MOST = 1 << 27  # bytes of output and errors; a result has at most half as many
 _SLOWEST = 1e6  # bytes a second of a cable
 _END = "caliport-exit-code:"
 _REMEDIES = {
@@ -96,18 +99,18 @@ def adb(
 
     Raises:
         TimeoutError: It took longer.
+        InputError: It writes more than any answer has.
     """
     with subprocess.Popen(
         [_binary(), *arguments],
         stdin=stdin,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        text=True,
-        errors="replace",
         start_new_session=True,
     ) as process:
         try:
-            out, err = process.communicate(timeout=seconds)
+            what = f"adb {one_line(shlex.join(arguments), 200)}"
+            out, err = _said(process, time.monotonic() + seconds, what)
         except BaseException as error:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -115,6 +118,32 @@ def adb(
                 raise TimeoutError(f"adb {shlex.join(arguments)}: over {seconds:g} s") from None
             raise
     return Completed(process.returncode, out, err)
+
+
+def _said(process: subprocess.Popen[bytes], until: float, what: str) -> list[str]:
+    """What a process writes to its output and errors until it ends, as text."""
+    said = {process.stdout: bytearray(), process.stderr: bytearray()}
+    with selectors.DefaultSelector() as streams:
+        for stream in said:
+            assert stream is not None
+            streams.register(stream, selectors.EVENT_READ)
+        while streams.get_map():
+            left = until - time.monotonic()
+            ready = streams.select(left) if left > 0 else []
+            if not ready:
+                raise subprocess.TimeoutExpired(process.args, left)
+            for key, _ in ready:
+                part = os.read(key.fd, 1 << 16)
+                if not part:
+                    streams.unregister(key.fileobj)
+                said[key.fileobj] += part  # type: ignore[index]
+                if sum(map(len, said.values())) > _MOST:
+                    raise InputError(f"{what}: over {_MOST >> 20} MiB of output, expected less")
+    process.wait(max(0.0, until - time.monotonic()))
+    return [
+        part.decode("utf-8", "replace").replace("\r\n", "\n").replace("\r", "\n")
+        for part in said.values()
+    ]
 
 
 def listed() -> list[Listed]:

@@ -14,8 +14,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pydantic import ValidationError
-
 from caliport.android_harness.runners.executorch import PYTHON
 from caliport.android_harness.runners.job import Job, Result, Timing, Turn
 from caliport.android_harness.runners.kinds import answers
@@ -24,7 +22,7 @@ from caliport.core.places import replacing
 from caliport.export import runtime as runtimes
 from caliport.export.artifact import Artifact
 from caliport.validation.latency.worker import memory
-from caliport.validation.records.record import first_problem
+from caliport.validation.records.record import read_record
 from caliport.validation.runners.executorch import NAME as RUNTIME
 
 if TYPE_CHECKING:
@@ -38,14 +36,9 @@ def read_job(path: Path) -> Job:
     """A job for ExecuTorch from its file.
 
     Raises:
-        InputError: Not readable, not a job, or one for another runtime.
+        InputError: See ``read_record``, or a job for another runtime.
     """
-    try:
-        job = Job.model_validate_json(path.read_bytes())
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); expected a job") from None
-    except ValidationError as error:
-        raise InputError(f"{path}: {first_problem(error)}") from None
+    job = read_record(Job, path)
     if job.runtime != RUNTIME:
         raise InputError(f"{path}: runtime: found {job.runtime}, expected {RUNTIME}")
     return job

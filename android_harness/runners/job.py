@@ -8,7 +8,7 @@ exits with 0, or says in one line on standard error what is wrong and exits with
 
 from __future__ import annotations
 
-from typing import Final, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import Field, field_validator
 
@@ -22,6 +22,10 @@ VERSION: Final = 1
 _CORES = 8192  # as many as Linux can have
 _LARGEST = 3.5e38  # float32
 _ROUNDING = 1e-3
+_ROUNDS = 10_000
+_Core = Annotated[int, Field(ge=0, lt=_CORES)]
+_Id = Annotated[int, Field(ge=0, lt=1 << 31)]
+_Length = Annotated[int, Field(ge=1, le=1 << 24)]
 
 
 class Prompt(Record):
@@ -34,8 +38,8 @@ class Prompt(Record):
         write: Whether to answer it greedily too.
     """
 
-    tokens: tuple[int, ...] = Field(min_length=1)
-    targets: tuple[int, ...] = ()
+    tokens: tuple[_Id, ...] = Field(min_length=1)
+    targets: tuple[_Id, ...] = ()
     write: bool = True
 
 
@@ -50,10 +54,10 @@ class Timing(Record):
         repetitions: Turns that are.
     """
 
-    prompt_lengths: tuple[int, ...] = Field(min_length=1)
-    new_tokens: int = Field(ge=1)
-    warmup: int = Field(default=1, ge=0)
-    repetitions: int = Field(default=5, ge=1)
+    prompt_lengths: tuple[_Length, ...] = Field(min_length=1)
+    new_tokens: _Length
+    warmup: int = Field(default=1, ge=0, le=_ROUNDS)
+    repetitions: int = Field(default=5, ge=1, le=_ROUNDS)
 
 
 class Job(Record):
@@ -78,11 +82,11 @@ class Job(Record):
     runtime: str
     directory: str
     adapter: str | None = None
-    threads: int = Field(ge=1)
-    cores: tuple[int, ...] = ()
-    ends: tuple[int, ...] = ()
-    max_new_tokens: int = Field(ge=1)
-    top: int = Field(default=10, ge=1)
+    threads: int = Field(ge=1, le=_CORES)
+    cores: tuple[_Core, ...] = ()
+    ends: tuple[_Id, ...] = ()
+    max_new_tokens: _Length
+    top: _Length = 10
     prompts: tuple[Prompt, ...] = ()
     timing: Timing | None = None
 

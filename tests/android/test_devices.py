@@ -8,6 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from caliport.android_harness.device import adb
 from caliport.android_harness.device.adb import Device
 from caliport.android_harness.device.facts import check_abi, choose, facts, obstacles
 from caliport.core.errors import InputError
@@ -25,6 +26,19 @@ def test_facts_are_what_the_device_says(phones: list[Daemon]) -> None:
     assert 0 < found.free_memory <= found.memory
     assert found.cores == psutil.cpu_count()
     assert facts(Device(phones[2].address)).free_space == 8 << 20
+
+
+def test_what_adb_writes_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adb, "_MOST", 1 << 20)
+    monkeypatch.setattr(adb, "_binary", lambda: "yes")
+    with pytest.raises(InputError, match="adb x: over 1 MiB of output, expected less"):
+        adb.adb(["x"])
+    monkeypatch.setattr(adb, "_binary", lambda: "sh")
+    done = adb.adb(["-c", r"printf 'a\r\nb\rc\377'; echo no >&2; exit 3"])
+    assert done == adb.Completed(3, "a\nb\nc\ufffd", "no\n")
+    for slow in ("sleep 9", "exec >&- 2>&-; sleep 9"):
+        with pytest.raises(TimeoutError, match=r"over 0\.1 s"):
+            adb.adb(["-c", slow], 0.1)
 
 
 def test_a_device_that_is_not_android_says_less(phones: list[Daemon]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -55,6 +56,19 @@ RESULT = {
     "answers": [{"tokens": [3, 4], "rows": [ROW, ROW]}],
     "turns": [{"prompt_tokens": 4, "first_token_seconds": 0.1, "step_seconds": [0.01, 0.02]}],
 }
+JOB = {
+    "version": 1,
+    "runtime": "executorch",
+    "directory": "pte",
+    "adapter": None,
+    "threads": 1,
+    "cores": [min(os.sched_getaffinity(0))],
+    "ends": [2],
+    "max_new_tokens": 3,
+    "top": 2,
+    "prompts": [{"tokens": [1, 2, 3], "targets": [4, 5], "write": True}],
+    "timing": {"prompt_lengths": [4], "new_tokens": 3, "warmup": 0, "repetitions": 1},
+}
 FIGURES = {
     "prompt_tokens": 4,
     "generated_tokens": 2,
@@ -95,6 +109,13 @@ def result(path: str) -> None:
             raise ArithmeticError("logits of a result are not finite")
 
 
+def job(path: str) -> None:
+    """What a runner on a device is asked."""
+    from caliport.android_harness.runners.executorch_python import read_job, run_job
+
+    run_job(read_job(Path(path)))
+
+
 def llama(path: str) -> None:
     """What ``llama_main`` printed."""
     from caliport.android_harness.runners.executorch import parse_llama_main
@@ -106,4 +127,5 @@ def write_words(work: Path) -> None:
     """Write valid words of each kind into a directory."""
     (work / "facts.txt").write_text(FACTS)
     (work / "result.json").write_text(json.dumps(RESULT))
+    (work / "job.json").write_text(json.dumps(JOB))
     (work / "llama.txt").write_text(f"prompt text\nPyTorchObserver {json.dumps(FIGURES)}\n")

@@ -291,11 +291,11 @@ def baseline(draw: Random, work: Path) -> Asked:
 
 
 def device(draw: Random, work: Path) -> Asked:
-    name, call = draw.choice(
-        [("facts.txt", "facts"), ("result.json", "result"), ("llama.txt", "llama")]
-    )
+    name = draw.choice(["facts.txt", "result.json", "job.json", "llama.txt"])
     path = work / name
-    if name == "result.json":
+    if name == "job.json":
+        what = spoil_json(draw, path, work.parent / "outside")
+    elif name == "result.json":
         new, what = tree(draw, json.loads(path.read_text()))
         path.write_text(dump(new), encoding="utf-8", errors="surrogatepass")
     elif draw.random() < 0.3:
@@ -309,7 +309,7 @@ def device(draw: Random, work: Path) -> Asked:
         )
         path.write_text(" ".join([*words[:at], new, *words[at + 1 :]]))
         what = f"word {at}, {words[at]!r} = {new[:20]!r}"
-    return Asked([f"@{call}", name], f"{name}: {what}")
+    return Asked([f"@{path.stem}", name], f"{name}: {what}")
 
 
 MAKES: dict[str, Make] = {

@@ -175,12 +175,15 @@ def verdict(
     return "accepted" if asked.refused and ended.code == 0 else None
 
 
+_PROGRESS = re.compile(r", \d+ s$")
+"""Ends what a log is told every ten seconds."""
 _STOPPED = ("SIGKILL", "SIGXCPU")
 
 
 def _said(line: str) -> bool:
-    """Whether a line is of the stages of a run before the one that ended."""
-    return not line.strip() or line.endswith((": done", ": up to date, skipped"))
+    """Whether a line is of the stages of a run before the one that ended, or of long work."""
+    done = line.endswith((": done", ": up to date, skipped"))
+    return not line.strip() or done or bool(_PROGRESS.search(line))
 
 
 def _of_stage(name: str) -> bool:

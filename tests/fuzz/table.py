@@ -289,6 +289,28 @@ _WORDS = [
             ("answers", []),
         )
     ],
+    *[
+        Example(f"job {key} = {str(v)[:20]}", edit("job.json", **{key: v}), ("@job", "job.json"))
+        for key, v in (
+            ("threads", 10**30),
+            ("threads", 0),
+            ("cores", [-1]),
+            ("cores", [8000]),
+            ("cores", [10**30]),
+            ("prompts__0__tokens", []),
+            ("prompts__0__tokens", [-1]),
+            ("prompts__0__targets", [99999]),
+            ("max_new_tokens", 10**30),
+            ("timing__prompt_lengths", [10**12]),
+            ("timing__prompt_lengths", [10**6]),
+            ("directory", "../outside"),
+            ("directory", "onnx"),
+            ("adapter", "gone"),
+            ("runtime", "nothing"),
+        )
+    ],
+    Example("job a pipe", pipe_at("job.json"), ("@job", "job.json")),
+    Example("job a device", link_to("job.json", "/dev/zero"), ("@job", "job.json")),
 ]
 
 
@@ -299,6 +321,9 @@ def _reports() -> list[Example]:
         ("parity.json", {"artifacts__0__total__kl": Raw("NaN")}),
         ("parity.json", {"artifacts__0__total__kl": -1}),
         ("parity.json", {"artifacts__0__total__top1": 7}),
+        ("parity.json", {"artifacts__0__passed": False}),
+        ("parity.json", {"artifacts__0__gates__0__passed": False}),
+        ("parity.json", {"artifacts__0__quantization__kl": 0.5}),
         ("parity.json", {"artifacts__0__bytes": -1}),
         ("parity.json", {"artifacts__0__examples": 10**400}),
         ("quality.json", {"compositions__a_b__examples": -1}),

@@ -6,6 +6,7 @@ import pkgutil
 from dataclasses import dataclass
 
 from caliport.core.errors import InputError
+from caliport.core.model_files.tokenizers import check_tokenizer_files
 from caliport.export import runtime as runtimes
 from caliport.export.artifact import Artifact
 from caliport.validation.runners import engine as engines
@@ -106,11 +107,13 @@ def stock_generate(
         composition: Of a bundle, the composition to run; see ``Engine.gap``.
 
     Raises:
-        InputError: As ``open_runner``, or a composition that the stock runner cannot run.
+        InputError: As ``open_runner``, a composition that the stock runner cannot run, or a file
+            of the tokenizer that is not one (``check_tokenizer_files``).
     """
     engine = engines.get(artifact.runtime)
     if (gap := engine.gap(composition)) is not None:
         raise InputError(f"{artifact.directory}: {gap}")
     artifact.check()
+    check_tokenizer_files(artifact.directory)
     engine.try_program(artifact)
     return engine.generate(artifact, text, max_new_tokens, composition)
