@@ -6,7 +6,6 @@ import glob
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, is_dataclass
-from functools import lru_cache
 from pathlib import Path
 from shutil import rmtree
 from tempfile import TemporaryDirectory
@@ -79,7 +78,6 @@ def stage(
             with TemporaryDirectory() as unused:
                 build(Path(unused), {}, resume)
         wait_until(lambda: up_to_date(out, stage_key))
-        _hash.cache_clear()
         return
     start = time.monotonic()
     with alone(out):
@@ -92,7 +90,6 @@ def stage(
                 rmtree(left)
             elif not left.is_dir():
                 left.unlink()
-    _hash.cache_clear()
     console.print(f"{title}: done")
 
 
@@ -107,20 +104,14 @@ def _say_damage(out: Path, stage_key: str, title: str) -> None:
 
 
 def hashes_of(inputs: Mapping[str, Path | str]) -> dict[str, str]:
-    """Content hash of each input, by its label; cached by path until a stage has run.
+    """Content hash of each input, by its label; a hub name stands for itself.
 
     Raises:
         InputError: A file of the base's tokenizer that is too large to be one, before all is read.
     """
     if (base := local(inputs["base"]) if "base" in inputs else None) is not None:
         check_tokenizer_files(base)
-    return {label: _hash(str(path)) for label, path in inputs.items()}
-
-
-@lru_cache(maxsize=256)
-def _hash(path: str) -> str:
-    """Content hash of a path, cached; a hub name is used instead of its content."""
-    return input_hash(path)
+    return {label: input_hash(path) for label, path in inputs.items()}
 
 
 def _plain(value: Any) -> Any:

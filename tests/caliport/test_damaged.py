@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -24,7 +26,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 }
 
 
-def make(out: Path) -> int:
+def make(out: Path, inputs: Mapping[str, Path] | None = None) -> int:
     """Run a stage; how often it built."""
     built = []
 
@@ -32,7 +34,7 @@ def make(out: Path) -> int:
         built.append(partial)
         (partial / "weights").write_bytes(b"a" * 2_000_000)
 
-    stage(out, "s", "title", {}, {}, build)
+    stage(out, "s", "title", inputs or {}, {}, build)
     return len(built)
 
 
@@ -69,6 +71,24 @@ def test_a_directory_of_the_users_is_kept(tmp_path: Path) -> None:
     assert (run / "base" / "notes").read_text() == "mine"
     with pytest.raises(InputError, match="kept-1: is not empty and was not made by caliport"):
         make(run / "base.kept-1")
+
+
+def test_a_clock_decides_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files of the past and of the future, after the clock was set back."""
+    data, out = tmp_path / "data", tmp_path / "run" / "out"
+    data.write_text("first")
+    assert make(out, {"data": data}) == 1
+    whole = content_hash(out)
+    monkeypatch.setattr(time, "time", lambda: 0.0)
+    monkeypatch.setattr(time, "time_ns", lambda: 0)
+    for age, text in ((0, "first"), (4_100_000_000, "first"), (0, "other"), (0, "third")):
+        anew = data.read_text() != text
+        data.write_text(text)
+        for path in (data, out, *out.iterdir()):
+            os.utime(path, (age, age))
+        assert make(out, {"data": data}) == anew
+        assert make(out, {"data": data}) == 0
+    assert content_hash(out) == whole
 
 
 @pytest.mark.parametrize("damage", ["empty", "junk", "cut", "flipped"])

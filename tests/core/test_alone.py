@@ -10,10 +10,15 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Thread
+from typing import Any
 
 import pytest
 
+import caliport
 from caliport.cli.main import app, guarded
+from caliport.core import outputs
+from caliport.core.directories import content_hash
 from caliport.core.errors import InputError
 from caliport.core.outputs import new_directory
 from caliport.core.processes import alone
@@ -92,6 +97,34 @@ def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
         pass
     holder.wait()
     assert names(tmp_path) == []
+
+
+def test_two_exports_into_one_place(
+    base_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second, which begins while the first works, is refused; the first is as if alone."""
+    out, said = tmp_path / "out", []
+    begin = outputs._partial
+
+    def second() -> None:
+        try:
+            caliport.export(base_dir, out, runtime="onnx", precision="int8")
+        except InputError as error:
+            said.append(str(error))
+
+    def beginning(*given: Any) -> Any:
+        monkeypatch.undo()
+        thread = Thread(target=second)
+        thread.start()
+        thread.join()
+        return begin(*given)
+
+    monkeypatch.setattr(outputs, "_partial", beginning)
+    for place in (out, tmp_path / "alone"):
+        caliport.export(base_dir, place, runtime="onnx", precision="fp32")
+    assert said == [f"{out}: {BUSY}"]
+    assert content_hash(out) == content_hash(tmp_path / "alone")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "out"]
 
 
 def test_what_is_no_lock_of_ours_stays(tmp_path: Path) -> None:
