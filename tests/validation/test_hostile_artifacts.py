@@ -24,6 +24,7 @@ from caliport.validation.gates.packaging import packaging_gates
 from caliport.validation.runners.open import open_runner, stock_generate
 from tests.exports import to_onnx_bundle
 from tests.faults.making import agree
+from tests.fuzz.seeds import sign
 
 CONFIG = "genai_config.json"
 
@@ -257,6 +258,15 @@ def test_an_adapter_of_a_bundle_that_is_none(bundle_dir: Path, tmp_path: Path) -
     for runner in ("plain", "genai"):
         with pytest.raises(InputError, match=r"sum\.onnx_adapter: not an adapter of ONNX Runtime"):
             open_runner(Artifact.read(copy), 1, "sum", runner)
+
+
+def test_a_template_is_bounded_before_the_stock_runner_reads_it(copy: Path) -> None:
+    (copy / "chat_template.jinja").write_text("{{ messages }}" * 100_000)
+    sign(copy)
+    with pytest.raises(
+        InputError, match=r"chat_template\.jinja: 1,400,000 bytes, expected at most"
+    ):
+        stock_generate(Artifact.read(copy), "Anna", 2)
 
 
 def test_nothing_is_added_to_a_bundle_whose_weights_were_cut(
