@@ -18,7 +18,6 @@ import pytest
 import caliport
 from caliport.cli.main import app, guarded
 from caliport.core import outputs
-from caliport.core.directories import content_hash
 from caliport.core.errors import InputError
 from caliport.core.outputs import new_directory
 from caliport.core.processes import alone
@@ -100,15 +99,15 @@ def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
 
 
 def test_two_exports_into_one_place(
-    base_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    one_layer: tuple[Path, list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The second, which begins while the first works, is refused; the first is as if alone."""
-    out, said = tmp_path / "out", []
+    """The second, which begins while the first works, is refused; the first is whole."""
+    base, out, said = one_layer[0], tmp_path / "out", list[str]()
     begin = outputs._partial
 
     def second() -> None:
         try:
-            caliport.export(base_dir, out, runtime="onnx", precision="int8")
+            caliport.export(base, out, runtime="onnx", precision="int8")
         except InputError as error:
             said.append(str(error))
 
@@ -120,11 +119,11 @@ def test_two_exports_into_one_place(
         return begin(*given)
 
     monkeypatch.setattr(outputs, "_partial", beginning)
-    for place in (out, tmp_path / "alone"):
-        caliport.export(base_dir, place, runtime="onnx", precision="fp32")
+    made = caliport.export(base, out, runtime="onnx", precision="fp32")
     assert said == [f"{out}: {BUSY}"]
-    assert content_hash(out) == content_hash(tmp_path / "alone")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "out"]
+    assert made.precision == "fp32"
+    made.check()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_what_is_no_lock_of_ours_stays(tmp_path: Path) -> None:
