@@ -81,8 +81,6 @@ def test_a_full_disk_in_each_stage(one_layer: tuple[Path, list[Path]], tmp_path:
     base, adapters = one_layer
     write_jsonl(tmp_path / "data.jsonl", [Example("tennis", "park"), Example("Tom", "Anna")])
     runs.write_run(tmp_path / "run", *runs.run_of())
-    both = [flag for adapter in adapters for flag in ("--adapter", str(adapter))]
-    merge = ["calibrate", "--base", str(base), *both, "--out", "OUT", "--method"]
     export = ["export", "--base", str(base), "--adapter", str(adapters[0]), "--no-preflight"]
     export += ["--precision", "int4", "--context", "128", "--out", "OUT", "--runtime"]
     validate = ["validate", "again/onnx", "--base", str(base), "--adapter", str(adapters[0])]
@@ -91,8 +89,6 @@ def test_a_full_disk_in_each_stage(one_layer: tuple[Path, list[Path]], tmp_path:
         (tmp_path / name).symlink_to(adapter)
     (tmp_path / "recipe.yaml").write_text(RECIPE.replace("methods: [linear]", METHODS))
     commands = {
-        "linear": [*merge, "linear"],
-        "lc": [*merge, "lc", "--data", "data.jsonl", "--steps", "2"],
         "onnx": [*export, "onnx"],
         "executorch": [*export, "executorch"],
         "audit": ["audit", *map(str, adapters), "--out", "OUT"],
@@ -130,6 +126,6 @@ def test_a_full_disk_in_each_stage(one_layer: tuple[Path, list[Path]], tmp_path:
     assert ended == dict.fromkeys(commands, 0)
     equal = {line[0]: line[2] for line in lines if line[1] == "equal"}
     # Of the recipe two methods for one composition, and one artifact.
-    assert equal == {"linear": 1, "lc": 1, "onnx": 1, "executorch": 1, "run": 3} | dict.fromkeys(
+    assert equal == {"onnx": 1, "executorch": 1, "run": 3} | dict.fromkeys(
         ("audit", "baseline", "compare", "validate"), 0
     )
