@@ -6,6 +6,7 @@ import random
 import resource
 import signal
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 
 from benchmarks import real
 from tests.android.fixtures import adb_server, phone, phones, three  # noqa: F401
+from tests.lowerings import lowered_anew, lowerings
 
 # The models are tiny: more threads would wait for one another longer than they work.
 torch.set_num_threads(1)
@@ -64,18 +66,18 @@ def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
             item.add_marker("android")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _keep_what_is_lowered() -> None:
+    """A recipe has few shapes; the tests of a process have many, and come back to them."""
+    for module in lowerings():
+        module._MOST = 100
+
+
 @pytest.fixture(autouse=True)
 def _lower_anew_where_something_is_patched(request: pytest.FixtureRequest) -> Iterator[None]:
     """A decoder of the same shape is lowered once a process, which a patch may have changed."""
-    yield from _between_clean_slates() if "monkeypatch" in request.fixturenames else [None]
-
-
-def _between_clean_slates() -> Iterator[None]:
-    from caliport.export.executorch.lower import forget
-
-    forget()
-    yield
-    forget()
+    with lowered_anew() if "monkeypatch" in request.fixturenames else nullcontext():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -2,8 +2,8 @@
 
 Starting Python and importing torch, transformers and the rest takes many times as long as a
 command on a tiny model. ``tests.commands.caliport`` starts one anew all the same, as a user does;
-``forked`` is for the further commands of a test. Each is a process of its own, with its own
-directory, environment and output, and goes through ``caliport.cli.main.main``.
+it is for tests of the process itself, and ``forked`` for all others. Each is a process of its own,
+with its own directory, environment and output, and goes through ``caliport.cli.main.main``.
 """
 
 from __future__ import annotations
@@ -13,10 +13,15 @@ import importlib
 import json
 import os
 import signal
+import socketserver
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import NoReturn
@@ -48,7 +53,11 @@ def _server() -> subprocess.Popen[str]:
 
 
 def forked(
-    *arguments: object, cwd: Path, kill_after: float | None = None
+    *arguments: object,
+    cwd: Path,
+    kill_after: float | None = None,
+    env: Mapping[str, str] = ENVIRONMENT,
+    code: str | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """``caliport`` in a process of its own, from a directory, its output kept.
 
@@ -56,18 +65,52 @@ def forked(
         arguments: Of the command.
         cwd: The directory.
         kill_after: Seconds after which it is killed without warning.
+        env: Its environment.
+        code: A program in Python to run in place of ``caliport``.
     """
-    command = ["caliport", *map(str, arguments)]
+    command = ["caliport" if code is None else "-c", *map(str, arguments)]
     server = _server()
     assert server.stdin is not None
     assert server.stdout is not None
     with tempfile.TemporaryDirectory() as place:
         files = [Path(place, "out"), Path(place, "errors")]
-        asked = [command, str(cwd), ENVIRONMENT, list(map(str, files)), kill_after]
+        asked = [command, str(cwd), dict(env), list(map(str, files)), code, kill_after]
         server.stdin.write(json.dumps(asked) + "\n")
         server.stdin.flush()
-        code = int(server.stdout.readline())
-        return subprocess.CompletedProcess(command, code, *(file.read_text() for file in files))
+        ended = int(server.stdout.readline())
+        return subprocess.CompletedProcess(command, ended, *(file.read_text() for file in files))
+
+
+_PROGRAM = """#!{python} -SE
+import json, os, socket, sys
+asked = socket.socket(socket.AF_UNIX)
+asked.connect({address!r})
+asked.sendall(json.dumps([sys.argv[1:], os.getcwd(), dict(os.environ)]).encode() + b"\\n")
+code, out, errors = json.load(asked.makefile())
+sys.stdout.write(out)
+sys.stderr.write(errors)
+sys.exit(code)
+"""
+
+
+class _Answer(socketserver.StreamRequestHandler):
+    def handle(self) -> None:
+        arguments, cwd, env = json.loads(self.rfile.readline())
+        done = forked(*arguments, cwd=Path(cwd), env=env)
+        answer = [done.returncode, done.stdout, done.stderr]
+        self.wfile.write(json.dumps(answer).encode() + b"\n")
+
+
+@contextmanager
+def program(place: Path) -> Iterator[Path]:
+    """A program for shells that is ``forked``: ``place/caliport``, while the body runs."""
+    with socketserver.UnixStreamServer(str(place / "socket"), _Answer) as server:
+        path = place / "caliport"
+        path.write_text(_PROGRAM.format(python=sys.executable, address=str(place / "socket")))
+        path.chmod(0o755)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield path
+        server.shutdown()
 
 
 def _serve() -> None:
@@ -95,7 +138,9 @@ def _end(child: int, kill_after: float | None) -> int:
         time.sleep(0.001)
 
 
-def _run(argv: list[str], cwd: str, environment: dict[str, str], files: list[str]) -> NoReturn:
+def _run(
+    argv: list[str], cwd: str, environment: dict[str, str], files: list[str], program: str | None
+) -> NoReturn:
     for number, file in enumerate([os.devnull, *files]):
         os.dup2(os.open(file, os.O_RDWR | os.O_CREAT), number)
     os.chdir(cwd)
@@ -106,9 +151,15 @@ def _run(argv: list[str], cwd: str, environment: dict[str, str], files: list[str
 
     code: object = 1
     try:
-        main()
+        if program is None:
+            main()
+        else:
+            exec(program, {"__name__": "__main__"})
+            code = 0
     except SystemExit as error:
         code = error.code
+    except BaseException:
+        traceback.print_exc()
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()

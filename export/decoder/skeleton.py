@@ -7,6 +7,7 @@ of a few layers whose matrices take no memory, and the result is repeated for th
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -55,6 +56,20 @@ class Layers:
         if not self.path or not name.startswith(f"{self.path}."):
             return None
         return int(name.removeprefix(f"{self.path}.").split(".")[0])
+
+
+def shape_of(model: PreTrainedModel, layers: Layers, forms: Mapping[str, Form]) -> Hashable:
+    """What a trace of a skeleton depends on, so that decoders of other weights share it.
+
+    Args:
+        model: The skeleton, before it is furnished.
+        layers: Which layers its layers represent.
+        forms: Of the whole decoder's layers.
+    """
+    settings = {k: v for k, v in model.config.to_dict().items() if k != "_name_or_path"}
+    names = (name for name, _ in model.named_modules())
+    kept = tuple((name, forms.get(layers.whole_name(name))) for name in names)
+    return json.dumps(settings, sort_keys=True, default=str), layers.path, kept
 
 
 def empty(config: PretrainedConfig, buffers: bool = True) -> PreTrainedModel:

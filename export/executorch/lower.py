@@ -5,7 +5,6 @@ The traced module is ``caliport.export.executorch.decoder.Decoder``.
 
 from __future__ import annotations
 
-import json
 from collections import OrderedDict
 from collections.abc import Hashable
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from caliport.core.patching import quiet
 from caliport.export.decoder.shipped import ShippedDecoder, every, group
-from caliport.export.decoder.skeleton import CannotRepeat, Layers, furnish, skeleton
+from caliport.export.decoder.skeleton import CannotRepeat, Layers, furnish, shape_of, skeleton
 from caliport.export.executorch.files import PROGRAM
 from caliport.export.executorch.patches.fast_lowering import fast_lowering
 from caliport.export.executorch.patches.tied_tables import shared_tables
@@ -95,10 +94,7 @@ def _lowered_once(decoder: ShippedDecoder, layers: Layers, context: int) -> Lowe
     """Lower a skeleton; decoders of one shape, as the compositions of a run are, share it."""
     names = decoder.names()
     small = skeleton(decoder.whole.config, layers)
-    forms = tuple((n, decoder.forms.get(layers.whole_name(n))) for n, _ in small.named_modules())
-    settings = {k: v for k, v in small.config.to_dict().items() if k != "_name_or_path"}
-    config = json.dumps(settings, sort_keys=True, default=str)
-    key = (config, forms, context, decoder.cache_bits)
+    key = (shape_of(small, layers, decoder.forms), context, decoder.cache_bits)
     if key not in _LOWERED:
         model = furnish(small, layers, decoder.forms)
         lowered = lower_skeleton(
@@ -112,11 +108,6 @@ def _lowered_once(decoder: ShippedDecoder, layers: Layers, context: int) -> Lowe
             _LOWERED.popitem(last=False)
         _LOWERED[key] = lowered
     return _LOWERED[key]
-
-
-def forget() -> None:
-    """Lower the next decoder anew; for those who change how decoders are traced."""
-    _LOWERED.clear()
 
 
 def constant_methods(

@@ -17,15 +17,15 @@ tokens, so prefill and the same tokens one by one would give different results. 
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Callable
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from caliport.core.checkpoints import eos_ids
 from caliport.export.decoder.parts import cache_shape
 from caliport.export.decoder.shipped import ShippedDecoder, every, group
-from caliport.export.decoder.skeleton import CannotRepeat
+from caliport.export.decoder.skeleton import CannotRepeat, shape_of, skeleton
 from caliport.export.onnx.files import GENAI_CONFIG, GRAPH, WEIGHTS
 from caliport.export.onnx.graph.fuse import fuse_between_layers, fuse_inside_layers
 from caliport.export.onnx.graph.repeat import PAST, PRESENT, repeat
@@ -46,6 +46,9 @@ uses one of two hyper-threads. More threads than cores cost little if waiting th
 ``session.intra_op.allow_spinning`` is 0: with 1.24 B parameters in int4 on 2 hyper-threads of an
 AMD EPYC this decodes at 0.90 of the rate of 2 spinning threads; 4 spinning threads reach 0.4 and 1
 reaches 0.55."""
+
+_TRACED: OrderedDict[Hashable, onnx_ir.Model] = OrderedDict()
+_MOST = 4
 
 
 def lower(
@@ -106,13 +109,27 @@ def _repeated(
     context: int,
     change: Callable[[onnx_ir.Graph], None] | None,
 ) -> onnx_ir.Model:
-    skeleton = trace(decoder, layers, context)
-    fuse_inside_layers(skeleton.graph, join=change is None)
-    program = repeat(skeleton, layers)
+    program = repeat(_traced_once(decoder, layers, context, change is None), layers)
     if change is not None:
         change(program.graph)
     fuse_between_layers(program.graph)
     return program
+
+
+def _traced_once(
+    decoder: ShippedDecoder, layers: Layers, context: int, join: bool
+) -> onnx_ir.Model:
+    """Trace and fuse a skeleton; decoders of one shape, as those of a run are, share the work."""
+    small = skeleton(decoder.whole.config, layers)
+    key = (shape_of(small, layers, decoder.forms), context, join)
+    traced = _TRACED.get(key)
+    if traced is None:
+        traced = trace(small, decoder, layers, context)
+        fuse_inside_layers(traced.graph, join=join)
+        while len(_TRACED) >= _MOST:
+            _TRACED.popitem(last=False)
+        _TRACED[key] = traced
+    return traced.clone()
 
 
 def save(program: onnx_ir.Model, decoder: ShippedDecoder, directory: Path) -> None:

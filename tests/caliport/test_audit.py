@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import caliport
 from conftest import random_adapter
 
 from caliport.calibrate import LowRankUpdate, read_peft, write_peft
@@ -21,7 +20,7 @@ from tests.forking import forked
 
 
 def test_command_end_to_end(adapter_dirs: list[Path], tmp_path: Path) -> None:
-    done = caliport("audit", *adapter_dirs, "--out", "out", cwd=tmp_path)
+    done = forked("audit", *adapter_dirs, "--out", "out", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [AUDIT, "report.html"]
     report = read_result(AuditReport, tmp_path / "out" / AUDIT)

@@ -9,13 +9,12 @@ import pytest
 
 from caliport.validation.runners.executorch import ExecuTorchRunner, generate
 from caliport.validation.runners.onnx import OnnxRunner
-from tests.commands import caliport
 from tests.forking import forked
 
 
 def test_bundle_from_flags(one_layer: tuple[Path, list[Path]], tmp_path: Path) -> None:
     base_dir, (one, two) = one_layer
-    done = caliport(
+    done = forked(
         "export", "--base", base_dir, "--runtime", "executorch", "--precision", "int4",
         "--bundle", f"first={one}", "--bundle", f"second={two}",
         "--share", f"task0={one}", "--out", tmp_path / "out", cwd=tmp_path,
@@ -31,7 +30,7 @@ def test_bundle_from_flags(one_layer: tuple[Path, list[Path]], tmp_path: Path) -
     assert abs(logits[0] - logits[1]).max() > 0.01 < abs(logits[1] - logits[2]).max()
     assert generate(tmp_path / "out", "Anna and", 4)
     flags = ("validate", "out", "--base", base_dir, "--no-latency")
-    done = caliport(
+    done = forked(
         *flags, "--bundle", f"first={one}", "--bundle", f"second={two}",
         "--share", f"task0={one}", "--out", "checked", cwd=tmp_path,
     )  # fmt: skip
@@ -113,7 +112,7 @@ def test_wrong_bundles_end_in_one_line(
 
 
 def test_sensitivity_names_layers_to_keep(base_dir: Path, tmp_path: Path) -> None:
-    done = caliport(
+    done = forked(
         "sensitivity", "--base", base_dir, "--share", 0.2, "--out", "s.json", cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr

@@ -10,7 +10,6 @@ from subprocess import CompletedProcess
 
 import pytest
 
-from tests.commands import caliport
 from tests.conftest import random_adapter
 from tests.exports import to_executorch, to_onnx
 from tests.forking import forked
@@ -85,7 +84,7 @@ def test_one_artifact_against_another(validate: Validate, adapter_dirs: list[Pat
 
 def test_latency_of_another_tools_program(artifacts: Path, tmp_path: Path) -> None:
     short = ("--prompt-tokens", "8", "--new-tokens", "4", "--repetitions", "1", "--threads", "1")
-    done = caliport("bench", "onnx", "executorch", *short, "--out", tmp_path, cwd=artifacts)
+    done = forked("bench", "onnx", "executorch", *short, "--out", tmp_path, cwd=artifacts)
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "latency.json").read_text())["artifacts"]
     assert [row["precision"] for row in rows] == ["unknown"] * 2

@@ -5,12 +5,9 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from commands import ENVIRONMENT
 from huggingface_hub import ModelCard
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig
 
@@ -22,6 +19,7 @@ from caliport.export.package.generation import save_generation_config
 from caliport.stages.compose import pick
 from caliport.stages.sweep import at_best_rate
 from tests.exports import to_executorch_bundle, to_onnx_bundle
+from tests.forking import forked
 
 RUNTIMES = ("onnx", "executorch")
 
@@ -67,9 +65,7 @@ def test_the_cards_code_runs(artifact: Path, chat: bool, tmp_path: Path) -> None
         write_card(artifact, read_manifest(artifact))
     code = re.search(r"```python\n(.*?)```", (artifact / "README.md").read_text(), re.DOTALL)
     assert code is not None
-    done = subprocess.run(
-        [sys.executable, "-c", code[1]], cwd=artifact, env=ENVIRONMENT, capture_output=True
-    )
+    done = forked(cwd=artifact, code=code[1])
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
 
@@ -149,9 +145,7 @@ def test_the_card_of_a_bundle_runs_a_composition(bundle: Path) -> None:
     code = re.search(r"```python\n(.*?)```", card, re.DOTALL)
     assert code is not None
     assert "first" in code[1]
-    done = subprocess.run(
-        [sys.executable, "-c", code[1]], cwd=bundle, env=ENVIRONMENT, capture_output=True
-    )
+    done = forked(cwd=bundle, code=code[1])
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
 

@@ -28,6 +28,7 @@ from caliport.export.quantization.choices import PRECISIONS, Quantization
 from caliport.export.quantization.tensors import quantize
 from caliport.validation.runners.executorch import ExecuTorchRunner, generate
 from tests.exports import to_executorch
+from tests.lowerings import lowered_anew
 
 CONTEXT = 96
 TEXT = "Anna and Tom meet in the park on Friday"
@@ -278,10 +279,10 @@ def test_decoders_of_one_shape_are_lowered_once_and_get_the_same_bytes(
 
     first, again, third, fourth = program(one), program(one), program(other), program(one, 8)
     assert len(lowered) == 2
-    executorch.forget()
     assert first == again
     assert third not in (first, fourth)
-    assert third == program(other)
+    with lowered_anew():
+        assert third == program(other)
 
 
 @pytest.mark.slow
@@ -290,9 +291,9 @@ def test_fast_lowering_gives_the_same_program(tmp_path: Path) -> None:
     base = _checkpoint(tmp_path / "base", 1)
     with shipped_decoder(base, None, "int4", tmp_path) as decoder, quiet():
         constants = executorch.constant_methods(decoder.whole, 16, [2], 1)
-        plain = finish(executorch.whole_program(decoder, every(decoder), 16, constants)).buffer
-        executorch.forget()
-        with fast_lowering():
+        with lowered_anew():
+            plain = finish(executorch.whole_program(decoder, every(decoder), 16, constants)).buffer
+        with lowered_anew(), fast_lowering():
             fast = finish(executorch.whole_program(decoder, every(decoder), 16, constants)).buffer
     assert fast == plain
 

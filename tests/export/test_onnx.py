@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -41,6 +42,7 @@ from caliport.validation.runners.eager import EagerRunner
 from caliport.validation.runners.onnx import OnnxRunner, generate, generate_ids
 from caliport.validation.runners.runner import greedy
 from tests.exports import to_onnx
+from tests.lowerings import lowered_anew
 
 CONTEXT = 96
 BITS = {"int8": 8, "int4": 4}
@@ -396,3 +398,35 @@ def test_a_prompt_beyond_the_context_is_refused(
         runner.prefill([*tokens, 5])
     with pytest.raises(InputError, match="a prompt of 96 tokens"):
         generate_ids(artifact.directory, tokens, 4)
+
+
+def test_decoders_of_one_shape_are_traced_once_and_get_the_same_bytes(
+    base_dir: Path,
+    adapter_dirs: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The third differs in its weights alone, and the fourth in its context."""
+    traced = []
+    plain = lowering.trace
+
+    def counted(*args: Any) -> onnx_ir.Model:
+        traced.append(args)
+        return plain(*args)
+
+    monkeypatch.setattr(lowering, "trace", counted)
+
+    def files(name: str, adapter: int, context: int = CONTEXT) -> list[bytes]:
+        out = tmp_path / name
+        to_onnx(base_dir, out, adapter=adapter_dirs[adapter], precision="int4", context=context)
+        return [(out / f"model.onnx{end}").read_bytes() for end in ("", ".data")]
+
+    first, again, third = files("first", 0), files("again", 0), files("third", 1)
+    assert len(traced) == 1
+    files("fourth", 0, 64)
+    assert len(traced) == 2
+    assert first == again
+    assert first[0] == third[0]
+    assert first[1] != third[1]
+    with lowered_anew():
+        assert third == files("anew", 1)

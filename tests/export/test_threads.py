@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from caliport.core.checkpoints import load_tokenizer
 from tests.exports import exported
+from tests.lowerings import lowered_anew
 
 
 @pytest.fixture
@@ -40,13 +41,10 @@ def test_three_exports_at_once_are_those_of_one_after_another(
     def export(runtime: str, name: str) -> dict[str, bytes]:
         return _programs(exported(runtime, small_dir, tmp_path / name, precision="int4"))
 
-    from caliport.export.executorch.lower import forget
-
-    forget()
     runtimes = ["onnx", "executorch", "onnx"]
-    with ThreadPoolExecutor(len(runtimes)) as pool:
+    with lowered_anew(), ThreadPoolExecutor(len(runtimes)) as pool:
         found = list(pool.map(export, runtimes, ["first", "second", "third"]))
-    forget()
-    expected = {runtime: export(runtime, runtime) for runtime in set(runtimes)}
+    with lowered_anew():
+        expected = {runtime: export(runtime, runtime) for runtime in set(runtimes)}
     assert all(expected.values())
     assert found == [expected[runtime] for runtime in runtimes]

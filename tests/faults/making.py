@@ -19,6 +19,7 @@ from caliport.export.executorch.steps import Lowered
 from caliport.validation.runners.runner import Runner
 from tests.exports import to_executorch, to_onnx
 from tests.faults.scene import Scene, Tensors, edit_tensors
+from tests.lowerings import lowered_anew
 
 Patch = Callable[[pytest.MonkeyPatch], None]
 EXPORT = {"executorch": to_executorch, "onnx": to_onnx}
@@ -85,10 +86,7 @@ def make(fault: Fault | None, scene: Scene, runtime: str, out: Path, precision: 
         adapter = _copy(adapter, out.parent / f"{out.name}-adapter")
         edit_tensors(adapter, fault.adapter)
     form = precision or (fault.precision if fault is not None else "int8")
-    from caliport.export.executorch.lower import forget
-
-    forget()  # what was lowered without the patches
-    with pytest.MonkeyPatch.context() as monkeypatch:
+    with lowered_anew(), pytest.MonkeyPatch.context() as monkeypatch:
         if fault is not None and fault.weights is not None:
             _change_weights(monkeypatch, fault.weights)
         if fault is not None and fault.patch is not None:
@@ -96,7 +94,6 @@ def make(fault: Fault | None, scene: Scene, runtime: str, out: Path, precision: 
         if fault is None or fault.drawn or (fault.patch is None and fault.base is None):
             _lower_once(monkeypatch, form)
         EXPORT[runtime](base, out, adapter=adapter, precision=form)
-    forget()
     if fault is not None:
         if fault.after is not None:
             fault.after[runtime](out)

@@ -250,7 +250,6 @@ def _warm(seeds: Path) -> str:
 
     tqdm.monitor_interval = 0
     torch.set_num_threads(1)
-    _keep_graphs()
     commands = [
         ["audit", "first", "second", "--out", "audit"],
         ["export", "--base", "base", "--adapter", "first", "--runtime", "onnx", "--out", "art"],
@@ -271,23 +270,6 @@ def _warm(seeds: Path) -> str:
     tempfile.tempdir = None
     assert len(os.listdir("/proc/self/task")) == 1, "a thread that a fork would lose"
     return "warm"
-
-
-def _keep_graphs() -> None:
-    """A graph depends on the configuration and the forms; trace each only once."""
-    import onnx_ir
-
-    from caliport.export.onnx import lower
-
-    draw, kept = lower.graph_of, {}
-
-    def graph_of(decoder: Any, context: int, *more: Any) -> Any:
-        key = (decoder.whole.config.to_json_string(), str(decoder.forms), context, bool(more))
-        if key not in kept:
-            kept[key] = onnx_ir.to_proto(draw(decoder, context, *more))
-        return onnx_ir.from_proto(kept[key])
-
-    lower.graph_of = graph_of  # type: ignore[assignment]
 
 
 def _end(child: int) -> tuple[int, float, int]:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from commands import ENVIRONMENT, caliport
+from commands import ENVIRONMENT
 
 from caliport.core.checkpoints import load_base
 from caliport.core.errors import InputError
@@ -25,6 +25,7 @@ from caliport.validation.latency.measure import LOADS, measure
 from caliport.validation.latency.workload import Candidate, Workload, prompt_of
 from caliport.validation.records.latency import LatencyReport
 from caliport.validation.records.reports import read_result
+from tests.forking import forked
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +184,7 @@ def wait_for(what: Callable[[], bool], seconds: float = 60) -> None:
 def test_bench_compares_with_the_first(onnx_dir: Path, tmp_path: Path) -> None:
     twin = shutil.copytree(onnx_dir, tmp_path / "twin")
     flags = ["--prompt-tokens", 8, "--new-tokens", 3, "--repetitions", 2, "--threads", 1]
-    done = caliport("bench", onnx_dir, twin, *flags, "--out", "seen", cwd=tmp_path)
+    done = forked("bench", onnx_dir, twin, *flags, "--out", "seen", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     report = read_result(LatencyReport, tmp_path / "seen" / "latency.json")
     assert [result.composition for result in report.artifacts] == ["onnx-int4", "twin"]

@@ -12,6 +12,7 @@ from commands import caliport
 
 from caliport.core.checkpoints import encode_prompt, load_tokenizer
 from tests.exports import to_executorch, to_onnx
+from tests.forking import forked
 
 EXAMPLES = [
     {"input": "Anna and Tom meet in the park.", "output": "Anna y Tom quedan."},
@@ -32,15 +33,15 @@ def without_times(report: Any) -> Any:
 def test_the_same_verdict_and_json(
     runtime: str, one_layer: tuple[Path, list[Path]], tmp_path: Path
 ) -> None:
-    """Each run is a process of its own, so the order of hashes differs between them."""
+    """One is a process of its own, so the order of hashes differs from that of the forked one."""
     base_dir, adapter_dirs = one_layer
     make = to_onnx if runtime == "onnx" else to_executorch
     make(base_dir, tmp_path / "art", adapter=adapter_dirs[0], precision="int8")
     (tmp_path / "e.jsonl").write_text("\n".join(map(json.dumps, EXAMPLES)))
     flags = ["--base", base_dir, "--adapter", adapter_dirs[0], "--prompts", "e.jsonl"]
     codes, texts = [], []
-    for out in ("one", "two"):
-        ran = caliport(
+    for out, run in (("one", forked), ("two", caliport)):
+        ran = run(
             "validate", "art", *flags, "--threads", 2, "--no-latency", "--out", out, cwd=tmp_path
         )
         assert ran.returncode in (0, 1), ran.stderr

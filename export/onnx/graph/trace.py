@@ -11,7 +11,7 @@ import torch
 from caliport.core.errors import InputError, one_line
 from caliport.core.patching import quiet
 from caliport.export.decoder.parts import cache_shape
-from caliport.export.decoder.skeleton import Layers, marked, skeleton
+from caliport.export.decoder.skeleton import Layers, marked
 from caliport.export.onnx.graph.decoder import Decoder
 from caliport.export.onnx.graph.operators import furnish, mark
 from caliport.export.onnx.graph.patches import check_releases
@@ -28,16 +28,19 @@ TOKENS, MASK, POSITIONS, LOGITS = "input_ids", "attention_mask", "position_ids",
 _KIND = "pkg.torch.export.graph_signature.InputSpec.kind"
 
 
-def trace(decoder: ShippedDecoder, layers: Layers, context: int) -> onnx_ir.Model:
-    """Trace the layers ``layers.kept`` to a graph with marks between them.
+def trace(
+    small: PreTrainedModel, decoder: ShippedDecoder, layers: Layers, context: int
+) -> onnx_ir.Model:
+    """Trace a skeleton to a graph with marks between its layers.
 
     Weights are the last inputs, named as in ``Weights``; a quantized layer has ``name.qdata`` and
     ``name.scale`` instead of ``name.weight``. Each product and lookup is a node with the name of
     its layer.
 
     Args:
-        decoder: The decoder to trace.
-        layers: Which of its layers to trace.
+        small: The skeleton, before it is furnished.
+        decoder: The whole decoder.
+        layers: Which of its layers the skeleton has.
         context: Maximum number of tokens.
 
     Raises:
@@ -45,7 +48,7 @@ def trace(decoder: ShippedDecoder, layers: Layers, context: int) -> onnx_ir.Mode
             release was not tested with the patches.
     """
     check_releases()
-    model = furnish(skeleton(decoder.whole.config, layers), layers, decoder)
+    model = furnish(small, layers, decoder)
     try:
         # torch.onnx 2.13 prints its progress.
         with quiet(), contextlib.redirect_stdout(io.StringIO()):
