@@ -56,6 +56,7 @@ def forked(
     *arguments: object,
     cwd: Path,
     kill_after: float | None = None,
+    interrupt: tuple[str, int] | None = None,
     env: Mapping[str, str] = ENVIRONMENT,
     code: str | None = None,
 ) -> subprocess.CompletedProcess[str]:
@@ -65,6 +66,7 @@ def forked(
         arguments: Of the command.
         cwd: The directory.
         kill_after: Seconds after which it is killed without warning.
+        interrupt: A pattern and a signal, sent half a second after a path of the pattern appears.
         env: Its environment.
         code: A program in Python to run in place of ``caliport``.
     """
@@ -74,7 +76,8 @@ def forked(
     assert server.stdout is not None
     with tempfile.TemporaryDirectory() as place:
         files = [Path(place, "out"), Path(place, "errors")]
-        asked = [command, str(cwd), dict(env), list(map(str, files)), code, kill_after]
+        asked = [command, str(cwd), dict(env), list(map(str, files)), code]
+        asked += [kill_after, interrupt]
         server.stdin.write(json.dumps(asked) + "\n")
         server.stdin.flush()
         ended = int(server.stdout.readline())
@@ -118,11 +121,23 @@ def _serve() -> None:
         importlib.import_module(name)
     assert len(os.listdir("/proc/self/task")) == 1, "a thread that a fork would lose"
     for line in sys.stdin:
-        *asked, kill_after = json.loads(line)
+        *asked, kill_after, interrupt = json.loads(line)
         child = os.fork()
         if child == 0:
             _run(*asked)
+        if interrupt is not None and _appears(Path(asked[1]), interrupt[0], child):
+            time.sleep(0.5)
+            os.kill(child, interrupt[1])
         print(_end(child, kill_after), flush=True)
+
+
+def _appears(place: Path, pattern: str, child: int) -> bool:
+    """Wait for a path, but no longer than the process lives."""
+    while not any(place.glob(pattern)):
+        if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            return False
+        time.sleep(0.02)
+    return True
 
 
 def _end(child: int, kill_after: float | None) -> int:
@@ -147,6 +162,7 @@ def _run(
     os.environ.clear()
     os.environ.update(environment)
     sys.argv, sys.path[0] = argv, cwd  # as python -m has them
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has none
     from caliport.cli.main import main
 
     code: object = 1

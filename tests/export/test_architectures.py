@@ -38,11 +38,13 @@ SPLITS = ([CONTEXT], [1] * CONTEXT, [12, 33, 1, 17, 1])
 
 # Windows, soft-capping and both kinds of rotary embeddings; the other families take these paths.
 FAST = ("gemma2", "gemma3")
-# Quantization has nothing to do with what sets the others apart.
-UNQUANTIZED = ("llama-dynamic", "phi3-longrope", "qwen2-sliding", "qwen3-yarn")
+# Quantization has nothing to do with what sets these apart from a family that is quantized: gemma2
+# from gemma3, smollm3 from llama, and so on. All are checked in float.
+UNQUANTIZED = ("gemma2", "llama-dynamic", "phi3-longrope", "qwen2-sliding", "qwen3-yarn", "smollm3")
 QUANTIZED = [(name, "int4", "onnx") for name in FAMILIES if name not in UNQUANTIZED]
-# ExecuTorch's linear layers are alike in all; these differ in what is around them.
-QUANTIZED += [(n, "int4", "executorch") for n in (*FAST, "phi3", "qwen2", "smollm3")]
+# ExecuTorch's linear layers are alike in all; these differ in what is around them: norms and a
+# scaled lookup, one product for three, and biases.
+QUANTIZED += [(n, "int4", "executorch") for n in ("gemma3", "phi3", "qwen2")]
 # 8 bits go the same way through a graph, so one stands for all.
 QUANTIZED += [("llama", "int8", runtime) for runtime in names()]
 

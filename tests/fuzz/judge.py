@@ -241,7 +241,7 @@ def _serve() -> None:
 
 
 def _warm(seeds: Path) -> str:
-    """Let this process do once what children would each do: imports, and a graph's trace."""
+    """Let this process do once what children would each do: imports, and the graphs' traces."""
     import torch
     from tqdm import tqdm
 
@@ -250,9 +250,12 @@ def _warm(seeds: Path) -> str:
 
     tqdm.monitor_interval = 0
     torch.set_num_threads(1)
+    export = ["export", "--base", "base", "--runtime", "onnx", "--out", "art"]
     commands = [
         ["audit", "first", "second", "--out", "audit"],
-        ["export", "--base", "base", "--adapter", "first", "--runtime", "onnx", "--out", "art"],
+        [*export, "--adapter", "first"],
+        [*export, "--precision", "int4"],
+        [*export, "--bundle", "one=first"],
         ["calibrate", *BOTH, "--method", "linear", "--out", "out"],
     ]
     output, here = os.dup(1), os.getcwd()

@@ -26,7 +26,7 @@ adapters: {a: first, b: second}
 compositions: {a_b: [a, b]}
 calibration: {examples: 4, methods: [linear]}
 evaluation: {examples: 2, max_new_tokens: 2, batch_size: 2}
-export: {runtimes: [onnx], precisions: [fp32], context: 32}
+export: {runtimes: [onnx], precisions: [fp32], context: 48}
 validation: {examples: 2, repetitions: 2, threads: 1}
 """
 LINES = [{"input": f"meet {n}", "output": "tennis", "features": ["x"]} for n in range(4)]
