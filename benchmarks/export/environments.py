@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.export.exporters import EXPORTERS, interpreter
@@ -32,16 +33,36 @@ def install(name: str, peers: Path) -> bool:
     Raises:
         InputError: pip failed.
     """
-    steps = [list(step) for step in EXPORTERS[name].installs]
-    home = peers / name
+    steps = EXPORTERS[name].installs
+    return bool(steps) and create(peers / name, steps)
+
+
+def create(
+    home: Path, steps: Sequence[Sequence[str]], environment: Mapping[str, str] | None = None
+) -> bool:
+    """Create a virtual environment with pip, unless it is finished.
+
+    Args:
+        home: Its directory.
+        steps: Arguments of each ``pip install``, in order.
+        environment: Variables for pip, such as ``CMAKE_ARGS``.
+
+    Returns:
+        Whether anything was installed.
+
+    Raises:
+        InputError: pip failed.
+    """
+    wanted = [list(step) for step in steps]
     ready = home / _READY
-    if not steps or (ready.is_file() and json.loads(ready.read_text(encoding="utf-8")) == steps):
+    if ready.is_file() and json.loads(ready.read_text(encoding="utf-8")) == wanted:
         return False
     ready.unlink(missing_ok=True)
-    _run([sys.executable, "-P", "-m", "venv", "--clear", str(home)], name)
-    for step in steps:
-        _run([interpreter(name, peers), "-P", "-m", "pip", "install", "--quiet", *step], name)
-    ready.write_text(json.dumps(steps, indent=2) + "\n", encoding="utf-8")
+    _run([sys.executable, "-P", "-m", "venv", "--clear", str(home)], home.name)
+    python = str(home / "bin" / "python")
+    for step in wanted:
+        _run([python, "-P", "-m", "pip", "install", "--quiet", *step], home.name, environment)
+    ready.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
     return True
 
 
@@ -69,7 +90,8 @@ def installed(name: str, peers: Path) -> dict[str, str]:
     return found
 
 
-def _run(command: list[str], name: str) -> None:
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
+def _run(command: list[str], name: str, environment: Mapping[str, str] | None = None) -> None:
+    variables = {**os.environ, **(environment or {})}
+    done = subprocess.run(command, check=False, capture_output=True, text=True, env=variables)
     if done.returncode:
         raise InputError(f"{name}: {' '.join(command)} failed:\n{done.stderr[-2000:]}")

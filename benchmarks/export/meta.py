@@ -73,6 +73,7 @@ def _layer_name(name: str) -> str:
 
 
 def _parameters(config: dict[str, Any]) -> dict[str, Any]:
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     return {
         "dim": config["hidden_size"],
         "n_layers": config["num_hidden_layers"],
@@ -82,6 +83,6 @@ def _parameters(config: dict[str, Any]) -> dict[str, Any]:
         "hidden_dim": config["intermediate_size"],
         "vocab_size": config["vocab_size"],
         "norm_eps": config["rms_norm_eps"],
-        "rope_theta": config["rope_theta"],
-        "use_scaled_rope": True,
+        "rope_theta": rope.get("rope_theta") or config["rope_theta"],
+        "use_scaled_rope": rope.get("rope_type") == "llama3",
     }

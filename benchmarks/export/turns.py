@@ -97,14 +97,22 @@ class Process:
         arguments: Arguments of the module.
         artifact: Its artifact, for its log and for messages.
         threads: Threads of OpenMP.
+        python: The interpreter and its option before ``module``; default this one.
     """
 
-    def __init__(self, module: str, arguments: Sequence[str], artifact: Path, threads: int) -> None:
+    def __init__(
+        self,
+        module: str,
+        arguments: Sequence[str],
+        artifact: Path,
+        threads: int,
+        python: Sequence[str] | None = None,
+    ) -> None:
         self._artifact = artifact
         self._log = artifact.with_name(f"{artifact.name}.run.log")
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
-                [*child(module), *arguments],
+                [*(child(module) if python is None else [*python, module]), *arguments],
                 env={**os.environ, "OMP_NUM_THREADS": str(threads)},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,

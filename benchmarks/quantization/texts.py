@@ -35,6 +35,21 @@ def dialogues(data: Path, tokenizer: PreTrainedTokenizerBase, count: int) -> lis
     return found
 
 
+def summaries(
+    data: Path, tokenizer: PreTrainedTokenizerBase, count: int
+) -> list[tuple[list[int], list[str]]]:
+    """Prompts of DialogSum's last test dialogues with all their reference summaries."""
+    rows = _rows(data, "test")[-count:]
+    keys = ("summary1", "summary2", "summary3")
+    return [
+        (
+            encode_prompt(tokenizer, PROMPT.replace("{input}", row["dialogue"])),
+            [row[key] for key in keys if row.get(key)] or [row["summary"]],
+        )
+        for row in rows
+    ]
+
+
 def articles(data: Path, tokenizer: PreTrainedTokenizerBase, count: int) -> list[list[int]]:
     """Windows of 512 tokens of WikiText-2's test set, evenly spread over it."""
     path = next(iter(sorted((data / "wikitext2").glob("*test*"))), None)
@@ -46,9 +61,13 @@ def articles(data: Path, tokenizer: PreTrainedTokenizerBase, count: int) -> list
 
 
 def _dialogues(data: Path, split: str) -> list[tuple[str, str]]:
+    rows = _rows(data, split)
+    return [(row["dialogue"], row.get("summary") or row["summary1"]) for row in rows]
+
+
+def _rows(data: Path, split: str) -> list[dict[str, str]]:
     path = data / "dialogsum" / f"dialogsum.{split}.jsonl"
     try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; expected DialogSum") from None
-    return [(row["dialogue"], row.get("summary") or row["summary1"]) for row in rows]
