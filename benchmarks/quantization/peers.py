@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -12,9 +13,11 @@ from benchmarks.export.environments import create
 from benchmarks.export.exporters import EXPORTERS, TORCH, Job
 from benchmarks.quantization.llama import WORKER
 from benchmarks.quantization.rows import CONTEXT, Row
+from caliport.core.checkpoints import load_tokenizer, render_prompt
 from caliport.core.errors import InputError
 
 _BUILDER = ("onnxruntime-genai==0.18.0", "onnxruntime==1.31.1", "onnx==1.23.2", "onnx-ir==1.1.0")
+_CHATS = "chats.jsonl"
 _HERE = Path(__file__).parent
 
 
@@ -89,10 +92,23 @@ def _script(name: str) -> Callable[[Request], list[str]]:
     """A script of this package in the tool's interpreter."""
 
     def command(request: Request) -> list[str]:
-        paths = (request.checkpoint, request.text, request.work, request.artifact)
+        text = request.work / _CHATS
+        paths = (request.checkpoint, text, request.work, request.artifact)
         return [request.python, "-P", str(_HERE / name), *map(str, paths), str(request.tokens)]
 
     return command
+
+
+def _chats(request: Request) -> None:
+    """Write the calibration text as whole conversations, in the model's template."""
+    tokenizer = load_tokenizer(request.checkpoint)
+    rows = [json.loads(line) for line in request.text.read_text(encoding="utf-8").splitlines()]
+    chats = [
+        {"text": f"{render_prompt(tokenizer, row['input'])}{row['output']}{tokenizer.eos_token}"}
+        for row in rows
+    ]
+    lines = [json.dumps(chat, ensure_ascii=False) for chat in chats]
+    (request.work / _CHATS).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def _llama(request: Request) -> list[str]:
@@ -123,10 +139,12 @@ TOOLS = {
     "auto-round": Tool(
         _script("auto_round_worker.py"),
         ((TORCH,), (TORCH, "auto-round==0.16.1", "transformers==5.23.0", *_BUILDER)),
+        _chats,
     ),
     "olive": Tool(
         _script("olive_worker.py"),
         ((TORCH,), (TORCH, "olive-ai==0.13.0", "transformers==5.23.0", *_BUILDER)),
+        _chats,
     ),
     "llama.cpp": Tool(
         _llama,
