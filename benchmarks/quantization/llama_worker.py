@@ -54,8 +54,7 @@ class Model:
 
     def reset(self) -> None:
         """Clear the cache."""
-        self._llama.reset()
-        self._llama._ctx.kv_cache_clear()
+        self._llama.reset()  # the next tokens take the old ones' places
 
     def turn(self, prompt: list[int], new_tokens: int) -> tuple[float, float]:
         """Seconds to the first token, and of the others."""

@@ -116,9 +116,13 @@ class Meter:
     def _own_weights(self, row: Row, directory: Path) -> PreTrainedModel | None:
         """A float model with exactly the weights that an artifact holds; None if unreadable."""
         if row.runtime == "llama.cpp":
-            from caliport.core.checkpoints import load_base
+            import torch
+            from transformers import AutoModelForCausalLM
 
-            return load_base(directory / "model.gguf")
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+                directory, gguf_file="model.gguf", dtype=torch.float32
+            )
+            return model.eval()
         if row.tool != "caliport":
             return None
         from caliport.export.artifact import Artifact
