@@ -17,6 +17,7 @@ from caliport.core.processes import is_main
 
 # Ends of the names of quantized copies of a base.
 _QUANTIZED = ("-unsloth-bnb-4bit", "-bnb-4bit", "-bnb-8bit", "-4bit", "-8bit")
+_WAY_ROUND = " (--any-base, or calibration.any_base: true, only compares shapes)"
 _GGUF = re.compile(r"([.-](?:i?q\d\w*|b?f16|f32))?\.gguf$")
 
 
@@ -44,7 +45,7 @@ def check_same_base(directories: Sequence[str | Path]) -> None:
         if name != first[0]:
             raise InputError(
                 f"{directory / ADAPTER_CONFIG}: base {base}, but {first[2] / ADAPTER_CONFIG} "
-                f"has base {first[1]}; expected adapters of one base"
+                f"has base {first[1]}; expected adapters of one base{_WAY_ROUND}"
             )
         if isinstance(revision, str) and revision not in ("", "main"):
             revised = revised or (revision, base, directory)
@@ -52,7 +53,7 @@ def check_same_base(directories: Sequence[str | Path]) -> None:
                 raise InputError(
                     f"{directory / ADAPTER_CONFIG}: base {base} at revision {revision}, but "
                     f"{revised[2] / ADAPTER_CONFIG} has base {revised[1]} at revision "
-                    f"{revised[0]}; expected adapters of one base"
+                    f"{revised[0]}; expected adapters of one base{_WAY_ROUND}"
                 )
 
 

@@ -6,7 +6,7 @@ so the weight update is exactly ΔW = B·A.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from caliport.calibrate.names import names_in
 from caliport.core.errors import InputError
+from caliport.core.untrusted import shown
 
 if TYPE_CHECKING:
     from torch import nn
@@ -118,7 +119,7 @@ class LowRankUpdate:
             InputError: A module that the base does not have, or one of another shape; ``source``
                 names the adapter in the message.
         """
-        shapes = {name: _linear_shape(module) for name, module in model.named_modules()}
+        shapes = linear_shapes(model)
         for name in self.modules:
             out, into = self.shape(name)
             found = shapes.get(name)
@@ -132,6 +133,36 @@ class LowRankUpdate:
                     f"{source}: {name} updates a [{out}, {into}] weight, the base has "
                     f"[{found[0]}, {found[1]}]; the adapter was made for another base"
                 )
+
+
+def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """(out, in) of every linear layer of a model by its name."""
+    found = {name: _linear_shape(module) for name, module in model.named_modules()}
+    return {name: shape for name, shape in found.items() if shape is not None}
+
+
+def targeted(model: nn.Module, targets: Sequence[str]) -> list[str]:
+    """Names of the linear layers that ``targets`` name, as PEFT reads ``target_modules``.
+
+    Args:
+        model: The base.
+        targets: Names of layers, or ends of names such as ``q_proj`` or ``self_attn.q_proj``.
+
+    Raises:
+        InputError: They name no layer, or one that is not linear; the message lists those there
+            are.
+    """
+    linear = linear_shapes(model)
+    named = [n for n, _ in model.named_modules() if n.endswith(tuple(f".{t}" for t in targets))]
+    named += [n for n, _ in model.named_modules() if n in targets]
+    odd = [name for name in named if name not in linear]
+    if odd or not named:
+        what = f"{odd[0]} is not a linear layer" if odd else "no layer of the base has such a name"
+        known = sorted({name.rpartition(".")[2] for name in linear})
+        raise InputError(
+            f"target_modules {shown(list(targets))}: {what}; expected some of {', '.join(known)}"
+        )
+    return named
 
 
 def _linear_shape(module: nn.Module) -> tuple[int, int] | None:

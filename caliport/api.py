@@ -25,7 +25,10 @@ def compose(
     *,
     method: str = "linear",
     data: str | Path | Source | None = None,
-    weights: Sequence[float] = (),
+    weights: Sequence[float] | str = (),
+    merge: str | None = None,
+    target_modules: Sequence[str] = (),
+    any_base: bool = False,
     training: Mapping[str, Any] | None = None,
     prompt: str | None = None,
     dora: str | None = None,
@@ -44,7 +47,13 @@ def compose(
             lists them.
         data: Examples of the composition, for methods that need them: JSON Lines with ``input`` and
             ``output``, or a ``Source`` that has a prompt too.
-        weights: Of a merge, one for each adapter; default equal weights.
+        weights: Of a merge, also under a correction, one for each adapter; or ``search``, which
+            tries 0.5 and 1 for each and keeps the best on a fifth of ``data``, held out; default
+            equal weights.
+        merge: The merge under a correction; default ``linear``, or ``exact`` for adapters of
+            different ranks or modules.
+        target_modules: Last names of layers that a correction reaches besides the adapters' own.
+        any_base: Take adapters that name different bases, if their shapes fit ``base``.
         training: Fields of ``TrainSettings``: ``steps`` (300), ``batch_size`` (32),
             ``learning_rate`` (5e-4, the peak), ``seed`` (0).
         prompt: The composition's prompt, with ``{input}``, put around each input of ``data`` and
@@ -75,7 +84,7 @@ def compose(
     from caliport.core.errors import InputError
     from caliport.core.outputs import forced
     from caliport.core.prompts import check_prompt
-    from caliport.flags.calibrate import calibrate_one, inputs_of
+    from caliport.flags.calibrate import Steering, calibrate_one, inputs_of
     from caliport.stages.compose import CompositionInputs
     from caliport.stages.sources import Source
 
@@ -92,7 +101,15 @@ def compose(
         inputs = inputs_of(paths, None if data is None else Path(data), prompt)
     settings = {**defaults, **(training or {})}
     with forced(force):
-        calibrate_one(str(base), inputs, method, settings, weights, Path(out), dora)
+        calibrate_one(
+            str(base),
+            inputs,
+            method,
+            settings,
+            Steering(merge, weights, targets=tuple(target_modules), any_base=any_base),
+            Path(out),
+            dora,
+        )
     return Path(out)
 
 

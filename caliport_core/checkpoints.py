@@ -143,6 +143,15 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
     return render_chat(tokenizer, [{"role": "user", "content": text}])
 
 
+def longest_context(config: PretrainedConfig) -> int:
+    """The most tokens that a base was made for; a million where it states no limit (Bloom).
+
+    Of a multimodal base, those of its text model.
+    """
+    text = config.get_text_config()
+    return int(getattr(text, "max_position_embeddings", None) or 1 << 20)
+
+
 def eos_ids(model: PreTrainedModel) -> list[int]:
     """The token ids that end generation, from the model's own settings."""
     found: Any = model.generation_config.eos_token_id if model.generation_config else None

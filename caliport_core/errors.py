@@ -27,6 +27,10 @@ class InputError(Exception):
         super().__init__(printable(str(message), _LONGEST))
 
 
+class Diverged(InputError):
+    """A training whose loss or gradient is no number any more: its learning rate is too high."""
+
+
 def unusable(error: BaseException) -> str | None:
     """The message for an error of the system that a user can mend; None of any other error."""
     if isinstance(error, FileNotFoundError) and error.filename is None and error.strerror:

@@ -58,11 +58,12 @@ def fill(
     """
     from rich.text import Text
 
-    from caliport.core.checkpoints import eos_ids, load_tokenizer, render_prompt
+    from caliport.core.checkpoints import eos_ids, load_tokenizer, longest_context, render_prompt
     from caliport.core.errors import printable
+    from caliport.core.model_files.answers import end_trouble
     from caliport.core.model_files.base_files import local
     from caliport.core.model_files.chat_templates import start_ahead
-    from caliport.core.model_files.tokenizers import check_tokenizer_files, end_trouble
+    from caliport.core.model_files.tokenizers import check_tokenizer_files
     from caliport.core.progress import console
     from caliport.export.decoder.checks import check_exportable
     from caliport.export.decoder.shipped import shipped_decoder
@@ -78,8 +79,7 @@ def fill(
     base = request.base
 
     def context_of(model: PreTrainedModel) -> int:
-        longest = int(model.config.max_position_embeddings)
-        return longest if request.context is None else request.context
+        return longest_context(model.config) if request.context is None else request.context
 
     def check(model: PreTrainedModel) -> None:
         check_exportable(model, context_of(model))

@@ -15,8 +15,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from caliport.calibrate.low_rank import LowRankUpdate
+from caliport.calibrate.low_rank import LowRankUpdate, linear_shapes
 from caliport.calibrate.parameters import parameters_of
+from caliport.core.errors import InputError
+from caliport.core.untrusted import shown
 
 Pair = tuple[Tensor, Tensor]
 """A [R, in] and B [out, R]."""
@@ -31,10 +33,18 @@ class Composition:
         merged: The merge under the correction, by default
             ``caliport.calibrate.merges.linear.linear``;
             ``caliport.calibrate.merges.common.rank_zero`` is the paper's ablation without it.
+        weights: One per adapter, where a correction that scales the adapters begins; None: 1/N.
     """
 
     updates: Mapping[str, LowRankUpdate]
     merged: LowRankUpdate
+    weights: tuple[float, ...] | None = None
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """The weight of each adapter by its task."""
+        weights = self.weights or [1 / len(self.updates)] * len(self.updates)
+        return dict(zip(self.updates, weights, strict=True))
 
 
 class Correction(nn.Module):
@@ -56,6 +66,9 @@ class CorrectionType:
         limits: What it needs; empty: nothing but a composition.
         alone: Whether it can be trained without the merged LoRAs (``-alone``); if not, ``limits``
             says why.
+        merges: Whether there is a merge under it, so that ``merge`` and further modules apply; if
+            not, it begins with the weights and has only the adapters' modules.
+        per_layer: Whether it has the variant with a correction for every layer (``-per-layer``).
         build: From the compositions by name and ``per_layer`` to the untrained correction. Its
             further arguments are the correction's parameters; each has a default.
     """
@@ -66,6 +79,8 @@ class CorrectionType:
     limits: str
     alone: bool
     build: Callable[..., Correction]
+    merges: bool = True
+    per_layer: bool = True
 
     def __call__(
         self,
@@ -80,6 +95,32 @@ class CorrectionType:
     def parameters(self) -> dict[str, Any]:
         """Names and defaults of the correction's parameters."""
         return parameters_of(self.build, inputs=2)
+
+
+def reaching(merged: LowRankUpdate, model: nn.Module, targets: Sequence[str]) -> LowRankUpdate:
+    """The merge with ΔW = 0, of rank 0, in further modules, which a correction then reaches too.
+
+    Args:
+        merged: The merge.
+        model: The base.
+        targets: Last parts of the names of linear layers (``down_proj``), of all layers.
+
+    Raises:
+        InputError: No linear layer of the base has such a name; the message lists those there are.
+    """
+    shapes = linear_shapes(model)
+    known = {name.rpartition(".")[2] for name in shapes}
+    for target in targets:
+        if target not in known:
+            raise InputError(
+                f"no linear layer of the base is called {shown(target)}; expected one of "
+                f"{', '.join(sorted(known))}"
+            )
+    a, b = dict(merged.a), dict(merged.b)
+    for name, (out, into) in shapes.items():
+        if name not in a and name.rpartition(".")[2] in targets:
+            a[name], b[name] = torch.zeros(0, into), torch.zeros(out, 0)
+    return LowRankUpdate(a, b)
 
 
 def component_of(module: str, shape: tuple[int, int]) -> str:

@@ -18,7 +18,7 @@ from caliport.calibrate.corrections.common import (
 
 
 class ColumnScales(Correction):
-    """Column scales: ΔW = Σᵢ Bᵢ·Aᵢ·diag(mᵢ) with mᵢ ∈ R^in, initially 1/N.
+    """Column scales: ΔW = Σᵢ Bᵢ·Aᵢ·diag(mᵢ) with mᵢ ∈ R^in, initially the weights (1/N each).
 
     ZipLoRA (arXiv 2311.13600) and DAM (arXiv 2410.08371). A scale belongs to an adapter and a
     component, or with ``per_layer`` to an adapter and a module as in the papers. Compositions that
@@ -31,14 +31,19 @@ class ColumnScales(Correction):
         self._tasks = {name: tuple(c.updates) for name, c in compositions.items()}
         self._updates = freeze_updates(updates)
         self._names = parameter_names(list(updates.values()), per_layer)
-        share = {t: 1 / len(c.updates) for c in compositions.values() for t in c.updates}
+        share = {t: w for c in compositions.values() for t, w in c.shares.items()}
         self.m = nn.ParameterDict()
         for task, update in updates.items():
             for module in update.modules:
                 key = f"{task} {self._names[module]}"
                 if key not in self.m:
-                    into = update.shape(module)[1]
-                    self.m[key] = nn.Parameter(torch.full((into,), share[task]))
+                    count = self._count(update.shape(module)[1])
+                    self.m[key] = nn.Parameter(torch.full((count,), share[task]))
+
+    @staticmethod
+    def _count(into: int) -> int:
+        """Scales of one adapter and module."""
+        return into
 
     def factors(self, composition: str, module: str) -> Pair:
         """[A₁·diag(m₁); A₂·diag(m₂); …] and [B₁ B₂ …], of rank Σ rᵢ."""
@@ -59,4 +64,5 @@ CORRECTION = CorrectionType(
     limits="column scales need the LoRAs that they scale",
     alone=False,
     build=ColumnScales,
+    merges=False,
 )

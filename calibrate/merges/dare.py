@@ -20,6 +20,7 @@ from caliport.calibrate.merges.common import (
     targeting,
 )
 from caliport.calibrate.merges.sparsify import drop, factor
+from caliport.calibrate.merges.svd import svd
 
 
 def dare(
@@ -32,7 +33,8 @@ def dare(
     """DARE: drop values at random, rescale the others, sum (arXiv 2311.03099, Eq. 1).
 
     Each value of the dense ΔWᵢ is kept with probability ``density`` and divided by it, so that the
-    expected merge is the exact sum Σ wᵢ·ΔWᵢ. Same seed, same result.
+    expected merge is the exact sum Σ wᵢ·ΔWᵢ. Same seed, same result. With density 1 nothing is
+    dropped: the result is that sum, from the factors, and no dense ΔW is made.
 
     Args:
         updates: Adapters of any ranks and modules.
@@ -50,6 +52,9 @@ def dare(
     check_shapes(updates)
     check_rank(rank)
     check_density(density)
+    if density == 1:
+        whole = sum(max(map(u.rank, u.modules), default=0) for u in updates)
+        return svd(updates, weights, rank or whole or None)
     check_dense("dare", updates)
     draw = torch.Generator().manual_seed(seed)
 

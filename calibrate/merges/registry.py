@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from caliport.calibrate.merges.common import Merge
 
 MERGES: Entries[Merge] = Entries(
-    "caliport.calibrate.merges", "MERGE", helpers=("common", "registry", "sparsify")
+    "caliport.calibrate.merges",
+    "MERGE",
+    helpers=("common", "core_space", "registry", "sparsify", "weights"),
 )
 """Merges that need no data."""

@@ -34,8 +34,9 @@ def encode(
     context: int,
     source: str,
     leave_out_long: bool = False,
+    end: int | None = None,
 ) -> list[Encoded]:
-    """Encode (input, output) pairs; the target ends with the end-of-sequence token.
+    """Encode (input, output) pairs; the target ends with the token that ends an answer.
 
     Args:
         tokenizer: The base's tokenizer.
@@ -44,6 +45,8 @@ def encode(
         context: Most tokens of prompt and target together.
         source: Name of the data in errors.
         leave_out_long: Skip examples longer than the context and report how many.
+        end: Token that ends an answer (``caliport.core.model_files.answers.answer_end``); None for
+            the tokenizer's ``eos_token``.
 
     Raises:
         InputError: No examples, no ``{input}`` in the template, or examples longer than the
@@ -52,7 +55,7 @@ def encode(
     if not pairs:
         raise InputError(f"{source}: no examples; expected at least one")
     check_prompt(template, f"{source}: prompt")
-    end = tokenizer.eos_token_id
+    end = tokenizer.eos_token_id if end is None else end
     if end is None:
         raise InputError(f"{source}: the tokenizer has no eos_token, with which answers end")
     encoded = []

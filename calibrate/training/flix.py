@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from caliport.calibrate.low_rank import LowRankUpdate
+from caliport.calibrate.low_rank import LowRankUpdate, linear_shapes, targeted
 from caliport.calibrate.merges.exact import exact
 from caliport.calibrate.training.attach import attached
 from caliport.calibrate.training.batches import Encoded
@@ -81,17 +81,14 @@ def train_features(
         The trained features by name, and the loss curve.
 
     Raises:
-        InputError: A feature that no data set has, or a data set with a feature that is neither
-            trained nor kept.
+        InputError: A feature that no data set has, a data set with a feature that is neither
+            trained nor kept, or ``features.target_modules`` that name no linear layer of the base.
     """
     kept = kept or {}
     _check(sets, features.ranks, kept)
     torch.manual_seed(run.settings.seed)
-    shapes = {
-        name: (module.out_features, module.in_features)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in features.target_modules
-    }
+    linear, named = linear_shapes(model), targeted(model, features.target_modules)
+    shapes = {name: linear[name] for name in named}
     trained = _Features(features.ranks, shapes, features.scale)
     pooled = [example for one in sets for example in one.examples]
     labels = [one.features for one in sets for _ in one.examples]

@@ -31,7 +31,7 @@ from caliport.calibrate.training.processes import (
     stoppable,
     summed,
 )
-from caliport.core.errors import InputError
+from caliport.core.errors import Diverged
 from caliport.core.progress import progress
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ def evaluate(
         examples: What to measure.
         batch_size: Examples in one forward pass; changes rounding only.
     """
-    pad = model.config.pad_token_id or 0
+    pad = _pad(model)
     near = sorted(range(len(examples)), key=lambda i: len(examples[i].prompt + examples[i].target))
     found = [0.0] * len(examples)
     training = model.training
@@ -172,7 +172,7 @@ def fit(
         The loss curve: up to 200 points of ``step`` and mean ``loss`` since the point before.
 
     Raises:
-        InputError: The loss or the gradient is not finite; the message names the step and its
+        Diverged: The loss or the gradient is not finite; the message names the step and its
             examples. ``trained`` and, but for the first, ``run.resume`` then hold the state
             before that step.
         KeyboardInterrupt: SIGINT or SIGTERM came; the checkpoint has been written.
@@ -209,7 +209,7 @@ def fit(
                         kept = resume if step else None  # nothing is lost at the start
                         if kept is not None:
                             state.save(kept, accelerator, before)
-                        raise InputError(_not_finite(run.title, value, norm, step, batch, kept))
+                        raise Diverged(_not_finite(run.title, value, norm, step, batch, kept))
                     state.advance(value)
                     advance(step + 1, f"loss {value:.3f}")
                     if resume is not None and (save or stopping):
@@ -233,7 +233,7 @@ def _backward(
 ) -> Tensor:
     """Add the gradients of this process's share of a batch; return its part of the mean loss."""
     prompt_loss = run.settings.prompt_loss
-    pad = model.config.pad_token_id or 0
+    pad = _pad(model)
     targets = max(1, sum(target_count(examples[i], prompt_loss) for i in batch))
     mine = batch[accelerator.process_index :: accelerator.num_processes]
     size = run.micro_batch or len(batch)
@@ -248,6 +248,11 @@ def _backward(
         loss.backward()
         total += loss.detach()
     return total
+
+
+def _pad(model: PreTrainedModel) -> int:
+    """A token to pad with; which one has no effect."""
+    return getattr(model.config.get_text_config(), "pad_token_id", None) or 0
 
 
 def _not_finite(

@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedModel
 
-from caliport.calibrate.low_rank import LowRankUpdate
+from caliport.calibrate.low_rank import LowRankUpdate, targeted
 from caliport.calibrate.training.batches import Encoded
 from caliport.calibrate.training.loop import TrainRun, fit
 
@@ -51,7 +51,12 @@ def train_lora(
 
     Returns:
         The adapter, and its loss curve.
+
+    Raises:
+        InputError: ``lora.target_modules`` name no linear layer of the base, or the training failed
+            (``caliport.calibrate.training.loop.fit``).
     """
+    targeted(model, lora.target_modules)
     torch.manual_seed(run.settings.seed)
     config = LoraConfig(
         r=lora.rank,

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from caliport.cli.calibrate import register as register_calibrate
 from caliport.cli.compare import register
 from caliport.cli.device import register as register_on_device
 from caliport.cli.devices import register as register_devices
@@ -22,10 +23,8 @@ from caliport.cli.options import (
     DeviceOption,
     ForceOption,
     NeededRecipe,
-    Out,
     Overrides,
     Prompt,
-    Recipe,
     Runs,
     Share,
     alone_in,
@@ -34,11 +33,10 @@ from caliport.cli.options import (
     space_of,
     with_baseline,
 )
+from caliport.cli.recipes import check_there, only_main, show_report
 from caliport.cli.runner import register as register_runner
 from caliport.cli.starting import register as register_starting
 from caliport.core.errors import InputError
-from caliport.core.prompts import PLAIN
-from caliport.recipe.methods import CORRECTED, MERGED, WEIGHTED
 
 app = typer.Typer(
     name="caliport",
@@ -76,101 +74,14 @@ def run(
         check_baseline(space)
         compose_all(space)
         score_all(space)
-        _only_main()
+        only_main()
         export_all(space)
         passed = validate_all(space)
-        _show(space.reports, recipe)
+        show_report(space.reports, recipe)
     raise typer.Exit(0 if passed else 1)
 
 
-@app.command()
-def calibrate(
-    recipe: Recipe = None,
-    overrides: Overrides = None,
-    runs: Runs = Path("runs"),
-    base: BaseOption = None,
-    adapter: Annotated[
-        list[Path] | None, typer.Option("--adapter", help="PEFT LoRA directory; repeatable.")
-    ] = None,
-    method: Annotated[
-        str,
-        typer.Option(
-            help=f"{', '.join(MERGED)}; {', '.join(WEIGHTED)}; {', '.join(CORRECTED)}, with "
-            "variants such as lc++-per-layer or lc++-int4; flix (docs/calibrate.md)."
-        ),
-    ] = "lc++",
-    weight: Annotated[
-        list[float] | None,
-        typer.Option("--weight", help="Merge weight, once for each --adapter; default equal."),
-    ] = None,
-    dora: Annotated[
-        str | None,
-        typer.Option(
-            metavar="svd|svd=RANK",
-            help="Replace DoRA adapters by the nearest low-rank update; default twice their rank.",
-        ),
-    ] = None,
-    data: Annotated[
-        Path | None, typer.Option(help="Training data: JSON Lines with `input` and `output`.")
-    ] = None,
-    prompt: Prompt = None,
-    steps: Annotated[int, typer.Option(help="Optimizer steps of a correction.", min=1)] = 300,
-    batch_size: Annotated[int, typer.Option(help="Examples per step.", min=1)] = 32,
-    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 5e-4,
-    seed: Annotated[int, typer.Option(help="Random seed of training.")] = 0,
-    rank: Annotated[
-        list[str] | None,
-        typer.Option("--rank", help="FLix: NAME=RANK of a feature to train; repeatable."),
-    ] = None,
-    features: Annotated[
-        Path | None, typer.Option(help="FLix: directory of earlier features, kept frozen.")
-    ] = None,
-    out: Out = None,
-    force: ForceOption = False,
-) -> None:
-    """Train a recipe's adapters, merge and calibrate them, and score every method."""
-    if recipe is not None:
-        from caliport.run.compose import compose_all
-        from caliport.run.score import score_all
-
-        no_flags(
-            base=base,
-            adapter=adapter,
-            data=data,
-            prompt=prompt,
-            weight=weight,
-            rank=rank,
-            features=features,
-            out=out,
-            dora=dora,
-        )
-        with alone_in(recipe, overrides, runs) as space:
-            compose_all(space)
-            score_all(space)
-            _only_main()
-            _show(space.reports)
-        return
-    from caliport.flags.calibrate import calibrate_one, features_one, inputs_of
-    from caliport.stages.sources import Source
-
-    training = {
-        "steps": steps,
-        "batch_size": batch_size,
-        "learning_rate": learning_rate,
-        "seed": seed,
-    }
-    if method == "flix":
-        if dora is not None:
-            raise InputError("--dora goes with --adapter; flix trains its own")
-        base, data, rank, target = needed(base=base, data=data, rank=rank, out=out)
-        source = Source(data, PLAIN if prompt is None else prompt)
-        features_one(base, source, rank, training, features, target)
-        return
-    base, adapters, target = needed(base=base, adapter=adapter, out=out)
-    inputs = inputs_of(adapters, data, prompt)
-    calibrate_one(base, inputs, method, training, weight or [], target, dora)
-
-
+register_calibrate(app)
 register_exporting(app)
 
 
@@ -216,7 +127,7 @@ def validate(
     out: Annotated[Path | None, typer.Option("--out", help="Also write the reports here.")] = None,
 ) -> None:
     """Compare artifacts with eager PyTorch; exit code 1 if a gate fails."""
-    _check_there(recipe, "a recipe or an artifact directory")
+    check_there(recipe, "a recipe or an artifact directory")
     if recipe.is_dir():
         from caliport.export.artifact import Artifact
         from caliport.flags.named import bundle_of
@@ -256,7 +167,7 @@ def validate(
                 from caliport.on_devices.validate import validate_rows
 
                 passed = validate_rows(space, device) and passed
-            _show(space.reports, recipe)
+            show_report(space.reports, recipe)
     raise typer.Exit(0 if passed else 1)
 
 
@@ -269,12 +180,12 @@ def report(
     runs: Runs = Path("runs"),
 ) -> None:
     """Rewrite the HTML report from a run's measurements."""
-    _check_there(recipe, "a recipe or a run directory")
+    check_there(recipe, "a recipe or a run directory")
     run_dir = recipe if recipe.is_dir() else space_of(recipe, overrides, runs).root
     reports = run_dir / "reports"
     if not reports.is_dir():
         raise InputError(f"{run_dir}: has no reports; expected a run directory")
-    _show(reports)
+    show_report(reports)
 
 
 register_starting(app)
@@ -285,29 +196,3 @@ register_on_device(app)
 register_emulators(app)
 register_runner(app)
 take_options_once(app)
-
-
-def _show(reports: Path, validated: Path | None = None) -> None:
-    """Write and show the report; if a recipe was ``validated``, also publish it to a CI job."""
-    from caliport.show.github import publish_run
-    from caliport.show.tables import show_tables
-    from caliport.validation.report.page import write_report
-
-    page = write_report(reports)
-    show_tables(reports)
-    print(f"report: {page}")
-    if validated is not None:
-        publish_run(reports, validated)
-
-
-def _only_main() -> None:
-    """End every process except the main one: the following stages run in one process."""
-    from caliport.core.processes import is_main
-
-    if not is_main():
-        raise typer.Exit(0)
-
-
-def _check_there(path: Path, expected: str) -> None:
-    if not path.exists():
-        raise InputError(f"{path}: no such file or directory, expected {expected}")

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from caliport.cli.options import CalibrationTokens, Prompt
+from caliport.cli.options import AnyBase, BaseOption, CalibrationTokens, Prompt
+from caliport.core.errors import InputError
 
 
 def register(app: typer.Typer) -> None:
@@ -24,6 +25,16 @@ def audit(
         list[float] | None,
         typer.Option(help="Weight of an adapter in the sum, once for each; default equal."),
     ] = None,
+    any_base: AnyBase = False,
+    base: BaseOption = None,
+    data: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--data",
+            help="With --base: examples of an adapter's own task, once for each, in their order: "
+            "JSON Lines with `input` and `output`.",
+        ),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", help="Also write audit.json and the report here.")
     ] = None,
@@ -31,7 +42,10 @@ def audit(
     """Show what adapters have in common, and how far each merge is from their sum."""
     from caliport.run.audit import audit_adapters
 
-    audit_adapters(adapters, weight, out)
+    if (base is None) != (not data):
+        raise InputError("--base and --data go together: to score adapters on their own tasks")
+    own = (base, data) if base is not None and data else None
+    audit_adapters(adapters, weight, out, any_base, own)
 
 
 def sensitivity(

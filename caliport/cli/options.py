@@ -44,6 +44,12 @@ Prompt = Annotated[
         callback=_with_input,
     ),
 ]
+AnyBase = Annotated[
+    bool,
+    typer.Option(
+        "--any-base", help="Take adapters that name different bases, if their shapes fit."
+    ),
+]
 Out = Annotated[Path | None, typer.Option("--out", help="The directory to write.")]
 Bundle = Annotated[
     list[str] | None,

@@ -16,8 +16,8 @@ SEED = 10**12
 """A training multiplies it by a million, which must fit 64 bits."""
 RATE = 1e3
 """Of learning."""
-WEIGHT = 1e4
-"""Of an adapter in a merge."""
+WEIGHT = 1e6
+"""Of an adapter in a merge: ``caliport.calibrate.merges.common.LARGEST_WEIGHT``."""
 SECONDS = 30 * 86_400.0
 """That anything may be waited for."""
 BYTES = 10**13

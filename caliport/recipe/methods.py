@@ -108,6 +108,8 @@ def parse(name: str) -> Method:
         raise ValueError(f"{name!r}: -bundle goes with -int8 or -int4")
     if "alone" in found and not CORRECTIONS[kind].alone:
         raise ValueError(f"{name!r}: {CORRECTIONS[kind].limits}")
+    if "per-layer" in found and not CORRECTIONS[kind].per_layer:
+        raise ValueError(f"{name!r}: every layer has its own already; expected {kind}")
     return Method(
         name,
         kind,

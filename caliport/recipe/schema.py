@@ -11,12 +11,11 @@ from pydantic import Field, model_validator
 from caliport.core.errors import InputError
 from caliport.export.runtime import get
 from caliport.recipe import bounds
+from caliport.recipe.calibration import SEARCH, Calibration, Train
 from caliport.recipe.fields import (
     Count,
-    DoraForm,
     Layers,
     Limit,
-    MergeName,
     MethodName,
     Metric,
     Part,
@@ -24,7 +23,6 @@ from caliport.recipe.fields import (
     Precision,
     PromptTemplate,
     Rank,
-    Rate,
     Real,
     Tokens,
     Whole,
@@ -91,27 +89,6 @@ class Data(Part):
         return self
 
 
-class Train(Part):
-    """Settings of one training: see ``caliport.calibrate.training.loop.TrainSettings``.
-
-    If there are several learning rates, each is tried and the one with the lowest loss on
-    ``calibration.tuning`` examples is kept.
-    """
-
-    steps: Count
-    batch_size: Count = 32
-    learning_rate: Rate | Annotated[tuple[Rate, ...], Field(min_length=1, max_length=100)] = 5e-4
-    schedule: Literal["constant_with_warmup", "linear", "cosine"] = "cosine"
-    warmup: Real = Field(0.05, ge=0, le=1)
-    prompt_loss: bool = False
-
-    @property
-    def rates(self) -> tuple[float, ...]:
-        """The learning rates to try."""
-        rate = self.learning_rate
-        return rate if isinstance(rate, tuple) else (rate,)
-
-
 class Shape(Part):
     """A base trained from scratch: see ``caliport.calibrate.training.small_base.BaseShape``."""
 
@@ -156,44 +133,6 @@ class Lora(Part):
         "down_proj",
     )
     train: Train | None = None
-
-
-class Calibration(Part):
-    """How adapters are merged, and how corrections and the joint expert are trained.
-
-    ``dora`` is ``svd`` or ``svd=RANK``: adapters with DoRA, which is no low-rank update, are
-    replaced by the nearest one of twice their rank, or of this rank.
-    """
-
-    examples: Count = 10_000
-    tuning: Whole = Field(0, ge=0, le=bounds.COUNT)
-    merge: MergeName = "linear"
-    density: Real = Field(0.5, gt=0, le=1)
-    dora: DoraForm | None = None
-    methods: tuple[MethodName, ...] = (
-        "zero-shot",
-        "lora",
-        "linear",
-        "exact",
-        "lc",
-        "lc++",
-        "joint",
-        "multi-step",
-    )
-    lc: Train = Train(steps=300, learning_rate=5e-3)
-    lcpp: Train = Field(Train(steps=300, learning_rate=5e-3), alias="lc++")
-    scales: Train = Train(steps=300, learning_rate=5e-3)
-    joint: Train = Train(steps=300, learning_rate=1e-3)
-    overrides: dict[MethodName, Train] = Field(default_factory=dict)
-
-    def training(self, method: Method) -> Train:
-        """How a method is trained: its entry in ``overrides``, or else its kind's field.
-
-        A correction without its own field uses the common default.
-        """
-        kinds = {"lc": self.lc, "lc++": self.lcpp, "scales": self.scales, "joint": self.joint}
-        default = Train(steps=300, learning_rate=5e-3)
-        return self.overrides.get(method.name) or kinds.get(method.kind, default)
 
 
 class Flix(Part):
@@ -348,6 +287,7 @@ class Recipe(Part):
                 f"adapters.{untrained[0]} has no path and lora.train is missing; give one of them"
             )
         methods = {name: parse(name) for name in self.calibration.methods}
+        self._weights_fit()
         self._export_fits(methods)
         self._training_fits(methods)
         if self.data.source == "files":
@@ -355,6 +295,22 @@ class Recipe(Part):
                 if task not in self.data.files:
                     raise ValueError(f"data.files has no entry for {task}")
         return self
+
+    def _weights_fit(self) -> None:
+        weights = self.calibration.weights
+        if weights == SEARCH and not self.calibration.tuning:
+            raise ValueError(
+                "calibration.weights is search, which needs calibration.tuning, the number of "
+                "training examples held out to choose by"
+            )
+        if isinstance(weights, dict):
+            known = [*dict.fromkeys(t for tasks in self.compositions.values() for t in tasks)]
+            for task in (*weights, *known):
+                if task not in known or task not in weights:
+                    raise ValueError(
+                        f"calibration.weights: found {', '.join(weights) or 'none'}, expected a "
+                        f"weight for each of {', '.join(known)}"
+                    )
 
     def _export_fits(self, methods: Mapping[str, Method]) -> None:
         wanted = self.export.method

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from caliport.core.errors import InputError
 from caliport.core.processes import is_main
 from caliport.core.progress import progress
+from caliport.run.own_task import own_task_of, own_tasks_from
+from caliport.run.resolve import weights_of
 from caliport.run.workspace import Workspace
 from caliport.stages.stage import stage
 
@@ -25,9 +27,16 @@ if TYPE_CHECKING:
 
 
 def audit_adapters(
-    directories: Sequence[Path], weights: Sequence[float] | None, out: Path | None
+    directories: Sequence[Path],
+    weights: Sequence[float] | None,
+    out: Path | None,
+    any_base: bool = False,
+    own: tuple[str, Sequence[Path]] | None = None,
 ) -> None:
-    """Audit adapters as one composition, show the result, and write it to ``out`` if given."""
+    """Audit adapters as one composition, show the result, and write it to ``out`` if given.
+
+    ``own`` is a base and a file of examples for each adapter: score each on its own task too.
+    """
     from caliport.show.tables import show_audit
     from caliport.validation.records.reports import AUDIT, check_reports
     from caliport.validation.report.page import write_report
@@ -35,7 +44,10 @@ def audit_adapters(
     if out is not None:
         check_reports(out)
     adapters = dict(zip(_names(directories), directories, strict=True))
-    audit = audit_composition(adapters, weights)
+    audit = audit_composition(adapters, weights, any_base=any_base)
+    if own is not None:
+        found = own_tasks_from(own[0], directories, own[1])
+        audit = audit.model_copy(update={"own": dict(zip(adapters, found, strict=True))})
     title = " + ".join(adapters)
     show_audit(title, audit)
     if out is not None:
@@ -44,24 +56,39 @@ def audit_adapters(
 
 
 def audit_all(space: Workspace) -> None:
-    """Audit every composition of a run for the merges in its recipe; warn of those far off."""
-    from caliport.show.tables import show_far
+    """Audit every composition of a run for the merges in its recipe; warn of those far off.
+
+    Each adapter is scored on its own task first, and one that barely changes it is named.
+    """
+    from caliport.show.tables import show_far, show_own
     from caliport.validation.records.reports import AUDIT, AuditReport, read_result
 
     recipe = space.recipe
-    used = {recipe.calibration.merge, *recipe.calibration.methods}
+    used = {recipe.calibration.merge or "linear", *recipe.calibration.methods}
     audits: dict[str, CompositionAudit] = {}
+    used_tasks = dict.fromkeys(t for tasks in recipe.compositions.values() for t in tasks)
+    own = {task: own_task_of(space, task) for task in used_tasks}
+    if is_main():
+        show_own({task: found for task, found in own.items() if not found.matters})
     for composition, tasks in recipe.compositions.items():
         adapters = {task: space.adapter(task) for task in tasks}
-        out = space.kept("audit", composition)
+        out, weights = space.kept("audit", composition), weights_of(space, composition)
 
         def build(partial: Path, extra: dict[str, Any], resume: Path) -> None:
-            found = audit_composition(adapters, merges=used)  # noqa: B023  # called at once
+            found = audit_composition(  # called at once
+                adapters,  # noqa: B023
+                weights,  # noqa: B023
+                used,
+                recipe.calibration.any_base,
+            )
             write_audit({composition: found}, partial / AUDIT)  # noqa: B023
 
         inputs = {f"adapter {task}": path for task, path in adapters.items()}
-        stage(out, "audit", f"{composition}: audit", inputs, {"merges": sorted(used)}, build)
-        audits |= read_result(AuditReport, out / AUDIT).compositions
+        key: dict[str, Any] = {"merges": sorted(used)}
+        key |= {} if weights is None else {"weights": weights}
+        stage(out, "audit", f"{composition}: audit", inputs, key, build)
+        (read,) = read_result(AuditReport, out / AUDIT).compositions.values()
+        audits[composition] = read.model_copy(update={"own": {task: own[task] for task in tasks}})
         if is_main():
             show_far(composition, audits[composition])
     if is_main():
@@ -72,6 +99,7 @@ def audit_composition(
     adapters: Mapping[str, Path],
     weights: Sequence[float] | None = None,
     merges: Collection[str] | None = None,
+    any_base: bool = False,
 ) -> CompositionAudit:
     """Audit the adapters of one composition and every merge of them.
 
@@ -80,6 +108,7 @@ def audit_composition(
         weights: One per adapter, in the same order; default 1/N each.
         merges: Names of the merges to audit; other names are ignored; default all merges that need
             no data.
+        any_base: The adapters may name different bases, if their shapes are equal.
 
     Raises:
         InputError: Fewer than two adapters, one that cannot be read, adapters of different
@@ -94,7 +123,8 @@ def audit_composition(
 
     used = _weights(len(adapters), weights)
     updates = {name: read_peft(path) for name, path in adapters.items()}
-    check_same_base(list(adapters.values()))
+    if not any_base:
+        check_same_base(list(adapters.values()))
     check_one_base(updates)
     parts = list(updates.values())
     wanted = exact(parts, used)

@@ -8,11 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from caliport.data.examples import Example, read_jsonl, write_jsonl
-from caliport.recipe.methods import CORRECTED, Method, parse
-from caliport.recipe.schema import Recipe, Train, prompt_of, prompts_of
+from caliport.recipe.calibration import SEARCH, Train
+from caliport.recipe.methods import CORRECTED, MERGED, Method, parse
+from caliport.recipe.schema import Recipe, prompt_of, prompts_of
 from caliport.run.audit import audit_all
 from caliport.run.integers import frozen_base
-from caliport.run.resolve import compose_settings, examples_of, source_of, train_settings
+from caliport.run.resolve import (
+    compose_settings,
+    examples_of,
+    source_of,
+    train_settings,
+    weights_of,
+)
 from caliport.run.workspace import Workspace
 from caliport.stages.compose import (
     ComposeSettings,
@@ -203,10 +210,13 @@ def _settings(space: Workspace, method: Method) -> ComposeSettings:
 def inputs_of(space: Workspace, composition: str, method: Method) -> CompositionInputs:
     """Adapters and examples of a composition."""
     recipe = space.recipe
-    tuned = method.kind in CORRECTED and len(recipe.calibration.training(method).rates) > 1
+    swept = method.kind in CORRECTED and len(recipe.calibration.training(method).rates) > 1
+    merges = method.kind in (*MERGED, *CORRECTED)
+    tuned = swept or (merges and recipe.calibration.weights == SEARCH)
     return CompositionInputs(
         {task: space.adapter(task) for task in recipe.compositions[composition]},
         source_of(space, composition, tuned, recipe.calibration.examples),
+        weights=weights_of(space, composition) if merges else None,
     )
 
 

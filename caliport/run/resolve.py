@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 from caliport.core.errors import InputError
 from caliport.data.examples import Example, read_jsonl
 from caliport.export.quantization.choices import Quantization
+from caliport.recipe.calibration import SEARCH, Train
 from caliport.recipe.methods import CORRECTED, Method, parse
-from caliport.recipe.schema import Recipe, Train, prompts_of
+from caliport.recipe.schema import Recipe, prompts_of
 from caliport.run.workspace import Workspace, need
 from caliport.stages.compose import ComposeSettings
 from caliport.stages.sources import Source
@@ -47,10 +48,22 @@ def compose_settings(space: Workspace, method: Method) -> ComposeSettings:
         train_settings(train, recipe.seed) if train else None,
         train.rates if train else (),
         recipe.calibration.merge,
+        recipe.calibration.weights == SEARCH,
+        recipe.calibration.target_modules,
         parameters={"density": recipe.calibration.density, "seed": recipe.seed},
         micro_batch=recipe.micro_batch,
         quantization=quantization_of(recipe, method.precision),
+        any_base=recipe.calibration.any_base,
     )
+
+
+def weights_of(space: Workspace, composition: str) -> tuple[float, ...] | None:
+    """The recipe's weights of a composition's adapters; None: 1/N each, or those to be found."""
+    weights = space.recipe.calibration.weights
+    if weights is None or isinstance(weights, str):
+        return None
+    tasks = space.recipe.compositions[composition]
+    return tuple(weights[task] if isinstance(weights, dict) else weights for task in tasks)
 
 
 def quantization_of(recipe: Recipe, precision: str | None) -> Quantization | None:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from caliport.core.directories import read_manifest
 from caliport.core.progress import progress
 from caliport.export.artifact import BASE_ALONE, Artifact
 from caliport.recipe.methods import CORRECTED, parse
 from caliport.recipe.schema import prompt_of
 from caliport.run.export import Row, rows_of
-from caliport.run.resolve import best_method, compose_settings, examples_of
+from caliport.run.resolve import best_method, compose_settings, examples_of, weights_of
 from caliport.run.workspace import Workspace, need
-from caliport.stages.compose import merged
+from caliport.stages.compose import merge_under, merged
 from caliport.stages.stage import stage
 from caliport.validation.check import check_artifact
 from caliport.validation.references import FP32, EagerReferences
@@ -88,14 +89,16 @@ def _begin_budget(space: Workspace, name: str, kept: dict[str, EagerReferences])
 
         with progress(title, None):
             references = recipe_references(space, name, composed, kept)
-            shared = _shared_stages(space, method, adapters, references)
+            shared = _shared_stages(space, name, method, references)
             stages = measured(references.evaluation, shared, recipe.evaluation.metric)
         _write_stages(partial, stages)
         np.save(partial / _FIRST, np.concatenate(shared[0].answers.logits))
 
     how = recipe.calibration
     settings = {**_asked(space, name), "method": method}
-    settings["merge"] = [how.merge, how.density, recipe.seed]
+    settings["merge"] = [how.merge or "linear", how.density, recipe.seed]
+    if how.weights is not None:
+        settings["weights"] = how.weights
     inputs: dict[str, Path | str] = {"base": space.base, "composed": composed}
     inputs |= {"examples": space.data / f"{name}.validation.jsonl"}
     inputs |= {f"adapter {task}": path for task, path in adapters.items()}
@@ -103,7 +106,7 @@ def _begin_budget(space: Workspace, name: str, kept: dict[str, EagerReferences])
 
 
 def _shared_stages(
-    space: Workspace, method: str, adapters: Mapping[str, Path], references: EagerReferences
+    space: Workspace, name: str, method: str, references: EagerReferences
 ) -> list[StageAnswers]:
     """Exact sum, the merge under a correction, and what ships, all in fp32."""
     from caliport.calibrate import read_peft
@@ -111,13 +114,19 @@ def _shared_stages(
 
     made = parse(method)
     how = compose_settings(space, made)
-    updates = [read_peft(path) for path in adapters.values()]
+    updates = [read_peft(space.adapter(task)) for task in space.recipe.compositions[name]]
+    weights = weights_of(space, name)
+    if how.searches:
+        weights = read_manifest(space.composed(name, method))["weights"]
     label = f"1/{len(updates)} of each adapter"
-    exact = references.of_update(merged("exact", updates, how), "exact sum")
+    if weights is not None:
+        label = f"weights {', '.join(f'{weight:g}' for weight in weights)}"
+    exact = references.of_update(merged("exact", updates, weights, how), "exact sum")
     stages = [StageAnswers("exact sum", label, exact)]
     if made.kind in CORRECTED and not made.alone:
-        label = parse(how.merge).label
-        merge = references.of_update(merged(how.merge, updates, how), label)
+        kind = merge_under(how.merge, updates)
+        label = parse(kind).label
+        merge = references.of_update(merged(kind, updates, weights, how), label)
         stages.append(StageAnswers("merge", label, merge))
     return [*stages, StageAnswers("calibration", made.label, references.answers(FP32))]
 

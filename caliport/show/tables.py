@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from caliport.validation.records.budget import Budget
     from caliport.validation.records.device import DeviceResult
     from caliport.validation.records.latency import LatencyReport, LatencyResult, Spread
+    from caliport.validation.records.own_task import OwnTask
     from caliport.validation.records.reports import (
         ArtifactResult,
         CompositionAudit,
@@ -169,6 +170,7 @@ def show_audit(title: str, audit: CompositionAudit) -> None:
     _overlap(rows)
     _merge_errors(audit, rows)
     show_verdicts(audit)
+    show_own(audit.own)
 
 
 def show_verdicts(audit: CompositionAudit) -> None:
@@ -178,6 +180,13 @@ def show_verdicts(audit: CompositionAudit) -> None:
     for merge in audit.merges:
         colour = {"exact": "green", "close": "green", "far": "red"}.get(merge.verdict, "yellow")
         _console.print(Text.assemble((merge.merge, f"bold {colour}"), f": {merge.text}"))
+
+
+def show_own(own: Mapping[str, OwnTask]) -> None:
+    """One line an adapter: what it does for its own task."""
+    for task, found in own.items():
+        style = "bold green" if found.matters else "bold red"
+        _console.print(Text.assemble("adapter ", (task, style), f": {found.text}"))
 
 
 def show_far(title: str, audit: CompositionAudit) -> None:

@@ -19,7 +19,7 @@ from caliport.export.quantization.choices import Quantization
 from caliport.recipe.methods import CORRECTED, MERGED, WEIGHTED, Method, dora_rank
 from caliport.stages.sources import Source
 from caliport.stages.stage import stage
-from caliport.stages.sweep import at_best_rate, seconds_of
+from caliport.stages.sweep import at_best_rate, divergence_noted, seconds_of
 
 if TYPE_CHECKING:
     from caliport.calibrate import LowRankUpdate
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 FEW_SHOT = 64
 """Examples that weights are searched on (few-shot, as in the papers)."""
+SEARCHED = "searched"
+"""Entry of a manifest: by composition, the weights that were chosen and those that were tried."""
 _ONE = "one"
 
 
@@ -41,12 +43,15 @@ class CompositionInputs:
         examples: Examples with their prompt.
         prompt: The composition's prompt, for its manifest; default that of the examples.
         names: What its manifest and cards call the adapters; default the tasks.
+        weights: One per adapter: of a merge, of the merge under a correction, or where a correction
+            that scales the adapters begins; None: 1/N each.
     """
 
     adapters: Mapping[str, Path]
     examples: Source | None = None
     prompt: str | None = None
     names: tuple[str, ...] = ()
+    weights: tuple[float, ...] | None = None
 
     @property
     def recorded(self) -> dict[str, str]:
@@ -66,8 +71,11 @@ class ComposeSettings:
         rates: Learning rates to choose from by the loss on held-out examples; empty: that of
             ``train``.
         merge: The merge under a correction, a name in
-            ``caliport.calibrate.merges.registry.MERGES``.
-        weights: One weight per adapter for a merge; None: equal.
+            ``caliport.calibrate.merges.registry.MERGES``; None: ``linear``, or ``exact`` for
+            adapters of different ranks or modules.
+        search: Choose the weights by the loss on held-out examples
+            (``caliport.calibrate.merges.weights``).
+        target_modules: Last names of layers that a correction reaches besides the adapters' own.
         parameters: Parameters of merges and weight searches by name; each takes those it has.
         micro_batch: Most examples in one forward pass; changes memory use, not the result.
         quantization: What a method that trains through quantized weights trains through; None for
@@ -75,19 +83,28 @@ class ComposeSettings:
         integers: A directory of the frozen base's calibrated integers that it trains through; None
             to quantize without text.
         dora: ``svd`` or ``svd=RANK``: take the nearest low-rank update of adapters with DoRA.
+        any_base: Compose adapters that name different bases too, if their shapes fit this one.
     """
 
     base: str | Path
     method: Method
     train: TrainSettings | None = None
     rates: tuple[float, ...] = ()
-    merge: str = "linear"
-    weights: tuple[float, ...] | None = None
+    merge: str | None = None
+    search: bool = False
+    target_modules: tuple[str, ...] = ()
     parameters: Mapping[str, Any] = field(default_factory=lambda: {"density": 0.5, "seed": 0})
     micro_batch: int | None = None
     quantization: Quantization | None = None
     integers: Path | None = None
     dora: str | None = None
+    any_base: bool = False
+
+    @property
+    def searches(self) -> bool:
+        """Whether weights are searched: those of a merge, also under a correction."""
+        kind = self.method.kind
+        return self.search and not self.method.alone and kind in (*MERGED, *CORRECTED)
 
 
 def compose_to(out: Path, title: str, inputs: CompositionInputs, settings: ComposeSettings) -> None:
@@ -115,18 +132,34 @@ def pick(out: Path, title: str, source: Path, below: str, prompt: str) -> None:
         copytree(source / below, partial, dirs_exist_ok=True)
         kept = read_manifest(source)
         extra |= {k: kept[k] for k in ("parameters", "curve", "sweep") if k in kept}
+        if below in kept.get(SEARCHED, {}):
+            extra["weights"] = kept[SEARCHED][below]["weights"]
         extra |= origin_of(kept, None if below == "." else below)
         extra |= {"earlier_seconds": seconds_of(kept), PROMPT: prompt}
 
     stage(out, "compose", title, {"source": source}, {"below": below, PROMPT: prompt}, build)
 
 
-def merged(name: str, updates: Sequence[LowRankUpdate], settings: ComposeSettings) -> LowRankUpdate:
-    """Merge updates by a merge of ``MERGES``, with its weights and parameters from ``settings``."""
+def merged(
+    name: str | None,
+    updates: Sequence[LowRankUpdate],
+    weights: Sequence[float] | None,
+    settings: ComposeSettings,
+) -> LowRankUpdate:
+    """Merge updates by a merge of ``MERGES``, with its parameters from ``settings``.
+
+    ``name`` None is the default under a correction (``merge_under``).
+    """
     from caliport.calibrate.merges.registry import MERGES
 
-    merge = MERGES[name]
-    return merge(updates, settings.weights, **_known(merge.parameters, settings))
+    merge = MERGES[merge_under(name, updates)]
+    return merge(updates, weights, **_known(merge.parameters, settings))
+
+
+def merge_under(name: str | None, updates: Sequence[LowRankUpdate]) -> str:
+    """The merge under a correction: the one named, else ``linear``, or ``exact`` where it fails."""
+    shapes = [{module: update.rank(module) for module in update.modules} for update in updates]
+    return name or ("linear" if all(one == shapes[0] for one in shapes) else "exact")
 
 
 def _known(parameters: Mapping[str, Any], settings: ComposeSettings) -> dict[str, Any]:
@@ -161,18 +194,21 @@ def _compose(
 
         if _ONE in inputs and inputs[_ONE].names:
             extra["composed_of"] = list(inputs[_ONE].names)
+        extra |= inputs[_ONE].recorded if _ONE in inputs else {}
         composer = _Composer(inputs, settings, title)
         extra |= composer.nearness
-        updates = composer.updates(extra, resume)
-        if tune:
-            extra["tuning_loss"] = composer.tuning_loss(updates)
-        for name, update in updates.items():
-            write_peft(update, partial if name == _ONE else partial / name, str(settings.base))
-        extra |= inputs[_ONE].recorded if _ONE in inputs else {}
+        with divergence_noted(extra, title, tune):
+            updates = composer.updates(extra, resume)
+            if tune:
+                extra["tuning_loss"] = composer.tuning_loss(updates)
+            for name, update in updates.items():
+                write_peft(update, partial if name == _ONE else partial / name, str(settings.base))
 
     files, key = _stage_key(inputs, settings)
     key["tune"] = tune
-    stage(out, "compose", title, files, key, build, together=settings.train is not None)
+    # Losses are computed on the devices of all processes, which must all take part.
+    losses = settings.train is not None or settings.searches or settings.method.kind in WEIGHTED
+    stage(out, "compose", title, files, key, build, together=losses)
 
 
 def _stage_key(
@@ -180,6 +216,7 @@ def _stage_key(
 ) -> tuple[dict[str, Path | str], dict[str, Any]]:
     """The files that a composition reads, and the settings that decide its result."""
     from caliport.calibrate.merges.registry import MERGES
+    from caliport.calibrate.merges.weights import GRID
 
     method = settings.method
     files: dict[str, Path | str] = {"base": settings.base}
@@ -188,20 +225,27 @@ def _stage_key(
     key: dict[str, Any] = {"method": method.name}
     for name, one in inputs.items():
         files |= {f"{name} adapter {task}": path for task, path in one.adapters.items()}
-        if method.kind not in MERGED:
+        if method.kind not in MERGED or settings.searches:
             assert one.examples is not None
             files[f"{name} examples"] = one.examples.path
             key[f"{name} data"] = one.examples.settings
         elif one.recorded:
             key[f"{name} prompt"] = one.recorded[PROMPT]
+        if settings.train is not None and one.weights is not None:
+            key[f"{name} weights"] = one.weights
     if settings.dora is not None:
         key["dora"] = settings.dora
     if settings.train is not None:
-        key |= {"train": settings.train, "merge": settings.merge}
+        key |= {"train": settings.train, "merge": settings.merge or "linear"}
+        if settings.target_modules:
+            key["target_modules"] = settings.target_modules
         if settings.quantization is not None:
             key["quantization"] = settings.quantization
-    if settings.train is None or _known(MERGES[settings.merge].parameters, settings):
-        key |= {"weights": settings.weights, **settings.parameters}
+    if settings.train is None or _known(MERGES[settings.merge or "linear"].parameters, settings):
+        weights = inputs[_ONE].weights if _ONE in inputs else None
+        key |= {"weights": weights, **settings.parameters}
+    if settings.searches:
+        key["search"] = GRID
     return files, key
 
 
@@ -218,7 +262,8 @@ class _Composer:
         self.model = load_base(settings.base)
         self.rounding: Rounding | None = None
         paths = {path for one in inputs.values() for path in one.adapters.values()}
-        check_same_base(sorted(paths))
+        if not settings.any_base:
+            check_same_base(sorted(paths))
         for path in paths:
             note_base(path, settings.base)
         self.nearness: dict[str, Any] = {}
@@ -254,9 +299,34 @@ class _Composer:
             return {name: self._weighted(name, extra) for name in self.inputs}
         extra["parameters"] = 0
         return {
-            name: merged(kind, list(updates.values()), self.settings)
-            for name, updates in self.adapters.items()
+            name: merged(kind, parts, self._weights(name, kind, extra), self.settings)
+            for name, parts in self._parts.items()
         }
+
+    @property
+    def _parts(self) -> dict[str, list[LowRankUpdate]]:
+        return {name: list(updates.values()) for name, updates in self.adapters.items()}
+
+    def _weights(
+        self, name: str, merge: str | None, extra: dict[str, Any]
+    ) -> tuple[float, ...] | None:
+        """A composition's weights: those given, or those of lowest loss on held-out examples."""
+        if not self.settings.searches:
+            return self.inputs[name].weights
+        from caliport.calibrate.merges.weights import search_weights
+
+        parts, examples = self._parts[name], self._encoded(name, "tuning")[:FEW_SHOT]
+
+        def loss(weights: tuple[float, ...]) -> float:
+            return self._loss(merged(merge, parts, weights, self.settings), examples)
+
+        weights, tried = search_weights(len(parts), loss)
+        shown = ", ".join(f"{weight:g}" for weight in weights)
+        console.print(Text(f"{self.title}: weights {shown} of {len(tried)} tried"))
+        found = {"weights": weights, "tried": [asdict(one) for one in tried]}
+        extra.setdefault(SEARCHED, {})[name] = found
+        extra |= {"weights": weights} if name == _ONE else {}
+        return weights
 
     def tuning_loss(self, updates: Mapping[str, LowRankUpdate]) -> float:
         """Mean loss on the held-out examples of every composition, in nats a token."""
@@ -277,7 +347,8 @@ class _Composer:
         return update
 
     def _corrected(self, extra: dict[str, Any], resume: Path) -> dict[str, LowRankUpdate]:
-        from caliport.calibrate.corrections.common import Composition
+        from caliport.calibrate.corrections.common import Composition, reaching
+        from caliport.calibrate.corrections.registry import CORRECTIONS
         from caliport.calibrate.corrections.train import calibrate
         from caliport.calibrate.merges.common import rank_zero
         from caliport.calibrate.training.loop import TrainRun
@@ -286,11 +357,19 @@ class _Composer:
 
         method, settings = self.settings.method, self.settings
         assert settings.train is not None
+        kind = CORRECTIONS[method.kind]
         compositions = {}
-        for name, updates in self.adapters.items():
-            parts = list(updates.values())
-            merge = rank_zero(parts) if method.alone else merged(settings.merge, parts, settings)
-            compositions[name] = Composition(updates, merge)
+        for name, parts in self._parts.items():
+            under = merge_under(settings.merge, parts) if kind.merges else "exact"
+            weights = self._weights(name, under, extra)
+            merge = rank_zero(parts) if method.alone else merged(under, parts, weights, settings)
+            if kind.merges:
+                merge = reaching(merge, self.model, settings.target_modules)
+                if settings.merge is None and under != "linear" and not method.alone:
+                    extra["merge"] = under
+                    text = f"{self.title}: adapters of different ranks or modules: {under} merge"
+                    console.print(Text(text))
+            compositions[name] = Composition(self.adapters[name], merge, weights)
         precision = method.precision
         folded = precision is not None and not method.bundle
         if precision is not None:

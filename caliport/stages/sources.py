@@ -120,11 +120,12 @@ class Source:
         self, examples: list[Example], tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
     ) -> list[Encoded]:
         from caliport.calibrate.training.batches import encode
-        from caliport.core.checkpoints import eos_ids
-        from caliport.core.model_files.tokenizers import end_trouble
+        from caliport.core.checkpoints import eos_ids, longest_context
+        from caliport.core.model_files.answers import answer_end, end_trouble
 
         if trouble := end_trouble(tokenizer, eos_ids(model)):
             raise InputError(trouble)
+        end = answer_end(tokenizer, eos_ids(model))
         pairs = [(e.input, e.output) for e in examples]
-        context = model.config.max_position_embeddings
-        return encode(tokenizer, self.prompt, pairs, context, str(self.path), self.leave_out_long)
+        context, where = longest_context(model.config), str(self.path)
+        return encode(tokenizer, self.prompt, pairs, context, where, self.leave_out_long, end)

@@ -22,6 +22,7 @@ from caliport.core.directories import (
 )
 from caliport.core.errors import InputError
 from caliport.core.model_files.base_files import check_base_files, local
+from caliport.core.model_files.chat_templates import template_pins
 from caliport.core.model_files.inputs import input_hash
 from caliport.core.model_files.tokenizers import check_tokenizer_files
 from caliport.core.outputs import check_output, new_directory
@@ -67,6 +68,8 @@ def stage(
         check_base_files(inputs["base"])
     hashes = hashes_of(inputs)
     plain = {label: _plain(value) for label, value in settings.items()}
+    if (base := local(inputs["base"]) if "base" in inputs else None) is not None:
+        plain |= {"chat": pins} if (pins := template_pins(base)) else {}
     stage_key = key(name, hashes, plain)
     if up_to_date(out, stage_key):
         console.print(Text(f"{title}: up to date, skipped", "dim"))

@@ -12,7 +12,7 @@ from caliport.core.errors import InputError
 from caliport.core.prompts import PROMPT
 from caliport.stages.sources import Source
 from caliport.stages.stage import stage
-from caliport.stages.sweep import at_best_rate, seconds_of
+from caliport.stages.sweep import at_best_rate, divergence_noted, seconds_of
 
 if TYPE_CHECKING:
     from caliport.calibrate.training.flix import FeatureSettings
@@ -196,13 +196,18 @@ def _train(out: Path, title: str, what: _Stage, training: Training, build: Build
 
     def make(place: Path, shown: str, rate: float, tune: bool) -> None:
         chosen = replace(training, settings=replace(training.settings, learning_rate=rate))
+
+        def noting(partial: Path, extra: dict[str, Any], resume: Path) -> None:
+            with divergence_noted(extra, shown, tune):
+                build(partial, chosen, extra, resume, tune)
+
         stage(
             place,
             what.name,
             shown,
             inputs,
             {**what.settings, "train": chosen.settings, "data": data, "tune": tune},
-            lambda partial, extra, resume: build(partial, chosen, extra, resume, tune),
+            noting,
             together=True,
         )
 

@@ -19,18 +19,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from caliport.core.errors import InputError, one_line
+from caliport.core.files import GENERATION_CONFIG
 from caliport.core.model_files import templates_child
 from caliport.core.model_files.templates_child import LONGEST, TOO_LONG
+from caliport.core.untrusted import read_object
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]) -> str:
+def render_chat(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]], *, asks: bool = True
+) -> str:
     """Messages in a tokenizer's chat template, with what begins the model's answer.
 
     The text is that of ``tokenizer.apply_chat_template(messages, tokenize=False,
-    add_generation_prompt=True)``.
+    add_generation_prompt=asks, enable_thinking=False)`` on the day ``templates_child.TODAY``: a
+    template that puts the date into the prompt gives the same tokens tomorrow.
+
+    Args:
+        tokenizer: A base's.
+        messages: Turns with ``role`` and ``content``.
+        asks: Whether to end with what begins the model's answer.
 
     Raises:
         InputError: There is no such template, or it does not parse, raises, calls ``lipsum`` or
@@ -46,10 +56,32 @@ def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[s
     if not isinstance(template, str):
         raise InputError(f"{where}: found {type(template).__name__}, expected text")
     words = {name: str(value) for name, value in tokenizer.special_tokens_map.items()}
-    answer = _ask({"template": template, "messages": list(messages), "words": words}, where)
+    job = {"template": template, "messages": list(messages), "words": words, "asks": asks}
+    answer = _ask(job, where)
     if "error" in answer:
         raise InputError(f"{where}: {one_line(answer['error'])}")
     return str(answer["text"])
+
+
+def template_pins(directory: Path) -> dict[str, str]:
+    """What is held fixed in prompts and answers of a base, for the key and manifest of a stage.
+
+    Empty for a base whose chat template asks for neither the date nor whether to think, and that
+    stops at one token only, so that nothing there depends on how templates are rendered.
+    """
+    names = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")
+    files = [path for name in names if (path := directory / name).is_file()]
+    text = b"".join(path.read_bytes() for path in files)
+    pins = {}
+    if b"strftime_now" in text:
+        pins["today"] = f"{templates_child.TODAY:%Y-%m-%d}"
+    if b"enable_thinking" in text:
+        pins["enable_thinking"] = "false"
+    settings = directory / GENERATION_CONFIG
+    ends = read_object(settings).get("eos_token_id") if settings.is_file() else None
+    if isinstance(ends, list) and len(ends) > 1 and b"assistant" in text:
+        pins["answers_end"] = "as the chat template ends them"
+    return pins
 
 
 def start_ahead(directory: Path) -> None:

@@ -1,7 +1,8 @@
 """The child process of ``chat_templates``: reads jobs, one a line, and answers each with a line.
 
 It uses transformers' own renderer, so its text is what ``apply_chat_template`` gives, except that
-nothing random is in reach. The kernel ends it where a template takes too long.
+nothing random is in reach and that today is always one day. The kernel ends it where a template
+takes too long.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import resource
 import signal
 import sys
+from datetime import datetime
 from typing import Any
 
 SECONDS = 3
@@ -19,6 +21,8 @@ MEMORY = 2**30
 """Most bytes of address space."""
 LONGEST = 1_000_000
 """Most characters of a rendered chat."""
+TODAY = datetime(2024, 7, 26)
+"""What ``strftime_now`` gives: the day that Llama 3.2's template names where it has no clock."""
 TOO_LONG = f"renders for more than {SECONDS} seconds"
 
 
@@ -33,10 +37,12 @@ def rendered(job: dict[str, Any]) -> dict[str, str]:
         environment = _compile_jinja_template(job["template"]).environment
         environment.globals.pop("lipsum", None)
         environment.filters.pop("random", None)
+        environment.globals["strftime_now"] = TODAY.strftime
         found: Any = render_jinja_template(
             conversations=[job["messages"]],
             chat_template=job["template"],
-            add_generation_prompt=True,
+            add_generation_prompt=job["asks"],
+            enable_thinking=False,
             **job["words"],
         )
         text = found[0][0]  # of the first chat; the second of the pair is not asked for

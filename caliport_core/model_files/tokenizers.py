@@ -9,14 +9,14 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from caliport.core.errors import InputError, one_line
-from caliport.core.files import CONFIG, GENERATION_CONFIG, file_hash
+from caliport.core.files import file_hash
 from caliport.core.model_files.base_files import snapshot
 from caliport.core.untrusted import (
     SETTINGS_BYTES,
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
-_CONFIG = "tokenizer_config.json"
-_OBJECTS = (_CONFIG, "special_tokens_map.json", "added_tokens.json", "chat_template.json")
+TOKENIZER_CONFIG = "tokenizer_config.json"
+_OBJECTS = (TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json", "chat_template.json")
 _TEMPLATES = ("*.jinja", "chat_templates/*", "additional_chat_templates/*")
 _LARGE = ("tokenizer*", "vocab*", "merges*", "*.model", "*.tiktoken", "tekken.json")
 _TEMPLATE_BYTES = 2**20
@@ -112,8 +112,8 @@ def check_tokenizer_files(directory: Path) -> None:
         path = directory / name
         if path.exists() or path.is_symlink():
             found = read_object(path, 4 * SETTINGS_BYTES, directory)
-            files = found.get("fast_tokenizer_files", []) if name == _CONFIG else []
-            if name == _CONFIG and (most := found.get("model_max_length")) is not None:
+            files = found.get("fast_tokenizer_files", []) if name == TOKENIZER_CONFIG else []
+            if name == TOKENIZER_CONFIG and (most := found.get("model_max_length")) is not None:
                 number(most, f"{path}: model_max_length", 1, 1e31)  # transformers writes 1e30
             if files and not (
                 isinstance(files, list) and all(isinstance(f, str) and "/" not in f for f in files)
@@ -153,29 +153,6 @@ def _trial(file: str, digest: str) -> str | None:
     if done.returncode < 0:
         return f"the tokenizers library ends with {signal.Signals(-done.returncode).name}"
     return one_line(done.stdout.decode(errors="replace").strip("\n'\"") or "it cannot be read")
-
-
-def end_trouble(tokenizer: PreTrainedTokenizerBase, ends: Sequence[int]) -> str | None:
-    """Why answers that end with the tokenizer's end token would not end; None if they do.
-
-    Args:
-        tokenizer: A base's.
-        ends: Token ids at which the base ends (``caliport.core.checkpoints.eos_ids``).
-    """
-    where, end = tokenizer.name_or_path or "the tokenizer", tokenizer.eos_token_id
-    if end is None:
-        return (
-            f"{where}: the tokenizer has no eos_token, with which answers end in training; set it "
-            f"in {_CONFIG}"
-        )
-    if end in ends:
-        return None
-    stops = f"stops at {', '.join(map(str, ends[:8]))}" if ends else "has no end token"
-    return (
-        f"{where}: the tokenizer's eos_token is {end} ({shown(tokenizer.eos_token)}), with which "
-        f"answers end in training, but the model {stops}; add {end} to eos_token_id in "
-        f"{GENERATION_CONFIG} and {CONFIG}, or correct eos_token in {_CONFIG}"
-    )
 
 
 @contextmanager

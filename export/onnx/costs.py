@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from caliport.core.checkpoints import longest_context
 from caliport.export.decoder.parts import cache_shape
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ class OnnxCosts:
     def graph(self, model: PreTrainedModel, context: int | None) -> int:
         """Bytes of the sines and cosines, float32 [context, turned / 2] each."""
         config = model.config.get_text_config()
-        length = context or int(config.max_position_embeddings)
+        length = context or longest_context(config)
         _, dim = cache_shape(config)
         rope = getattr(config, "rope_parameters", None) or {}
         kinds = [kind for kind in rope.values() if isinstance(kind, Mapping)] or [rope]

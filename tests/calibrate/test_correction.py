@@ -64,7 +64,7 @@ def equation(
     method: str, correction: nn.Module, composition: Composition, module: str, owner: str
 ) -> torch.Tensor:
     """ΔW as the papers write it, column by column."""
-    if method == "scales":  # Σᵢ Bᵢ·Aᵢ·diag(mᵢ)
+    if method in ("scales", "cat"):  # Σᵢ Bᵢ·Aᵢ·diag(mᵢ), and Σᵢ wᵢ·Bᵢ·Aᵢ
         terms = [
             (update.b[module] @ update.a[module]) * correction.m[f"{task} {owner}"]
             for task, update in composition.updates.items()
@@ -98,13 +98,12 @@ def test_equation(
     correction = make(method, {"c": composition}, per_layer)
     update = corrected_update(correction, "c", composition)
     for module in update.modules:
-        owner = (
-            module.replace(".", "/") if per_layer else component_of(module, update.shape(module))
-        )
+        own = per_layer or not CORRECTIONS[method].per_layer
+        owner = module.replace(".", "/") if own else component_of(module, update.shape(module))
         wanted = equation(method, correction, composition, module, owner).detach()
         torch.testing.assert_close(update.delta(module), wanted, rtol=1e-4, atol=1e-5)
-        ranks = {"lc": 1, "lc++": 4, "scales": 8}
-        below = 0 if method == "scales" else composition.merged.rank(module)
+        ranks = {"lc": 1, "lc++": 4, "scales": 8, "cat": 8}
+        below = composition.merged.rank(module) if CORRECTIONS[method].merges else 0
         assert update.rank(module) == below + ranks[method]
     write_peft(update, tmp_path, base=str(base_dir))
     base = AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32)

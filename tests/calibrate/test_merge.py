@@ -302,7 +302,7 @@ def test_merges_are_functions_of_updates_they_leave_alone(name: str) -> None:
 def test_a_single_adapter_is_its_own_merge(rank: int, shape: tuple[int, int]) -> None:
     """But for those that drop values."""
     one = update(0, rank, shape=shape)
-    for name in ("linear", "exact", "svd", "slerp"):
+    for name in ("linear", "exact", "svd", "slerp", "tsv"):
         close(MERGES[name]([one]).delta("x.q"), one.delta("x.q"))
 
 

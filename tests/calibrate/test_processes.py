@@ -159,3 +159,25 @@ def test_one_process_that_fails_ends_all(base_dir: Path, tmp_path: Path) -> None
     assert "process 1 of 2 fails" in said
     assert not (tmp_path / "out").exists()
     assert torch.load(tmp_path / "out.resume", weights_only=True)["step"] >= 1
+
+
+@pytest.mark.slow
+def test_two_processes_weigh_a_merge_without_a_training_before_it(
+    base_dir: Path, adapter_dirs: list[Path], tmp_path: Path
+) -> None:
+    """It hung: one of them waited for the other, which waited for the directory."""
+    (tmp_path / "data.jsonl").write_text('{"input": "Anna", "output": "Tom"}\n' * 12)
+    flags = ["--base", base_dir, "--data", "data.jsonl"]
+    flags += [flag for path in adapter_dirs for flag in ("--adapter", path)]
+    for method, more in (("lm-cocktail", ()), ("exact", ("--weight", "search"))):
+        command = [sys.executable, "-m", *TORCHRUN, "-m", "caliport", "calibrate", *flags, *more]
+        done = subprocess.run(
+            [*map(str, command), "--method", method, "--out", method],
+            cwd=tmp_path,
+            env={**ENVIRONMENT, "MASTER_PORT": "0"},
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+        assert done.returncode == 0, done.stderr
+        assert (tmp_path / method / "adapter_model.safetensors").is_file()

@@ -16,7 +16,8 @@ from sentencepiece import SentencePieceTrainer
 
 from caliport.core.checkpoints import eos_ids, load_base, load_tokenizer
 from caliport.core.errors import InputError
-from caliport.core.model_files.tokenizers import end_trouble, no_panic, open_tokenizer
+from caliport.core.model_files.answers import end_trouble
+from caliport.core.model_files.tokenizers import no_panic, open_tokenizer
 from caliport.export.api import export
 from caliport.export.package.tokenizer import read_tokenizer
 from caliport.stages.sources import Source

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from caliport.core.checkpoints import encode_prompt, eos_ids, render_prompt
+from caliport.core.checkpoints import encode_prompt, eos_ids, longest_context, render_prompt
 from caliport.core.errors import InputError
+from caliport.core.model_files.answers import answer_end
 from caliport.core.progress import at
 from caliport.validation.evaluation import bootstrap, probes, quality
 from caliport.validation.evaluation.measures import trace
@@ -93,7 +94,7 @@ def make_evaluation(
     Raises:
         InputError: No inputs, numbers that differ, or an input longer than the context allows.
     """
-    context = int(model.config.max_position_embeddings)
+    context = longest_context(model.config)
     if inputs is None:
         texts, prompts = _builtin(model, tokenizer, context - max(max_new_tokens, positions))
         references = None
@@ -115,7 +116,8 @@ def make_evaluation(
             model, tokenizer, prompts, max_new_tokens=positions, batch_size=_BATCH
         )
     else:
-        targets = [quality.target_tokens(tokenizer, text) for text in references]
+        end = answer_end(tokenizer, eos_ids(model))
+        targets = [quality.target_tokens(tokenizer, text, end) for text in references]
     room = [min(positions, context - len(prompt)) for prompt in prompts]
     ends = eos_ids(model) or [i for i in [tokenizer.eos_token_id] if i is not None]
     return Evaluation(
@@ -242,7 +244,7 @@ def _builtin(
     """The built-in texts that fit and that the tokenizer can write, then token sequences."""
     encoded = [(render_prompt(tokenizer, t), encode_prompt(tokenizer, t)) for t in TEXTS]
     fitting = [(text, tokens) for text, tokens in encoded if len(tokens) <= room]
-    rows = min(int(model.config.vocab_size), len(tokenizer))
+    rows = min(int(model.config.get_text_config().vocab_size), len(tokenizer))
     drawn = builtin_prompts(rows, tokenizer.all_special_ids, longest=min(48, room))
     texts: list[str | None] = [*(text for text, _ in fitting), *(None for _ in drawn)]
     return texts, [*(tokens for _, tokens in fitting), *drawn]

@@ -11,6 +11,7 @@ import numpy as np
 
 from caliport.core.checkpoints import eos_ids
 from caliport.core.errors import InputError
+from caliport.core.model_files.answers import answer_end
 from caliport.core.patching import swapped
 from caliport.core.progress import Advance
 
@@ -140,7 +141,8 @@ def score(
     """
     if len(prompts) != len(references):
         raise InputError(f"{len(prompts)} prompts for {len(references)} references")
-    targets = [target_tokens(tokenizer, text) for text in references]
+    end = answer_end(tokenizer, eos_ids(model))
+    targets = [target_tokens(tokenizer, text, end) for text in references]
     losses = target_losses(model, prompts, targets, batch_size)
     tokens = generate(
         model,
@@ -156,10 +158,10 @@ def score(
     return replace(found, examples={**found.examples, "loss": losses})
 
 
-def target_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Tokens that a model must write for ``text``, the end-of-sequence token included."""
+def target_tokens(tokenizer: PreTrainedTokenizerBase, text: str, end: int | None) -> list[int]:
+    """Tokens that a model must write for ``text``, the one that ends an answer included, if any."""
     tokens = list(tokenizer.encode(text, add_special_tokens=False))
-    return [*tokens, int(tokenizer.eos_token_id)] if tokenizer.eos_token_id is not None else tokens
+    return tokens if end is None else [*tokens, end]
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[Sequence[int]]) -> list[str]:

@@ -20,6 +20,7 @@ from caliport.validation.records.budget import Budget
 from caliport.validation.records.device import DeviceResult
 from caliport.validation.records.gate import AdapterEffect, Gate, Measures, StockResult
 from caliport.validation.records.latency import LatencyReport
+from caliport.validation.records.own_task import OwnTasks
 from caliport.validation.records.record import (
     Amount,
     Cosine,
@@ -350,11 +351,12 @@ class AuditedMerge(Record):
 
 
 class CompositionAudit(Record):
-    """Adapters with the weight of each in the sum, what they share, and how true merges are."""
+    """Adapters, their weights, what they share and do for their own tasks; how true merges are."""
 
     weights: dict[Name, float]
     modules: list[AuditedModule]
     merges: list[AuditedMerge]
+    own: OwnTasks = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

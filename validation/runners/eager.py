@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from caliport.core.checkpoints import longest_context
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -22,7 +24,7 @@ class EagerRunner:
     def __init__(self, model: PreTrainedModel, name: str) -> None:
         self.name = name
         self.model = model
-        self.context = int(model.config.max_position_embeddings)
+        self.context = longest_context(model.config)
         self._cache: Any = None
 
     def prefill(self, tokens: list[int]) -> np.ndarray:
