@@ -103,6 +103,7 @@ class Calibration(Part):
     lc: Train = Train(steps=300, learning_rate=5e-3)
     lcpp: Train = Field(Train(steps=300, learning_rate=5e-3), alias="lc++")
     scales: Train = Train(steps=300, learning_rate=5e-3)
+    cat: Train = Train(steps=300, learning_rate=5e-3)
     joint: Train = Train(steps=300, learning_rate=1e-3)
     overrides: dict[MethodName, Train] = Field(default_factory=dict)
 
@@ -112,5 +113,6 @@ class Calibration(Part):
         A correction without its own field uses the common default.
         """
         kinds = {"lc": self.lc, "lc++": self.lcpp, "scales": self.scales, "joint": self.joint}
+        kinds["cat"] = self.cat
         default = Train(steps=300, learning_rate=5e-3)
         return self.overrides.get(method.name) or kinds.get(method.kind, default)

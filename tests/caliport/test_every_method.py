@@ -29,12 +29,13 @@ micro_batch: 5
 calibration:
   examples: 64
   tuning: 16
-  methods: [zero-shot, lora, multi-step, linear, exact, svd, ties, dare, slerp, lorahub,
-            lm-cocktail, scales, scales-per-layer, lc, lc++, lc-per-layer, lc++-shared, lc++-alone,
+  methods: [zero-shot, lora, multi-step, linear, exact, svd, ties, dare, slerp, tsv, iso-c,
+            lorahub, lm-cocktail, cat, scales, scales-per-layer, lc, lc++, lc-per-layer, lc++-shared, lc++-alone,
             lc++-int4, lc++-int8-bundle, joint, mixture, flix]
   lc: {steps: 3, batch_size: 8, learning_rate: 5.0e-3}
   lc++: {steps: 3, batch_size: 8, learning_rate: [1.0e-3, 5.0e-3]}
   scales: {steps: 3, batch_size: 8, learning_rate: 5.0e-3}
+  cat: {steps: 3, batch_size: 8, learning_rate: 5.0e-3}
   joint: {steps: 3, batch_size: 8, learning_rate: [1.0e-3, 5.0e-3]}
 flix:
   ranks: {summarize: 2, translate: 2, casual: 1, es: 2}
@@ -72,10 +73,11 @@ def test_every_method_is_scored_with_its_size(run: Path) -> None:
     report = json.loads((run / "reports" / "quality.json").read_text())
     for composition, tasks in (("summarize_es", 2), ("summarize_casual_es", 3)):
         methods = {m["method"]: m for m in report["compositions"][composition]["methods"]}
-        assert len(methods) == 22 + tasks
+        assert len(methods) == 25 + tasks
         assert methods["multi-step"]["passes"] == tasks
         sizes = {name: m["parameters"] for name, m in methods.items()}
         assert sizes["linear"] == sizes["dare"] == 0
+        assert sizes["cat"] == tasks * 14, "a weight for each adapter and module of two layers"
         assert sizes["lorahub"] == sizes["lm-cocktail"] == tasks
         assert sizes["lc-per-layer"] == 2 * sizes["lc"]
         assert sizes["lc++"] == sizes["lc++-int4"] == sizes["lc++-shared"] == sizes["lc++-alone"]
@@ -84,6 +86,15 @@ def test_every_method_is_scored_with_its_size(run: Path) -> None:
         assert set(methods["lc++-int8-bundle"]["quantized"]) == {"int8-bundle"}
         assert methods["lc++-int4"]["quantized"]["int4"]["loss"] > 0
         assert all(0 <= m["judge"] <= 100 for m in methods.values()), "a judge that knows nothing"
+
+
+@pytest.mark.slow
+def test_every_adapter_is_scored_on_its_own_task(run: Path) -> None:
+    audits = json.loads((run / "reports" / "audit.json").read_text())["compositions"]
+    assert set(audits["summarize_es"]["own"]) == {"summarize", "translate_es"}
+    own = audits["summarize_casual_es"]["own"]["tone_casual"]
+    assert own["examples"] == 4
+    assert own["loss"][0] > 0
 
 
 @pytest.mark.slow
