@@ -8,7 +8,10 @@ from caliport.calibrate.low_rank import LowRankUpdate
 from caliport.calibrate.merges.common import Merge, check_shapes, resolve_weights, summed
 from caliport.core.errors import InputError
 
-_ANY = "exact takes any: --method exact, or merge: exact in a recipe, also under a correction"
+_ANY = (
+    "exact takes any: --method exact, or merge: exact in a recipe, also under a correction, and "
+    "exact for linear in calibration.methods"
+)
 
 
 def linear(

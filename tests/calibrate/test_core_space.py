@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -97,7 +97,7 @@ def test_iso_c_is_the_dense_method_on_what_the_adapters_span(
 
 
 @pytest.mark.parametrize("merge", [tsv, iso_c])
-def test_adapters_that_fill_a_small_layer_or_are_equal_or_zero(merge) -> None:
+def test_adapters_that_fill_a_small_layer_or_are_equal_or_zero(merge: Callable) -> None:
     small = [update(seed, 4, out=6, into=5) for seed in range(3)]
     assert merge(small).delta("m").isfinite().all()
     one = update(0, 2)

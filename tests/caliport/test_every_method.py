@@ -30,8 +30,8 @@ calibration:
   examples: 64
   tuning: 16
   methods: [zero-shot, lora, multi-step, linear, exact, svd, ties, dare, slerp, tsv, iso-c,
-            lorahub, lm-cocktail, cat, scales, scales-per-layer, lc, lc++, lc-per-layer, lc++-shared, lc++-alone,
-            lc++-int4, lc++-int8-bundle, joint, mixture, flix]
+            lorahub, lm-cocktail, cat, scales, scales-per-layer, lc, lc++, lc-per-layer,
+            lc++-shared, lc++-alone, lc++-int4, lc++-int8-bundle, joint, mixture, flix]
   lc: {steps: 3, batch_size: 8, learning_rate: 5.0e-3}
   lc++: {steps: 3, batch_size: 8, learning_rate: [1.0e-3, 5.0e-3]}
   scales: {steps: 3, batch_size: 8, learning_rate: 5.0e-3}
