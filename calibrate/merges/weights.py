@@ -17,10 +17,10 @@ MOST = 6
 
 @dataclass(frozen=True)
 class Tried:
-    """Weights that were tried, and the loss of their merge."""
+    """Weights that were tried, and the loss of their merge; None where it is not finite."""
 
     weights: tuple[float, ...]
-    loss: float
+    loss: float | None
 
 
 def search_weights(
@@ -47,8 +47,9 @@ def search_weights(
         )
     equal = (1 / adapters,) * adapters
     grid = dict.fromkeys([equal, *product(GRID, repeat=adapters)])
-    tried = [Tried(weights, loss(weights)) for weights in grid]
-    finite = [one for one in tried if math.isfinite(one.loss)]
+    losses = {weights: loss(weights) for weights in grid}
+    finite = {weights: value for weights, value in losses.items() if math.isfinite(value)}
     if not finite:
         raise InputError("a search of weights: no merge has a finite loss; give a weight for each")
-    return min(finite, key=lambda one: one.loss).weights, tried
+    tried = [Tried(weights, finite.get(weights)) for weights in losses]
+    return min(finite, key=lambda weights: finite[weights]), tried

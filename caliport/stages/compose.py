@@ -194,7 +194,6 @@ def _compose(
 
         if _ONE in inputs and inputs[_ONE].names:
             extra["composed_of"] = list(inputs[_ONE].names)
-        extra |= inputs[_ONE].recorded if _ONE in inputs else {}
         composer = _Composer(inputs, settings, title)
         extra |= composer.nearness
         with divergence_noted(extra, title, tune):
@@ -203,6 +202,7 @@ def _compose(
                 extra["tuning_loss"] = composer.tuning_loss(updates)
             for name, update in updates.items():
                 write_peft(update, partial if name == _ONE else partial / name, str(settings.base))
+        extra |= inputs[_ONE].recorded if _ONE in inputs else {}
 
     files, key = _stage_key(inputs, settings)
     key["tune"] = tune
