@@ -19,7 +19,7 @@ from caliport.export.quantization.choices import Quantization
 from caliport.recipe.methods import CORRECTED, MERGED, WEIGHTED, Method, dora_rank
 from caliport.stages.sources import Source
 from caliport.stages.stage import stage
-from caliport.stages.sweep import at_best_rate, divergence_noted, seconds_of
+from caliport.stages.sweep import at_best_rate, divergence_noted, held_out, seconds_of
 
 if TYPE_CHECKING:
     from caliport.calibrate import LowRankUpdate
@@ -196,7 +196,7 @@ def _compose(
             extra["composed_of"] = list(inputs[_ONE].names)
         composer = _Composer(inputs, settings, title)
         extra |= composer.nearness
-        with divergence_noted(extra, title, tune):
+        with divergence_noted(extra, tune):
             updates = composer.updates(extra, resume)
             if tune:
                 extra["tuning_loss"] = composer.tuning_loss(updates)
@@ -330,8 +330,9 @@ class _Composer:
 
     def tuning_loss(self, updates: Mapping[str, LowRankUpdate]) -> float:
         """Mean loss on the held-out examples of every composition, in nats a token."""
-        losses = [self._loss(updates[name], self._encoded(name, "tuning")) for name in self.inputs]
-        return sum(losses) / len(losses)
+        return held_out(
+            [self._loss(updates[name], self._encoded(name, "tuning")) for name in self.inputs]
+        )
 
     def _weighted(self, name: str, extra: dict[str, Any]) -> LowRankUpdate:
         from caliport.calibrate.merges.by_loss.registry import WEIGHT_SEARCHES

@@ -61,20 +61,27 @@ def at_best_rate(out: Path, title: str, rates: Sequence[float], make: Make) -> N
 
 
 @contextmanager
-def divergence_noted(extra: dict[str, Any], title: str, tune: bool) -> Iterator[None]:
-    """In a sweep (``tune``), note in the manifest that a training diverged, and go on.
-
-    A held-out loss that is not finite counts as that too.
-    """
+def divergence_noted(extra: dict[str, Any], tune: bool) -> Iterator[None]:
+    """In a sweep (``tune``), note in the manifest that a training diverged, and go on."""
     try:
         yield
-        if tune and not math.isfinite(extra[_LOSS]):
-            raise Diverged(f"{title}: the held-out loss is {extra.pop(_LOSS)}")
     except Diverged as error:
         if not tune:
             raise
         extra[_DIVERGED] = str(error)
         console.print(Text(f"{error}; this rate is left out", "yellow"), soft_wrap=True)
+
+
+def held_out(losses: Sequence[float]) -> float:
+    """The mean of held-out losses.
+
+    Raises:
+        Diverged: It is not finite, for which a training's own losses can be too few to tell.
+    """
+    mean = sum(losses) / len(losses)
+    if not math.isfinite(mean):
+        raise Diverged(f"the held-out loss is {mean}")
+    return mean
 
 
 def seconds_of(manifest: Mapping[str, Any]) -> float:

@@ -12,7 +12,7 @@ from caliport.core.errors import InputError
 from caliport.core.prompts import PROMPT
 from caliport.stages.sources import Source
 from caliport.stages.stage import stage
-from caliport.stages.sweep import at_best_rate, divergence_noted, seconds_of
+from caliport.stages.sweep import at_best_rate, divergence_noted, held_out, seconds_of
 
 if TYPE_CHECKING:
     from caliport.calibrate.training.flix import FeatureSettings
@@ -81,10 +81,9 @@ def lora_to(
         update, extra["curve"] = train_lora(model, encoded, lora, run)
         extra["parameters"] = update.parameter_count
         if tune:
-            held_out = [e for s in sources for e in s.encoded(tokenizer, model, "tuning")]
+            kept = [e for s in sources for e in s.encoded(tokenizer, model, "tuning")]
             with attached(model, update.modules, lambda n: [(None, update.a[n], update.b[n])]):
-                losses = evaluate(model, held_out)
-            extra["tuning_loss"] = sum(losses) / len(losses)
+                extra["tuning_loss"] = held_out(evaluate(model, kept))
         write_peft(update, partial, base=str(training.base))
         prompts = {source.prompt for source in sources}
         extra |= {PROMPT: prompts.pop()} if len(prompts) == 1 else {}
@@ -185,7 +184,7 @@ def _loss_of_sets(
         with attached(model, update.modules, terms.__getitem__):
             found = evaluate(model, one.examples)
         losses.append(sum(found) / len(found))
-    return sum(losses) / len(losses)
+    return held_out(losses)
 
 
 def _train(out: Path, title: str, what: _Stage, training: Training, build: Build) -> None:
@@ -198,7 +197,7 @@ def _train(out: Path, title: str, what: _Stage, training: Training, build: Build
         chosen = replace(training, settings=replace(training.settings, learning_rate=rate))
 
         def noting(partial: Path, extra: dict[str, Any], resume: Path) -> None:
-            with divergence_noted(extra, shown, tune):
+            with divergence_noted(extra, tune):
                 build(partial, chosen, extra, resume, tune)
 
         stage(
