@@ -2,8 +2,8 @@
 
     python -P olive_worker.py CHECKPOINT TEXT WORK OUT TOKENS
 
-TEXT is JSON Lines with ``text``, whole conversations. GPTQ rounds the head too; the embedding, which
-it leaves out, is rounded to nearest.
+TEXT is JSON Lines with ``text``, whole conversations. GPTQ rounds the head too; the embedding,
+which it leaves out, is rounded to nearest.
 """
 
 from __future__ import annotations

@@ -41,7 +41,8 @@ def draw(out: Path, picture: Path) -> bool:
     for family, colour, marker in dict.fromkeys(_FAMILIES.values()):
         own = [(x, y) for x, y, row in points if _FAMILIES[row.tool][0] == family]
         if own:
-            axes.scatter(*zip(*own, strict=True), color=colour, marker=marker, s=40, label=family)
+            sizes, losses = zip(*own, strict=True)
+            axes.scatter(sizes, losses, 40, color=colour, marker=marker, label=family)
     for size, kl, row in points:
         axes.annotate(
             row.label or row.title,

@@ -12,8 +12,10 @@ from benchmarks.quantization.records import read
 from benchmarks.quantization.rows import BASELINES, ROWS, Row
 
 NONE = "–"
-_ACCURACY = ("artifact", "KL", "top-1", "perplexity", "WikiText-2 KL", "top-1", "perplexity")
-_ACCURACY += ("in the runtime: KL", "top-1", "ROUGE-L")
+_ACCURACY = (
+    *("artifact", "KL", "top-1", "perplexity", "WikiText-2 KL", "top-1", "perplexity"),
+    *("in the runtime: KL", "top-1", "ROUGE-L"),
+)
 _COST = ("artifact", "MB", "MB / hqq's", "export s", "peak GB", "prefill", "decode")
 
 
