@@ -21,6 +21,7 @@ from caliport.core.errors import InputError
 from caliport.export.api import add_composition
 from caliport.export.artifact import Artifact
 from caliport.validation.gates.packaging import packaging_gates
+from caliport.validation.runners import trial
 from caliport.validation.runners.open import open_runner, stock_generate
 from tests.exports import to_onnx_bundle
 from tests.faults.making import agree
@@ -260,10 +261,21 @@ def test_an_adapter_of_a_bundle_that_is_none(bundle_dir: Path, tmp_path: Path) -
             open_runner(Artifact.read(copy), 1, "sum", runner)
 
 
-def test_a_template_is_bounded_before_the_stock_runner_reads_it(copy: Path) -> None:
-    (copy / "chat_template.jinja").write_text("{{ messages }}" * 100_000)
+@pytest.mark.parametrize(
+    ("count", "says"),
+    [
+        (100_000, r"chat_template\.jinja: 1,400,000 bytes, expected at most"),
+        (70_000, r"chat template of 980,000 characters, does not end in 2 seconds; expected"),
+    ],
+)
+def test_a_template_is_bounded_before_the_stock_runner_reads_it(
+    count: int, says: str, copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its size, and by the time that onnxruntime_genai takes, the square of its expressions."""
+    monkeypatch.setattr(trial, "_TEMPLATE_SECONDS", 2)
+    (copy / "chat_template.jinja").write_text("{{ messages }}" * count)
     sign(copy)
-    with pytest.raises(InputError, match=r"chat_template\.jinja: 1,400,000 bytes, expected"):
+    with pytest.raises(InputError, match=says):
         stock_generate(Artifact.read(copy), "Anna", 2)
 
 

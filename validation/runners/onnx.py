@@ -25,6 +25,7 @@ from caliport.validation.runners.genai_files import (
 )
 from caliport.validation.runners.graph_files import check_graph, read_graph
 from caliport.validation.runners.runner import Runner
+from caliport.validation.runners.trial import try_template
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -166,6 +167,7 @@ def generate(
     import onnxruntime_genai as genai
 
     model = genai_model(directory)
+    try_template(directory)
     try:
         tokenizer = genai.Tokenizer(model)
     except Exception as error:

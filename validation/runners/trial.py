@@ -1,4 +1,4 @@
-"""Run a stranger's ExecuTorch program once in a process of its own, since it may crash that.
+"""Try what a stranger's artifact does to a runtime in a process of its own, which it may end.
 
 The binding asks for a program's verification, but the wheel of executorch 1.5.1 is built without it
 and follows any offset. Hashes in a manifest say only who wrote both.
@@ -13,10 +13,15 @@ from pathlib import Path
 
 from caliport.core.directories import made_here
 from caliport.core.errors import InputError
-from caliport.core.files import TOKENIZER, file_hash
+from caliport.core.files import CHAT_TEMPLATE, TOKENIZER, file_hash
+from caliport.core.untrusted import TOKENIZER_BYTES, read_object
 
 _SECONDS = 300  # that loading, and a step of each method, may take
 _BYTES_A_SECOND = 1 << 23  # and more for large programs
+_CONFIG = "tokenizer_config.json"
+_TEMPLATE = 1 << 14  # characters, which onnxruntime_genai reads in seconds whatever they are
+_TEMPLATE_SECONDS = 60
+_READ = "import sys, onnxruntime_genai as g; g.Tokenizer(g.Model(g.Config(sys.argv[1])))"
 _sound: set[tuple[str, ...]] = set()
 
 
@@ -54,3 +59,41 @@ def try_program(program: Path) -> None:
         crash = signal.Signals(-done.returncode).name
         raise InputError(f"{program}: ExecuTorch crashed on it ({crash}); expected a sound program")
     _sound.add(content)
+
+
+def try_template(directory: Path) -> None:
+    """Let onnxruntime_genai read a long chat template in a child.
+
+    The time that 0.18 takes goes by the square of a template's expressions, and nothing ends it.
+
+    Args:
+        directory: An artifact whose configuration was checked (``read_config``).
+
+    Raises:
+        InputError: The child did not end in time, or crashed.
+    """
+    file, config = directory / CHAT_TEMPLATE, directory / _CONFIG
+    size = file.stat().st_size if file.is_file() else 0
+    if config.is_file():
+        size = max(size, len(str(read_object(config, TOKENIZER_BYTES).get("chat_template"))))
+    if size <= _TEMPLATE:
+        return
+    try:
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", _READ, str(directory)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            check=False,
+            timeout=_TEMPLATE_SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        ended = f"does not end in {_TEMPLATE_SECONDS} seconds"
+    else:
+        if done.returncode >= 0:  # what else is wrong is said by what opens it
+            return
+        ended = f"ends with {signal.Signals(-done.returncode).name}"
+    raise InputError(
+        f"{directory}: onnxruntime_genai, which reads its chat template of {size:,} characters, "
+        f"{ended}; expected a shorter one"
+    )
