@@ -40,7 +40,7 @@ class OwnTask(Record):
         )
         if self.matters:
             return said
-        if after > before:
+        if after > (1 + BARELY) * before:
             return f"{said}; it makes its own task worse: was it trained with this prompt and base?"
         return f"{said}; it barely changes its own task, so a merge of it can show little"
 
