@@ -9,11 +9,12 @@ import typer
 
 from caliport.cli.calibrate import register as register_calibrate
 from caliport.cli.compare import register
-from caliport.cli.device import register as register_on_device
-from caliport.cli.devices import register as register_devices
-from caliport.cli.emulator import register as register_emulators
 from caliport.cli.exporting import register as register_exporting
 from caliport.cli.inspect import register as register_inspecting
+from caliport.cli.on_device.device import register as register_on_device
+from caliport.cli.on_device.devices import register as register_devices
+from caliport.cli.on_device.emulator import register as register_emulators
+from caliport.cli.on_device.runner import register as register_runner
 from caliport.cli.once import take_options_once
 from caliport.cli.options import (
     Adapter,
@@ -34,7 +35,6 @@ from caliport.cli.options import (
     with_baseline,
 )
 from caliport.cli.recipes import check_there, only_main, show_report
-from caliport.cli.runner import register as register_runner
 from caliport.cli.starting import register as register_starting
 from caliport.core.errors import InputError
 

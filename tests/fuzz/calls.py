@@ -84,7 +84,7 @@ FIGURES = {
 def facts(path: str) -> None:
     """What a device says of itself."""
     from caliport.android_harness.device.facts import facts as read
-    from caliport.cli.devices import _show
+    from caliport.cli.on_device.devices import _show
 
     said = Path(path).read_bytes().decode("utf-8", "replace")
     device = SimpleNamespace(serial="0123", script=lambda *_, **__: SimpleNamespace(out=said))

@@ -1,0 +1,1 @@
+"""Commands for devices: validate on them, list them, emulators, and runners to build."""
