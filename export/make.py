@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
+from shutil import copyfile
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from caliport.core.model_files.inputs import input_hash
 from caliport.core.outputs import check_output, new_directory
 from caliport.export import runtime as runtimes
 from caliport.export.calibrated.requests import calibrated, check_text, decided
+from caliport.export.quantization.choices import NORMS
 from caliport.export.request import Request
 from caliport.export.runtime import Runtime
 
@@ -105,10 +107,11 @@ def fill(
         context = context_of(model)
         lowered = runtime.lower(decoder, directory, request, context, tokenizer)
         sizes = decoder.sizes()
+        if how.tune_norms:
+            copyfile(place / NORMS, directory / NORMS)
         calibration = {} if source is None else {"calibration": calibrated(decoder, request)}
     save_tokenizer(tokenizer, directory)
     save_generation_config(base, model.config, directory, eos_ids(model), tokenizer.bos_token_id)
-    lowering = lowered.pop("lowering")
     extra |= lowered | {
         "runtime": request.runtime,
         "precision": how.precision,
@@ -119,7 +122,6 @@ def fill(
         **calibration,
         **bits,
         "sizes": sizes,
-        "lowering": lowering,
         **describe(base, model.config, request.adapter),
     }
     write_card(directory, extra)

@@ -254,6 +254,9 @@ class _Calibration:
             # A layer, its moments, and their ordered copy, inverse and factors.
             memory = 4 * values / depth + 5 * 4 * widest**2 + 3 * hidden
             operations = 2 * tokens * (values + sum(part.shape[1] ** 2 for part in matrices) / 2)
+        if request.quantization.tune_norms:  # the float model, its copy, and that as it ships
+            memory = max(memory, 4 * whole * 3.5)
+            operations += 8 * tokens * whole
         if request.goal is not None:
             memory = max(memory, 4 * whole * 1.1)
             count = sum(part.form == "int4" for part in parts)

@@ -84,6 +84,8 @@ class Request:
         found |= {"context": self.context, **asdict(self.quantization)}
         if found["quantizer"] is None:
             del found["quantizer"]
+        if not found["tune_norms"]:
+            del found["tune_norms"]
         if self.text is not None:
             found["calibration"] = self.text.settings()
         if self.goal is not None:

@@ -73,6 +73,14 @@ def export(
     ] = None,
     calibration: CalibrationFiles = None,
     calibration_tokens: CalibrationTokens = None,
+    tune_norms: Annotated[
+        bool,
+        typer.Option(
+            "--tune-norms",
+            help="Also tune the gains of normalizations to the integers; needs --calibration, and "
+            "memory for three copies of the model in float32.",
+        ),
+    ] = False,
     max_size: MaxSize = None,
     target_kl: TargetKl = None,
     out: Out = None,
@@ -100,6 +108,7 @@ def export(
         no_flags(bundle=bundle, share=share, into=into, quantizer=quantizer)
         no_flags(**{"calibration": calibration, "calibration-tokens": calibration_tokens})
         no_flags(**{"max-size": max_size, "target-kl": target_kl})
+        no_flags(**{"tune-norms": tune_norms})
         with alone_in(recipe, overrides, runs) as space:
             export_all(space, preflight=preflight)
         return
@@ -128,7 +137,8 @@ def export(
     prompt = None if adapter is None else recorded_prompt(adapter)
     text = text_for(calibration or [], calibration_tokens, prompt, beside)
     rounding = CALIBRATED if text is not None and quantizer is None else quantizer
-    how = Quantization(precision, tuple(int8_layer or ()), embedding_bits, cache_bits, rounding)
+    layers = tuple(int8_layer or ())
+    how = Quantization(precision, layers, embedding_bits, cache_bits, rounding, tune_norms)
     goal = goal_for(max_size, target_kl)
     request = Request(base, runtime, how, context, adapter, beside, text, goal)
     export_one(request, target, preflight=preflight, repo_id=push_to_hub, private=private)

@@ -30,7 +30,8 @@ class Export(Part):
     (``caliport.export.quantization.choices.Quantization``). ``quantizer`` finds the integers of
     int4, on ``calibration_tokens`` of the compositions' own training examples if it needs text. By
     default it is gptq, but hqq for a method that was trained through int4, since those corrections
-    make up for the errors of hqq. ``max_size`` (such as ``95MB``) or ``target_kl`` chooses further
+    make up for the errors of hqq. ``tune_norms`` tunes the gains of
+    normalizations to the integers. ``max_size`` (such as ``95MB``) or ``target_kl`` chooses further
     layers that int4 keeps at 8 bits (``caliport.export.quantization.choices.Goal``).
     """
 
@@ -44,6 +45,7 @@ class Export(Part):
     cache_bits: Literal[8] | None = None
     quantizer: QuantizerName | None = None
     calibration_tokens: Annotated[Whole, Field(ge=64, le=bounds.COUNT)] = TOKENS
+    tune_norms: bool = False
     max_size: Annotated[Size, Field(gt=0, le=bounds.BYTES)] | None = None
     target_kl: Annotated[Real, Field(gt=0, le=100)] | None = None
 

@@ -110,6 +110,7 @@ def _quantization(space: Workspace, row: Row) -> Quantization:
         settings.embedding_bits if is_int4 else None,
         settings.cache_bits if get(row.runtime).has_int8_cache else None,
         quantizer,
+        is_int4 and settings.tune_norms,
     )
 
 

@@ -13,6 +13,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ from caliport.export.decoder.fold import Folded
 from caliport.export.decoder.shipped import Plan
 from caliport.export.decoder.skeleton import empty, group_layers
 from caliport.export.decoder.stored import reading
+from caliport.export.quantization.choices import NORMS
 from caliport.export.quantization.integers import integers
 from caliport.export.quantization.quantizers.registry import QUANTIZERS
 from caliport.export.quantization.text import INTEGERS_KEY
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
     from caliport.calibrate.adapter import Adapter
 
 _HIDDEN = "hidden.safetensors"
+TUNING = "tuning.safetensors"
+"""What a killed tuning of gains goes on from."""
 _HEAD = "head.safetensors"
 _COMPLETE = "complete"
 
@@ -50,14 +54,22 @@ class Integers:
         from safetensors import safe_open
 
         self._files: dict[str, Path] = {}
+        self._norms = directory / NORMS
         for path in sorted(directory.glob("*.safetensors")):
-            if path.name != _HIDDEN:
+            if path.name not in (_HIDDEN, NORMS, TUNING):
                 with safe_open(path, framework="pt") as opened:
                     names = list(opened.keys())
                 self._files |= dict.fromkeys((n.rpartition(".")[0] for n in names), path)
 
     def __contains__(self, module: str) -> bool:
         return module in self._files
+
+    @cached_property
+    def replaced(self) -> Mapping[str, Tensor]:
+        """Tuned gains of normalizations (``caliport.export.calibrated.norms``); maybe none."""
+        from safetensors.torch import load_file
+
+        return load_file(self._norms) if self._norms.is_file() else {}
 
     def parts(self, module: str) -> tuple[Tensor, Tensor]:
         """Packed integers, uint8 [out, in / 2], and scales, bfloat16 [out, in / 32]."""

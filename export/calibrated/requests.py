@@ -45,6 +45,10 @@ def check_text(request: Request) -> None:
                 f"calibration text: found one for {shown(odd[0])}, which is no composition of this "
                 "artifact; expected a file, or one for each composition of a bundle"
             )
+    if how.tune_norms and (not needed or request.bundle is not None):
+        raise InputError(
+            "tune_norms: goes with int4, a quantizer that needs text, and a fold or a base alone"
+        )
     if request.goal is not None:
         if how.precision != "int4":
             raise InputError(
@@ -107,7 +111,9 @@ def decided(
         InputError: See ``caliport.export.calibrated.bits.choose``.
     """
     if request.goal is None:
-        return request, integers_of(request, place), {}
+        if not request.quantization.tune_norms:
+            return request, integers_of(request, place), {}
+        return request, _tuned(request, place, check), {}
     from caliport.export.calibrated.bits import choose
 
     found, known = measured_for(request, place, check)
@@ -119,7 +125,35 @@ def decided(
         "tokens": found.tokens,
     }
     chosen = replace(request, quantization=found.with_kept(names))
+    if request.quantization.tune_norms:
+        return chosen, _tuned(chosen, place, check, known), {"bits": facts}
     return chosen, None if known is None else lambda _: known, {"bits": facts}
+
+
+def _tuned(
+    request: Request,
+    place: Path,
+    check: Callable[[PreTrainedModel], None],
+    known: KnownIntegers | None = None,
+) -> IntegerSource:
+    """The integers of a request and the gains tuned to them."""
+    from caliport.core.checkpoints import load_tokenizer
+    from caliport.export.calibrated.integers import Integers
+    from caliport.export.calibrated.norms import tune_norms
+    from caliport.export.decoder.fold import load_folded
+    from caliport.export.decoder.shipped import planned
+
+    assert request.text is not None
+    plan = planned(request.base, request.adapter, request.quantization, check)
+    if known is None:
+        source = integers_of(request, place)
+        assert source is not None
+        known = source(plan)
+    (texts,) = request.text.sequences(load_tokenizer(request.base, plan.whole), plan.whole).values()
+    tune_norms(
+        load_folded(request.base, request.adapter), request.quantization, texts, known, place
+    )
+    return lambda _: Integers(place)
 
 
 def measured_for(

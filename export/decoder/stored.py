@@ -140,7 +140,8 @@ def store(
         adapter: What to add or replace, with the decoder's names; None for nothing.
         directory: Directory for the files.
         tied: For each tied parameter, the name that it is stored by.
-        known: Integers to take in place of quantizing; a tied embedding takes the head's.
+        known: Integers to take in place of quantizing, and tuned parameters; a tied embedding
+            takes the head's integers.
         stop: Event that stops storing early.
 
     Raises:
@@ -148,6 +149,7 @@ def store(
             that are NaN or infinite.
     """
     weights = Weights(directory)
+    replaced = {} if known is None else known.replaced
     with reading(source) as read:
         modules = list(shell.named_modules())
         owners = known_owners(shell, forms, known)
@@ -164,6 +166,9 @@ def store(
                         f"{list(parameter.shape)}"
                     )
                 form = forms.get(name) if key == "weight" else None
+                if full in replaced:
+                    _store_one(weights, full, Folded(replaced[full]), None)
+                    continue
                 if known is not None and key == "weight" and name in owners:
                     _store_known(weights, full, known.parts(owners[name]), value.shape)
                     continue

@@ -10,6 +10,8 @@ from typing import Any, Literal
 from caliport.core.errors import InputError
 
 PRECISIONS = ("fp32", "int8", "int4")
+NORMS = "norms.safetensors"
+"""Tuned gains of an artifact's normalizations, by parameter name."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,7 @@ class Quantization:
         quantizer: How the integers of ``int4`` are found, a name in
             ``caliport.export.quantization.quantizers.registry.QUANTIZERS``; None for the one that
             needs no text. Size and kernels do not depend on it.
+        tune_norms: The gains of normalizations are tuned to the integers, on calibration text.
     """
 
     precision: str
@@ -31,11 +34,14 @@ class Quantization:
     embedding_bits: int | None = None
     cache_bits: int | None = None
     quantizer: str | None = None
+    tune_norms: bool = False
 
     def __post_init__(self) -> None:
         check_precision(self.precision)
         if self.cache_bits not in (None, 8):
             raise InputError(f"cache_bits: found {self.cache_bits}, expected 8 or none")
+        if self.tune_norms and self.quantizer is None:
+            raise InputError("tune_norms: goes with int4 and a quantizer that needs text")
         if self.quantizer is not None and self.precision != "int4":
             raise InputError(f"quantizer: goes with int4, found {self.precision}")
 
@@ -46,6 +52,7 @@ class Quantization:
             "embedding_bits": self.embedding_bits,
             "cache_bits": self.cache_bits,
             **({} if self.quantizer is None else {"quantizer": self.quantizer}),
+            **({"tune_norms": True} if self.tune_norms else {}),
         }
 
     @classmethod
@@ -58,6 +65,7 @@ class Quantization:
             choices.get("embedding_bits"),
             choices.get("cache_bits"),
             choices.get("quantizer"),
+            choices.get("tune_norms", False),
         )
 
 

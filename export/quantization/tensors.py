@@ -33,6 +33,11 @@ class KnownIntegers(Protocol):
         """Whether those of a linear layer are known."""
         ...
 
+    @property
+    def replaced(self) -> Mapping[str, Tensor]:
+        """Tuned parameters that ship in place of the model's, float32, by parameter name."""
+        ...
+
     def parts(self, module: str) -> tuple[Tensor, Tensor]:
         """Packed integers, uint8 [out, in / 2], and scales, bfloat16 [out, in / 32].
 
@@ -211,6 +216,8 @@ def quantize(
                 _replace(module, quantized(module.weight.detach(), form))
             if isinstance(module, nn.Embedding):
                 module.padding_idx = None  # only used for gradients
+        for name, value in known.replaced.items() if known is not None else ():
+            model.get_parameter(name).copy_(value)
     return model
 
 

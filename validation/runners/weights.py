@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from caliport.core.errors import InputError
+from caliport.core.model_files.tensor_files import read_header
 from caliport.export.artifact import Artifact
 from caliport.export.calibrated.requests import DIGITS
+from caliport.export.quantization.choices import NORMS
 from caliport.export.quantization.tensors import unpacked
 from caliport.validation.runners import engine as engines
 
@@ -104,6 +106,34 @@ class ArtifactIntegers:
     def __iter__(self) -> Iterator[str]:
         return iter(self._artifact.calibrated)
 
+    @cached_property
+    def replaced(self) -> Mapping[str, Tensor]:
+        """Tuned gains of normalizations, float32 [width], by parameter name.
+
+        Raises:
+            InputError: Their file cannot be read, or does not have finite gains of the base.
+        """
+        if not self._artifact.quantization.tune_norms:
+            return {}
+        from caliport.core.checkpoints import load_config
+        from caliport.export.calibrated.norms import gains_of
+        from caliport.export.decoder.skeleton import empty
+
+        place = self._artifact.directory / NORMS
+        wanted = {
+            name: list(gain.shape)
+            for name, gain in gains_of(empty(load_config(self._base)[0], buffers=False)).items()
+        }
+        if {name: list(t.shape) for name, t in read_header(place).items()} != wanted:
+            raise InputError(f"{place}: expected the gains of the base's normalizations")
+        from safetensors.torch import load_file
+
+        found = load_file(place)
+        for name, gain in found.items():
+            if gain.dtype != torch.float32 or not gain.isfinite().all():
+                raise InputError(f"{place}: {name}: expected finite float32 gains")
+        return found
+
     def read(self) -> ArtifactIntegers:
         """Read all from the program now.
 
@@ -136,7 +166,8 @@ class ArtifactIntegers:
 
     @property
     def _recorded(self) -> tuple[tuple[str, ...], ...]:
-        return tuple((name, *digits) for name, digits in sorted(self._artifact.calibrated.items()))
+        found = [(name, *digits) for name, digits in sorted(self._artifact.calibrated.items())]
+        return (*found, (str(self._artifact.manifest["files"].get(NORMS)),))
 
     @cached_property
     def _parts(self) -> dict[str, tuple[Tensor, Tensor]]:
