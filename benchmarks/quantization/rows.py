@@ -45,6 +45,15 @@ ROWS = {
     "hqq": _int4("caliport, hqq (no text)", "hqq", label="hqq"),
     "weighted": _int4("caliport, weighted", "weighted", label="weighted"),
     "gptq": _int4("**caliport, gptq**", "gptq", label="gptq"),
+    "gptq-norms": _int4(
+        "**caliport, gptq**, norms tuned", "gptq", "--tune-norms", label="gptq, norms"
+    ),
+    "gptq-kl": _int4(
+        "**caliport, gptq**, `--target-kl 0.06`",
+        "gptq",
+        *("--target-kl", "0.06"),
+        label="gptq, KL 0.06",
+    ),
     "hqq-head8": _int4("caliport, hqq, head and embedding 8 bits", "hqq", *_HEAD8, label="hqq 8/8"),
     "weighted-head8": _int4(
         "caliport, weighted, head and embedding 8 bits", "weighted", *_HEAD8, label="weighted 8/8"
