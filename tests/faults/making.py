@@ -27,6 +27,10 @@ _LOWERED: dict[str, Lowered] = {}
 _DRAWN: dict[str, Any] = {}
 
 
+def nothing(_: Any) -> None:
+    """In a patch by runtime: a runtime's exporter is left as it is."""
+
+
 @dataclass(frozen=True)
 class Fault:
     """One fault, as small and as real as can be.
@@ -64,6 +68,10 @@ class Fault:
         """The stage that the gates name."""
         return self.taken_for or self.stage
 
+    def changes_tracing(self, runtime: str) -> bool:
+        """Whether ``base`` or ``patch`` may give the graph another form."""
+        return self.base is not None or (self.patch or {}).get(runtime, nothing) is not nothing
+
 
 def everywhere(patch: Patch) -> dict[str, Patch]:
     """The same change to the exporter for both runtimes."""
@@ -91,7 +99,7 @@ def make(fault: Fault | None, scene: Scene, runtime: str, out: Path, precision: 
             _change_weights(monkeypatch, fault.weights)
         if fault is not None and fault.patch is not None:
             fault.patch[runtime](monkeypatch)
-        if fault is None or fault.drawn or (fault.patch is None and fault.base is None):
+        if fault is None or fault.drawn or not fault.changes_tracing(runtime):
             _lower_once(monkeypatch, form)
         EXPORT[runtime](base, out, adapter=adapter, precision=form)
     if fault is not None:

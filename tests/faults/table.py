@@ -16,7 +16,7 @@ from caliport.export.decoder.stored import Weights
 from caliport.export.quantization.quantizers.registry import QUANTIZERS
 from caliport.validation.runners.runner import Runner
 from tests.conftest import TEXTS
-from tests.faults.making import Fault, Patch, everywhere, put
+from tests.faults.making import Fault, Patch, everywhere, nothing, put
 from tests.faults.scene import RANK, Tensors, edit_json, edit_tensors
 
 _FIRST = "model.layers.0."
@@ -250,10 +250,6 @@ def _graph(change: Callable[[Any], None]) -> Callable[[Path], None]:
     return after
 
 
-def _nothing(_: Any) -> None:
-    pass
-
-
 def _attentions(graph: Any) -> list[Any]:
     return [node for node in graph.node if node.op_type == "GroupQueryAttention"]
 
@@ -372,9 +368,9 @@ FAULTS = [
         "lowering",
         patch={
             "executorch": _in_llama("LlamaForCausalLM.forward", _late_positions)["executorch"],
-            "onnx": _nothing,
+            "onnx": nothing,
         },
-        after={"executorch": _nothing, "onnx": _graph(_late_cache)},
+        after={"executorch": nothing, "onnx": _graph(_late_cache)},
     ),
     Fault("cache not reset", "lowering", runner=Remembering),
     Fault(
@@ -382,18 +378,18 @@ FAULTS = [
         "lowering",
         patch={
             "executorch": _mask(lambda keys, queries: (keys < queries) | (queries == 0)),
-            "onnx": _nothing,
+            "onnx": nothing,
         },
-        after={"executorch": _nothing, "onnx": _graph(_short_mask)},
+        after={"executorch": nothing, "onnx": _graph(_short_mask)},
     ),
     Fault(
         "attention sees 64 tokens only",
         "lowering",
         patch={
             "executorch": _mask(lambda keys, queries: keys > queries - _BLOCK),
-            "onnx": _nothing,
+            "onnx": nothing,
         },
-        after={"executorch": _nothing, "onnx": _graph(_window)},
+        after={"executorch": nothing, "onnx": _graph(_window)},
     ),
     Fault(
         "rope theta 500000 for 10000",
