@@ -108,7 +108,7 @@ def run(
             console.print(f"{name}: {'measured' if done else 'kept'}")
         except InputError as error:
             failed.append(name)
-            write(record, {**read(record), "failed": one_line(error)[:200]})
+            write(record, {**read(record), "failed": one_line(error)[-200:]})
             console.print(f"{name}: failed: {error}", markup=False)
     _show(out, results if write_ else None)
     if failed:
