@@ -1,4 +1,4 @@
-"""``pytest -p tests.processor_time``: the tests and fixtures that use most processor time.
+"""``python -m pytest -p tests.processor_time``: what uses most processor time.
 
 Wall time says little on a machine that does other things too. Here the seconds of a test are those
 of its process and of all processes below it, the living ones included. Linux only.

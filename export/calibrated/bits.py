@@ -141,11 +141,16 @@ def choose(goal: Goal, found: Measured, bytes_of: Callable[[Quantization], int])
             f"loss: found {left:.4f} nats a token with every layer in 8 bits, expected at most "
             f"{target:g}"
         )
-    # The loss falls, nearly always, with each layer more.
-    count = bisect_left(
-        range(len(order)), True, key=lambda kept: found.divergence(order[:kept]) <= target
+    # By bytes and not by number of layers, so that a large one, such as the head, is passed over
+    # where smaller ones do. The loss falls, nearly always, with more bytes.
+    step = min(layer.extra_bytes for layer in found.layers)
+    rooms = range(0, sum(layer.extra_bytes for layer in found.layers) + step, step)
+    first = bisect_left(
+        rooms,
+        True,
+        key=lambda room: found.divergence(keep_at_int8(found.layers, room)) <= target,
     )
-    return sorted(order[:count])
+    return keep_at_int8(found.layers, rooms[first])
 
 
 def cut(texts: Sequence[Sequence[int]], tokens: int) -> list[Sequence[int]]:

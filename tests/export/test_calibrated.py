@@ -20,7 +20,7 @@ from caliport.export.artifact import Artifact
 from caliport.export.calibrated import integers as calibrated
 from caliport.export.calibrated.integers import Integers
 from caliport.export.calibrated.requests import decided, measured_for
-from caliport.export.calibrated.sensitivity import Divergence
+from caliport.export.calibrated.sensitivity import Divergence, keep_at_int8
 from caliport.export.make import fill
 from caliport.export.preflight import artifact_bytes
 from caliport.export.quantization.choices import Goal, Quantization
@@ -330,8 +330,9 @@ def test_bits_go_where_they_gain_most_for_their_bytes(
     names = chosen.quantization.int8_layers
     assert 0 < len(names) < len(found.layers)
     assert facts["bits"]["kl"] <= target < facts["bits"]["kl_without"] == none
-    one_less = found.order()[: len(names) - 1]
-    assert found.divergence(one_less) > target
+    spent = sum(layer.extra_bytes for layer in found.layers if layer.name in names)
+    smallest = min(layer.extra_bytes for layer in found.layers)
+    assert found.divergence(keep_at_int8(found.layers, spent - smallest)) > target
 
     least = artifact_bytes(plain)
     most = least + 20_000
