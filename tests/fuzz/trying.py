@@ -20,6 +20,10 @@ from tests.fuzz.seeds import COMMANDS, start
 from tests.fuzz.table import TABLE
 
 
+_OF_LIBRARIES = (".ses", "adb.", "torchinductor_")
+"""What ONNX Runtime, adb and torch keep among temporary files, whoever runs them."""
+
+
 @dataclass(frozen=True)
 class Trial:
     """A case, how it ended, and what was not as promised; None if nothing."""
@@ -82,8 +86,8 @@ def trial(name: str, seeds: Path, kept: Path | None = None) -> Trial:
         bad = verdict(asked, ended, before, after)
         if bad is None and ended.code == 0:
             bad = wrong_result(work.parent, before, after)
-        left = [n for n in os.listdir(Path(spare, "tmp")) if n != ".ses" and n[:4] != "adb."]
-        if bad is None and left:  # but for ONNX Runtime's and adb's own
+        left = [n for n in os.listdir(Path(spare, "tmp")) if not n.startswith(_OF_LIBRARIES)]
+        if bad is None and left:
             bad = f"left {', '.join(left)[:100]} among temporary files"
         return Trial(asked, ended, bad)
 
