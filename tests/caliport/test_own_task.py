@@ -13,7 +13,7 @@ from caliport.calibrate import LowRankUpdate, read_peft, write_peft
 from caliport.calibrate.training.loop import TrainRun, TrainSettings
 from caliport.calibrate.training.lora import LoraSettings, train_lora
 from caliport.core.checkpoints import load_base, load_tokenizer
-from caliport.core.directories import new_directory
+from caliport.core.outputs import new_directory
 from caliport.stages.sources import Source
 from caliport.validation.records.own_task import OwnTask
 from caliport.validation.records.reports import AUDIT, AuditReport, read_result
