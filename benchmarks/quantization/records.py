@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from caliport.core.places import write_text
+from caliport.core.places import replacing
 
 
 def part(
@@ -36,4 +36,5 @@ def read(record: Path) -> dict[str, Any]:
 
 def write(record: Path, found: Mapping[str, Any]) -> None:
     """Write a record; it appears whole or not at all."""
-    write_text(record, json.dumps(found, indent=2) + "\n")
+    with replacing(record) as beside:
+        beside.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
