@@ -19,7 +19,6 @@ from tests.fuzz.mutate import SECRET
 from tests.fuzz.seeds import COMMANDS, start
 from tests.fuzz.table import TABLE
 
-
 _OF_LIBRARIES = (".ses", "adb.", "torchinductor_")
 """What ONNX Runtime, adb and torch keep among temporary files, whoever runs them."""
 
