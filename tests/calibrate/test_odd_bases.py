@@ -116,20 +116,20 @@ def test_a_rate_that_diverges_does_not_end_a_sweep(
         names=("a", "b"),
     )
     settings = TrainSettings(steps=3, batch_size=2, warmup=0.0)
-    how = ComposeSettings(base_dir, parse("lc"), settings, (1e-3, 1e38))
+    how = ComposeSettings(base_dir, parse("lc"), settings, (1e-3, 1e36))
     compose_to(tmp_path / "out", "sweep", inputs, how)
     manifest = read_manifest(tmp_path / "out")
     assert [one["learning_rate"] for one in manifest["sweep"]] == [1e-3]
-    assert (manifest["learning_rate"], manifest["diverged_rates"]) == (1e-3, [1e38])
+    assert (manifest["learning_rate"], manifest["diverged_rates"]) == (1e-3, [1e36])
     assert manifest["composed_of"] == ["a", "b"]
     assert manifest["chosen"]["settings"]["method"] == "lc"
     assert "this rate is left out" in " ".join(capsys.readouterr().err.split())
     compose_to(tmp_path / "out", "sweep", inputs, how)
     assert "up to date" in capsys.readouterr().err, "a rate that diverged is not tried again"
-    both = ComposeSettings(base_dir, parse("lc"), settings, (1e37, 1e38))
+    both = ComposeSettings(base_dir, parse("lc"), settings, (1e35, 1e36))
     with pytest.raises(InputError, match="both: diverged at every rate: "):
         compose_to(tmp_path / "both", "both", inputs, both)
-    one = ComposeSettings(base_dir, parse("lc"), settings, (1e38,))
+    one = ComposeSettings(base_dir, parse("lc"), settings, (1e36,))
     with pytest.raises(Diverged):
         compose_to(tmp_path / "one", "one", inputs, one)
     assert not (tmp_path / "one").exists()

@@ -63,10 +63,9 @@ def test_answers_end_as_the_template_ends_them(
     assert target_tokens(tokenizer, "b", end) == list(one.target)
 
 
-def test_without_an_end_no_token_is_none(
-    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tokenizer, "eos_token", None)
+def test_without_an_end_no_token_is_none(base_dir: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(base_dir)
+    tokenizer.eos_token = None
     assert answer_end(tokenizer, []) is None
     assert None not in target_tokens(tokenizer, "b", None)
     assert "no eos_token" in str(end_trouble(tokenizer, []))
