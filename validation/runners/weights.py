@@ -135,12 +135,12 @@ class ArtifactIntegers:
         return found
 
     def read(self) -> ArtifactIntegers:
-        """Read all from the program now.
+        """Read all from the program now, for threads that must not wait for one another.
 
         Raises:
             InputError: The program cannot be read, or the base has no such layers.
         """
-        _ = self._parts
+        _ = self._parts, self.replaced
         return self
 
     def parts(self, module: str) -> tuple[Tensor, Tensor]:
