@@ -23,7 +23,7 @@ _CORES = 8192  # as many as Linux can have
 _LARGEST = 3.5e38  # float32
 _ROUNDING = 1e-3
 _ROUNDS = 10_000
-_Core = Annotated[int, Field(ge=0, lt=_CORES)]
+_Core = Annotated[int, Field(ge=0, lt=1 << 31)]
 _Id = Annotated[int, Field(ge=0, lt=1 << 31)]
 _Length = Annotated[int, Field(ge=1, le=1 << 24)]
 

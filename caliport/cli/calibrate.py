@@ -134,8 +134,8 @@ def calibrate(
         source = Source(data, PLAIN if prompt is None else prompt)
         features_one(base, source, rank, training, features, place)
         return
-    base, adapters, place = needed(base=base, adapter=adapter, out=out)
-    inputs = inputs_of(adapters, data, prompt)
     steering = Steering.of(merge, weight or [], density, target or [])
     steering = replace(steering, any_base=any_base)
+    base, adapters, place = needed(base=base, adapter=adapter, out=out)
+    inputs = inputs_of(adapters, data, prompt)
     calibrate_one(base, inputs, method, training, steering, place, dora)

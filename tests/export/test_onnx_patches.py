@@ -17,6 +17,7 @@ from caliport.export.onnx.graph import patches
 from caliport.export.onnx.graph.patches import layers_as_operators, watched_rotary
 from caliport.validation.runners.onnx import OnnxRunner
 from tests.exports import to_onnx
+from tests.lowerings import lowered_anew
 
 PATCHES = [layers_as_operators, watched_rotary]
 
@@ -66,7 +67,8 @@ def test_rotary_embeddings_that_are_not_watched_stay_in_the_graph(
     watched = to_onnx(base_dir, tmp_path / "watched", context=48)
     assert _turning(watched) == [True, True]
     monkeypatch.setattr(watched_rotary, "RELEASES", ("transformers==4.0.*",))
-    plain = to_onnx(base_dir, tmp_path / "plain", context=48)
+    with lowered_anew():
+        plain = to_onnx(base_dir, tmp_path / "plain", context=48)
     assert _turning(plain) == [False, False]
     found, expected = (OnnxRunner(out, threads=1).prefill(prompts[2]) for out in (plain, watched))
     np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
