@@ -18,6 +18,7 @@ from caliport.android_harness.toolchain.build import build_runner
 from caliport.core.directories import content_hash, read_manifest
 from caliport.export.calibrated.integers import Integers
 from caliport.validation.records.reports import ParityReport, read_result
+from tests import commands
 from tests.android.daemon import PROJECT
 from tests.forking import forked
 
@@ -258,7 +259,7 @@ def test_a_recipe_goes_on_to_a_device(place: Path, tmp_path: Path) -> None:
     )
     change = ["--set", "export.runtimes=[onnx]", "--set", "export.precisions=[int4]"]
     command = ["validate", "tiny.yaml", *change, "--no-latency", "--device", "any"]
-    done = forked(*command, cwd=tmp_path / "copy")
+    done = commands.caliport(*command, cwd=tmp_path / "copy")
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr.count("up to date, skipped") == 2
     report = read_result(ParityReport, tmp_path / "copy/runs/tiny/reports/parity.json")
