@@ -85,6 +85,10 @@ def _check_sizes(sizes: Mapping[str, Any], path: Path) -> None:
 
 def _check_quantization(choices: Mapping[str, Any], path: Path) -> None:
     _check_texts(choices.get("int8_layers", []), f"{path}: quantization.int8_layers")
+    if not isinstance(tuned := choices.get("tune_norms", False), bool):
+        raise InputError(
+            f"{path}: quantization.tune_norms is {shown(tuned)}, expected true or false"
+        )
     quantizer = choices.get("quantizer")
     if quantizer is not None and quantizer not in of_int4():
         raise InputError(

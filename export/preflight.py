@@ -12,6 +12,7 @@ safetensors files:
              + with calibration text READING again, a layer in float32 and the moments of its
              inputs; with a goal, the whole model in float32
     seconds  = start + layer · layers + VALUE[precision] · values
+             + with calibration text floating-point operations / OPERATIONS
 
 with sizes in bytes; lowering, start and layer come from the runtime (``runtime.Costs``). Weights
 are read, quantized and written one matrix at a time, so the size of the whole model does not count
@@ -38,7 +39,6 @@ from caliport.core.model_files.tensor_files import read_header
 from caliport.export import runtime as runtimes
 from caliport.export.calibrated.bits import MEASURING, RANKING
 from caliport.export.decoder.parts import Part, cache_shape, parts_of
-from caliport.export.quantization.quantizers.registry import needs_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -181,7 +181,7 @@ def needs(request: Request) -> Needs | None:
     calibration = _Calibration.of(request, parts, depth)
     if calibration.memory:  # what it loaded stays while the graph is lowered
         memory += READING + calibration.memory
-    stored += calibration.disk
+    stored += int(calibration.disk)
     cache = _cache(whole, context, how.cache_bits)
     memory += (beside.methods - 1) * (cache + METHOD * depth)
     seconds = costs.start + costs.layer * layers + VALUE[how.precision] * values
@@ -234,34 +234,34 @@ class _Calibration:
     """
 
     memory: float = 0
-    disk: int = 0
+    disk: float = 0
     operations: float = 0
 
     @classmethod
     def of(cls, request: Request, parts: Sequence[Part], depth: int) -> _Calibration:
         if request.text is None:
             return cls()
+        rows = max((part.shape[0] for part in parts if part.is_lookup), default=0)
         tokens = request.text.tokens
         values = sum(part.values for part in parts if not part.is_lookup)
         whole = sum(part.values for part in parts if not part.is_tied)
-        memory = disk = operations = 0.0
-        if needs_text(request.quantization.quantizer):
-            matrices = [part for part in parts if part.form == "int4" and not part.is_lookup]
-            width = min((part.shape[1] for part in matrices), default=0)
-            widest = max((part.shape[1] for part in matrices), default=0)
-            hidden = 4 * tokens * width
-            disk = sum(part.stored() for part in matrices) + 2 * hidden
-            # A layer, its moments, and their ordered copy, inverse and factors.
-            memory = 4 * values / depth + 5 * 4 * widest**2 + 3 * hidden
-            operations = 2 * tokens * (values + sum(part.shape[1] ** 2 for part in matrices) / 2)
+        matrices = [part for part in parts if part.form == "int4" and not part.is_lookup]
+        width = min((part.shape[1] for part in matrices), default=0)
+        widest = max((part.shape[1] for part in matrices), default=0)
+        hidden = 4 * tokens * width
+        disk = sum(part.stored() for part in matrices) + 2 * hidden
+        # A layer, its moments, and their ordered copy, inverse and factors.
+        memory = 4 * values / depth + 5 * 4 * widest**2 + 3 * hidden
+        operations = 2 * tokens * (values + sum(part.shape[1] ** 2 for part in matrices) / 2)
         if request.quantization.tune_norms:  # the float model, its copy, and that as it ships
             memory = max(memory, 4 * whole * 3.5)
             operations += 8 * tokens * whole
         if request.goal is not None:
-            memory = max(memory, 4 * whole * 1.1)
+            # The model, its distributions on the text, and a few of one example.
+            memory = max(memory, 4 * (whole * 1.05 + rows * 2 * MEASURING))
             count = sum(part.form == "int4" for part in parts)
             operations += 2 * whole * (0.6 * count * RANKING + 10 * MEASURING)
-        return cls(memory, int(disk), operations)
+        return cls(memory, disk, operations)
 
 
 def _has_names(whole: PreTrainedModel, read: Mapping[str, object]) -> bool:

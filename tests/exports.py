@@ -8,7 +8,9 @@ from typing import Any
 
 from caliport.export.api import export
 from caliport.export.quantization.choices import Quantization
+from caliport.export.quantization.text import CalibrationText, PlainText
 from caliport.export.request import Bundle
+from tests.conftest import TEXTS
 
 
 def exported(
@@ -25,6 +27,13 @@ def exported(
     """``caliport.export`` with the parts of a ``Quantization`` as keywords."""
     how = Quantization(precision, tuple(int8_layers), embedding_bits, cache_bits)
     return export(base, out, runtime=runtime, precision=how, **more).directory
+
+
+def text_of(directory: Path, times: int, tokens: int) -> CalibrationText:
+    """Calibration text that repeats a few sentences."""
+    path = directory / "text.txt"
+    path.write_text("\n".join(TEXTS * times))
+    return CalibrationText({"": PlainText(path)}, tokens)
 
 
 def to_executorch(base: str | Path, out: Path, **more: Any) -> Path:

@@ -134,7 +134,7 @@ def _after_calibration(
     how = Quantization("int4", quantizer=CALIBRATED)
     request = Request(base, "onnx", how, adapter=adapter, text=text)
     with TemporaryDirectory(prefix="caliport-integers-") as place, working("layers at 4 bits"):
-        found, _ = measured_for(request, Path(place))
+        found = measured_for(request, Path(place))
         return _worst_first(found.layers), [_point(found, share) for share in _SHARES]
 
 

@@ -321,10 +321,16 @@ class Recipe(Part):
                 f"give an adapter: {', '.join(composed) or 'none'}"
             )
         through = [name for name, method in methods.items() if method.precision == "int4"]
-        if self.export.goal is not None and through:
+        if self.export.calibrates and through:
             raise ValueError(
-                f"export.max_size and export.target_kl choose layers after {through[0]} was "
-                "trained through int4; leave one out, or name export.int8_layers"
+                f"export.max_size, target_kl and tune_norms change what ships after {through[0]} "
+                "was trained through int4; leave one out"
+            )
+        scored = {"int4", "int4-bundle"} & set(self.evaluation.quantized)
+        if self.export.goal is not None and scored:
+            raise ValueError(
+                f"export.max_size and target_kl choose layers after methods were scored in "
+                f"{min(scored)}; leave one out, or name export.int8_layers"
             )
         for runtime in self.export.runtimes if "bundle" in self.export.ship else ():
             for name in self.compositions:

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from caliport.export.quantization.choices import Goal
+from caliport.export.quantization.quantizers.registry import needs_text
 from caliport.export.quantization.text import TOKENS
 from caliport.export.runtime import names
 from caliport.recipe import bounds
@@ -50,10 +51,21 @@ class Export(Part):
     target_kl: Annotated[Real, Field(gt=0, le=100)] | None = None
 
     @model_validator(mode="after")
-    def _one_goal(self) -> Export:
+    def _fits(self) -> Export:
         if self.max_size is not None and self.target_kl is not None:
             raise ValueError("max_size and target_kl: expected one of them")
+        if self.calibrates and self.quantizer is not None and not needs_text(self.quantizer):
+            raise ValueError(
+                "max_size, target_kl and tune_norms go with a quantizer that needs text"
+            )
+        if self.tune_norms and "bundle" in self.ship:
+            raise ValueError("tune_norms goes with ship: [fold]")
         return self
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether int4 is fitted to what ships beyond its integers."""
+        return self.goal is not None or self.tune_norms
 
     @property
     def goal(self) -> Goal | None:

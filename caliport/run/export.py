@@ -14,10 +14,10 @@ from caliport.export.request import Bundle, Request
 from caliport.export.runtime import get
 from caliport.run.integers import (
     bundle_place,
-    bundle_quantizer_of,
+    bundle_quantizer,
     bundle_text,
+    folded_quantizer,
     folded_text,
-    quantizer_of,
 )
 from caliport.run.resolve import best_method
 from caliport.run.workspace import Workspace, need
@@ -70,7 +70,7 @@ def export_all(space: Workspace, *, preflight: bool = True) -> None:
     for row in rows_of(space):
         how, length = _quantization(space, row), recipe.export.context
         goal = recipe.export.goal if row.precision == "int4" else None
-        text = _text(space, row) if needs_text(how.quantizer) or goal is not None else None
+        text = _text(space, row) if needs_text(how.quantizer) else None
         form = f"{row.runtime} {row.precision}"
         if not row.bundle:
             folded = adapters[row.composition]
@@ -101,9 +101,9 @@ def _quantization(space: Workspace, row: Row) -> Quantization:
     settings, is_int4 = space.recipe.export, row.precision == "int4"
     quantizer = None
     if is_int4 and row.bundle:
-        quantizer = bundle_quantizer_of(space)
+        quantizer = bundle_quantizer(space)
     elif is_int4:
-        quantizer = quantizer_of(space, best_method(space, row.composition))
+        quantizer = folded_quantizer(space, best_method(space, row.composition))
     return Quantization(
         row.precision,
         settings.int8_layers if is_int4 else (),

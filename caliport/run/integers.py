@@ -23,13 +23,7 @@ if TYPE_CHECKING:
 _BUNDLE = "int4-bundle"
 
 
-def int4_of(recipe: Recipe, quantizer: str) -> Quantization:
-    """The recipe's int4 with a quantizer."""
-    export = recipe.export
-    return Quantization("int4", export.int8_layers, export.embedding_bits, None, quantizer)
-
-
-def quantizer_of(space: Workspace, method: str) -> str:
+def folded_quantizer(space: Workspace, method: str) -> str:
     """The quantizer of an artifact with a method's adapter folded in: the recipe's, or a default.
 
     By default it needs text, which is at hand here. A correction that was trained through int4
@@ -41,12 +35,12 @@ def quantizer_of(space: Workspace, method: str) -> str:
     return DEFAULTS[4] if trained else CALIBRATED
 
 
-def bundle_quantizer_of(space: Workspace) -> str:
+def bundle_quantizer(space: Workspace) -> str:
     """The quantizer of the base of bundles."""
     recipe = space.recipe
     if recipe.export.quantizer is not None or is_frozen(recipe):
         return recipe.export.quantizer or CALIBRATED
-    found = {quantizer_of(space, best_method(space, name)) for name in recipe.compositions}
+    found = {folded_quantizer(space, best_method(space, name)) for name in recipe.compositions}
     return DEFAULTS[4] if DEFAULTS[4] in found else CALIBRATED
 
 
@@ -68,19 +62,25 @@ def bundle_place(space: Workspace) -> Path:
     return frozen_base(space, _BUNDLE) or space.kept("integers", BASE_ALONE)
 
 
-def scored(space: Workspace, composition: str, method: str, adapter: Path | None) -> Request:
-    """The request whose integers a method is scored with in int4."""
-    how = int4_of(space.recipe, quantizer_of(space, method))
+def folded_request(
+    space: Workspace, composition: str, method: str, adapter: Path | None
+) -> Request:
+    """The request whose integers a method is scored with in int4, whatever the runtime."""
+    export, quantizer = space.recipe.export, folded_quantizer(space, method)
+    how = Quantization(
+        "int4", export.int8_layers, export.embedding_bits, None, quantizer, export.tune_norms
+    )
     text = folded_text(space, composition) if needs_text(how.quantizer) else None
     return Request(space.base, "onnx", how, adapter=adapter, text=text)
 
 
 def known_integers(request: Request, place: Path) -> KnownIntegers | None:
-    """The integers of a request, found if they are not there; None if none need to be kept."""
-    from caliport.export.calibrated.requests import integers_of
+    """What a request ships with, found if it is not there; None if none need to be kept."""
+    from caliport.export.calibrated.requests import decided
     from caliport.export.decoder.shipped import planned
+    from caliport.export.preflight import artifact_bytes
 
-    source = integers_of(request, place)
+    request, source, _ = decided(request, place, artifact_bytes)
     if source is None:
         return None
     return source(planned(request.base, request.adapter, request.quantization))
@@ -107,7 +107,8 @@ def frozen_base(space: Workspace, form: str) -> Path | None:
     """
     if form != _BUNDLE or not is_frozen(space.recipe):
         return None
-    how = int4_of(space.recipe, bundle_quantizer_of(space))
+    export, quantizer = space.recipe.export, bundle_quantizer(space)
+    how = Quantization("int4", export.int8_layers, export.embedding_bits, None, quantizer)
     request = Request(space.base, "onnx", how, text=bundle_text(space))
 
     def build(partial: Path, extra: dict[str, Any], resume: Path) -> None:

@@ -12,7 +12,7 @@ from caliport.core.progress import progress
 from caliport.export.quantization.choices import Quantization
 from caliport.recipe.methods import parse
 from caliport.recipe.schema import prompt_of, prompts_of
-from caliport.run.integers import frozen_base, known_integers, scored
+from caliport.run.integers import folded_request, frozen_base, known_integers
 from caliport.run.resolve import (
     FP32,
     best_method,
@@ -63,7 +63,9 @@ def score_method(space: Workspace, composition: str, method: str, variant: str) 
         adapters = [space.composed(composition, method)]
     shown = f"{method} in {variant}" if variant != FP32 else method
     adapter = adapters[0] if adapters else None
-    request = scored(space, composition, method, adapter) if variant == "int4" else None
+    request = None
+    if variant == "int4":
+        request = folded_request(space, composition, method, adapter)
     frozen = frozen_base(space, variant)
 
     def build(partial: Path, extra: dict[str, Any], resume: Path) -> None:

@@ -27,6 +27,7 @@ from caliport.export.calibrated.sensitivity import (
 )
 from caliport.export.quantization.choices import Goal, Quantization
 from caliport.export.quantization.tensors import KnownIntegers, plan_of
+from caliport.export.quantization.text import cut
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -67,8 +68,8 @@ class Measured:
 def measured(
     model: PreTrainedModel,
     how: Quantization,
-    texts: Sequence[Sequence[int]],
-    known: KnownIntegers | None,
+    texts: Sequence[tuple[int, ...]],
+    known: KnownIntegers,
     place: Path,
     key: Mapping[str, Any],
 ) -> Measured:
@@ -78,7 +79,7 @@ def measured(
         model: The float32 decoder, with its adapter folded in.
         how: How it is quantized; layers that it keeps at 8 bits are not measured.
         texts: Token ids that were not calibrated on.
-        known: Calibrated integers; None for a quantizer that needs no text.
+        known: Its calibrated integers.
         place: A directory that keeps the losses, so that a killed run goes on where it was.
         key: What the losses depend on.
     """
@@ -98,7 +99,7 @@ def measured(
     ):
         kept.put(layer)
         layers.append(layer)
-    whole = Divergence(model, cut(texts, MEASURING))
+    whole = Divergence(model, texts)
 
     @cache
     def divergence(names: tuple[str, ...]) -> float:
@@ -129,14 +130,13 @@ def choose(goal: Goal, found: Measured, bytes_of: Callable[[Quantization], int])
                 f"{_size(goal.most_bytes)}"
             )
         # Scales and padding differ too, so what a layer adds is a little off.
-        names = keep_at_int8(found.layers, goal.most_bytes - least)
+        names, order = keep_at_int8(found.layers, goal.most_bytes - least), found.order()
         while bytes_of(found.with_kept(names)) > goal.most_bytes:
-            order = found.order()
             names.remove(max(names, key=order.index))
         return names
     assert goal.target_kl is not None
-    target, order = goal.target_kl, found.order()
-    if (left := found.divergence(order)) > target:
+    target = goal.target_kl
+    if (left := found.divergence(found.order())) > target:
         raise InputError(
             f"loss: found {left:.4f} nats a token with every layer in 8 bits, expected at most "
             f"{target:g}"
@@ -151,16 +151,6 @@ def choose(goal: Goal, found: Measured, bytes_of: Callable[[Quantization], int])
         key=lambda room: found.divergence(keep_at_int8(found.layers, room)) <= target,
     )
     return keep_at_int8(found.layers, rooms[first])
-
-
-def cut(texts: Sequence[Sequence[int]], tokens: int) -> list[Sequence[int]]:
-    """The first texts, with so many tokens in all."""
-    found: list[Sequence[int]] = []
-    for text in texts:
-        if tokens > 0:
-            found.append(text[:tokens])
-            tokens -= len(text)
-    return found
 
 
 class _Kept:

@@ -48,13 +48,14 @@ class Integers:
 
     Args:
         directory: Written by ``calibrated_integers``.
+        tuned: With the gains that ``caliport.export.calibrated.norms`` wrote beside them.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, tuned: bool = False) -> None:
         from safetensors import safe_open
 
         self._files: dict[str, Path] = {}
-        self._norms = directory / NORMS
+        self._norms = directory / NORMS if tuned else None
         for path in sorted(directory.glob("*.safetensors")):
             if path.name not in (_HIDDEN, NORMS, TUNING):
                 with safe_open(path, framework="pt") as opened:
@@ -66,10 +67,10 @@ class Integers:
 
     @cached_property
     def replaced(self) -> Mapping[str, Tensor]:
-        """Tuned gains of normalizations (``caliport.export.calibrated.norms``); maybe none."""
+        """Tuned gains of normalizations, float32 [width], by parameter name."""
         from safetensors.torch import load_file
 
-        return load_file(self._norms) if self._norms.is_file() else {}
+        return {} if self._norms is None else load_file(self._norms)
 
     def parts(self, module: str) -> tuple[Tensor, Tensor]:
         """Packed integers, uint8 [out, in / 2], and scales, bfloat16 [out, in / 32]."""

@@ -65,14 +65,15 @@ def tune_norms(
     Raises:
         InputError: The loss is not finite.
     """
+    # What gains depend on besides what the integers of their directory do.
+    state, key = place / TUNING, json.dumps([sorted(how.int8_layers), how.embedding_bits])
+    if _steps(place / NORMS, key) == len(texts):
+        return
     student = as_shipped(model, how, known=known).requires_grad_(False)
     gains = gains_of(student)
     for gain in gains.values():
         gain.requires_grad_(True)
     optimizer = torch.optim.Adam(gains.values(), lr=_RATE, betas=_BETAS)
-    state, key = place / TUNING, _key(student, how)
-    if _steps(place / NORMS, key) == len(texts):
-        return
     done = _resume(state, key, gains, optimizer)
     for step in range(done, len(texts)):
         at("tuning the gains of normalizations", step, len(texts))
@@ -104,12 +105,6 @@ def _state_of(
         for key, value in optimizer.state[gain].items():
             found[f"{name} {key}"] = value
     return found
-
-
-def _key(model: PreTrainedModel, how: Quantization) -> str:
-    """What gains depend on besides what the integers of their directory do."""
-    names = sorted(how.int8_layers)
-    return json.dumps([names, how.embedding_bits, sorted(gains_of(model))])
 
 
 def _steps(place: Path, key: str) -> int:

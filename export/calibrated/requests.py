@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +14,13 @@ from caliport.export.quantization.quantizers.registry import CALIBRATED, needs_t
 from caliport.export.request import Request
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from caliport.export.calibrated.bits import Measured
     from caliport.export.decoder.shipped import IntegerSource, Plan, ShippedDecoder
+    from caliport.export.quantization.choices import Quantization
     from caliport.export.quantization.tensors import KnownIntegers
+    from caliport.export.quantization.text import CalibrationText
 
 DIGITS = 32
 """Hexadecimal digits of a matrix's hash in a manifest."""
@@ -49,14 +51,12 @@ def check_text(request: Request) -> None:
         raise InputError(
             "tune_norms: goes with int4, a quantizer that needs text, and a fold or a base alone"
         )
-    if request.goal is not None:
-        if how.precision != "int4":
-            raise InputError(
-                f"a size or divergence to reach: goes with int4, found {how.precision}"
-            )
-        if request.text is None:
-            raise InputError("a size or divergence to reach: expected calibration text too")
-    elif request.text is not None and not needed:
+    if request.goal is not None and not needed:
+        raise InputError(
+            f"a size or divergence to reach: goes with int4 and calibration text, found "
+            f"{how.precision} without"
+        )
+    if request.text is not None and not needed:
         with_one = f"int4 with quantizer {CALIBRATED}"
         raise InputError(f"calibration text goes with {with_one}, found {how.precision}")
 
@@ -95,7 +95,7 @@ def decided(
     bytes_of: Callable[[Request], int],
     check: Callable[[PreTrainedModel], None] = lambda model: None,
 ) -> tuple[Request, IntegerSource | None, dict[str, Any]]:
-    """Decide which layers stay at 8 bits, if a request has a goal.
+    """Decide which layers stay at 8 bits, if a request has a goal, and tune gains, if it asks.
 
     Args:
         request: What to export.
@@ -104,81 +104,88 @@ def decided(
         check: Called with the decoder on the ``meta`` device before anything is measured.
 
     Returns:
-        The request with those layers named, what finds its integers, and manifest entries: the
-        divergence from float with these layers and with none at 8 bits, and of how many tokens.
+        The request with those layers named, what finds its integers and gains, and manifest
+        entries: the divergence from float with these layers and with none at 8 bits, before gains
+        are tuned, and of how many tokens.
 
     Raises:
         InputError: See ``caliport.export.calibrated.bits.choose``.
     """
-    if request.goal is None:
-        if not request.quantization.tune_norms:
-            return request, integers_of(request, place), {}
-        return request, _tuned(request, place, check), {}
-    from caliport.export.calibrated.bits import choose
+    how = request.quantization
+    if request.goal is None and not how.tune_norms:
+        return request, integers_of(request, place), {}
+    ready = _Ready.of(request, place, check)
+    known, bits = ready.known, {}
+    if request.goal is not None:
+        from caliport.export.calibrated.bits import choose
 
-    found, known = measured_for(request, place, check)
-    names = choose(request.goal, found, lambda how: bytes_of(replace(request, quantization=how)))
-    facts = {
-        **{key: value for key, value in asdict(request.goal).items() if value is not None},
-        "kl": found.divergence(names),
-        "kl_without": found.divergence(()),
-        "tokens": found.tokens,
-    }
-    chosen = replace(request, quantization=found.with_kept(names))
-    if request.quantization.tune_norms:
-        return chosen, _tuned(chosen, place, check, known), {"bits": facts}
-    return chosen, None if known is None else lambda _: known, {"bits": facts}
+        found = ready.measured()
+
+        def size(how: Quantization) -> int:
+            return bytes_of(replace(request, quantization=how))
+
+        names = choose(request.goal, found, size)
+        how = found.with_kept(names)
+        bits["bits"] = {
+            **{key: value for key, value in asdict(request.goal).items() if value is not None},
+            "kl": found.divergence(names),
+            "kl_without": found.divergence(()),
+            "tokens": found.tokens,
+        }
+    if how.tune_norms:
+        from caliport.export.calibrated.integers import Integers
+        from caliport.export.calibrated.norms import tune_norms
+
+        (texts,) = ready.text.sequences(ready.tokenizer, ready.model).values()
+        tune_norms(ready.model, how, texts, known, place)
+        known = Integers(place, tuned=True)
+    return replace(request, quantization=how), lambda _: known, bits
 
 
-def _tuned(
-    request: Request,
-    place: Path,
-    check: Callable[[PreTrainedModel], None],
-    known: KnownIntegers | None = None,
-) -> IntegerSource:
-    """The integers of a request and the gains tuned to them."""
-    from caliport.core.checkpoints import load_tokenizer
-    from caliport.export.calibrated.integers import Integers
-    from caliport.export.calibrated.norms import tune_norms
-    from caliport.export.decoder.fold import load_folded
-    from caliport.export.decoder.shipped import planned
+def measured_for(request: Request, place: Path) -> Measured:
+    """Measure the layers of a request's base, with its adapter, after calibrated rounding.
 
-    assert request.text is not None
-    plan = planned(request.base, request.adapter, request.quantization, check)
-    if known is None:
+    Args:
+        request: Of a quantizer that needs text, with text. Of a bundle the base is measured
+            without its compositions.
+        place: As for ``integers_of``; it also keeps what was measured.
+    """
+    return _Ready.of(request, place, lambda model: None).measured()
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A request whose integers are found, and its float model."""
+
+    request: Request
+    text: CalibrationText
+    place: Path
+    plan: Plan
+    known: KnownIntegers
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+    @classmethod
+    def of(cls, request: Request, place: Path, check: Callable[[PreTrainedModel], None]) -> _Ready:
+        from caliport.core.checkpoints import load_tokenizer
+        from caliport.export.decoder.fold import load_folded
+        from caliport.export.decoder.shipped import planned
+
+        plan = planned(request.base, request.adapter, request.quantization, check)
         source = integers_of(request, place)
         assert source is not None
+        assert request.text is not None
         known = source(plan)
-    (texts,) = request.text.sequences(load_tokenizer(request.base, plan.whole), plan.whole).values()
-    tune_norms(
-        load_folded(request.base, request.adapter), request.quantization, texts, known, place
-    )
-    return lambda _: Integers(place)
+        model = load_folded(request.base, request.adapter)
+        tokenizer = load_tokenizer(request.base, plan.whole)
+        return cls(request, request.text, place, plan, known, model, tokenizer)
 
+    def measured(self) -> Measured:
+        from caliport.export.calibrated.bits import MEASURING, measured
 
-def measured_for(
-    request: Request,
-    place: Path,
-    check: Callable[[PreTrainedModel], None] = lambda model: None,
-) -> tuple[Measured, KnownIntegers | None]:
-    """Measure the layers of a request's base, with its adapter, and find their integers.
-
-    Of a bundle the base is measured without its compositions.
-    """
-    from caliport.core.checkpoints import load_tokenizer
-    from caliport.export.calibrated.bits import MEASURING, measured
-    from caliport.export.decoder.fold import load_folded
-    from caliport.export.decoder.shipped import planned
-
-    assert request.text is not None
-    plan = planned(request.base, request.adapter, request.quantization, check)
-    source = integers_of(request, place)
-    known = None if source is None else source(plan)
-    tokenizer = load_tokenizer(request.base, plan.whole)
-    texts = request.text.held_out(tokenizer, plan.whole, MEASURING)
-    model = load_folded(request.base, request.adapter)
-    key = _key(request, plan)
-    return measured(model, request.quantization, texts, known, place, key), known
+        texts = self.text.held_out(self.tokenizer, self.model, MEASURING)
+        key, how = _key(self.request, self.plan), self.request.quantization
+        return measured(self.model, how, texts, self.known, self.place, key)
 
 
 def calibrated(decoder: ShippedDecoder, request: Request) -> dict[str, Any]:

@@ -73,9 +73,10 @@ class Divergence:
             raise InputError("sensitivity: found no prompts, expected at least one")
         self.tokens = sum(text.numel() for text in self._texts)
         self._model = model
-        self._path = group_layers(model).path
+        layers = group_layers(model)
+        self._path, self._count = layers.path, len(layers.stands_for)
         self._hidden: list[list[Tensor]] = []
-        self._before = [self._float(text) for text in self._texts]
+        self._before = [self._log_probabilities(text) for text in self._texts]
 
     def of(self, values: Mapping[str, Callable[[], Tensor]]) -> float:
         """Mean Kullback-Leibler divergence in nats per token, from the float model.
@@ -83,8 +84,9 @@ class Divergence:
         Args:
             values: By module name, what gives its weight; called once for each text.
         """
-        layers = [self._layer_of(name) for name in values]
-        first = min(layers, default=0)
+        first = min(map(self._layer_of, values), default=0)
+        if first and not self._hidden:
+            self._hidden = [self._states(text) for text in self._texts]
         with _replaced(self._model, values):
             total = sum(
                 float(
@@ -102,11 +104,10 @@ class Divergence:
         if self._path and name.startswith(f"{self._path}."):
             return int(name.removeprefix(f"{self._path}.").partition(".")[0])
         is_head = model.get_submodule(name) is model.get_output_embeddings()
-        return len(self._hidden[0]) - 1 if is_head and self._path else 0
+        return self._count if is_head and self._path else 0
 
-    def _float(self, text: Tensor) -> Tensor:
-        if not self._path:
-            return self._log_probabilities(text)
+    def _states(self, text: Tensor) -> list[Tensor]:
+        """What each layer of the float model gets, and what the last one gives."""
         hidden: list[Tensor] = []
 
         def keep(state: Tensor, _: int) -> Tensor:
@@ -114,12 +115,11 @@ class Divergence:
             return state
 
         with marked(self._model, self._path, keep):
-            found = self._log_probabilities(text)
-        self._hidden.append(hidden)
-        return found
+            self._log_probabilities(text)
+        return hidden
 
     def _from(self, layer: int, number: int) -> Tensor:
-        if not self._path or layer == 0:
+        if layer == 0:
             return self._log_probabilities(self._texts[number])
         hidden = self._hidden[number]
 

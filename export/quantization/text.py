@@ -146,7 +146,7 @@ class CalibrationText:
         share = tokens // len(self.sources)
         found = []
         for name, (_, left) in self._split(tokenizer, model).items():
-            kept = _taken(left, _spread(left, share), share)
+            kept = cut([left[i] for i in _spread(left, share)], share)
             if sum(map(len, kept)) < _FEWEST:
                 raise InputError(
                     f"{self.sources[name].path}: {self.tokens} calibration tokens take all of it, "
@@ -167,7 +167,7 @@ class CalibrationText:
             examples = [ids[:longest] for ids in source.sequences(tokenizer, model)]
             chosen = _spread(examples, share)
             others = sorted(set(range(len(examples))) - set(chosen))
-            found[name] = _taken(examples, chosen, share), [examples[i] for i in others]
+            found[name] = cut([examples[i] for i in chosen], share), [examples[i] for i in others]
         return found
 
 
@@ -178,13 +178,11 @@ def _spread(examples: Sequence[tuple[int, ...]], tokens: int) -> list[int]:
     return [i * len(examples) // count for i in range(count)]
 
 
-def _taken(
-    examples: Sequence[tuple[int, ...]], places: Sequence[int], tokens: int
-) -> list[tuple[int, ...]]:
-    """The examples at these places, cut to the given number of tokens in all."""
+def cut(examples: Sequence[tuple[int, ...]], tokens: int) -> list[tuple[int, ...]]:
+    """The first examples, with the given number of tokens in all."""
     kept: list[tuple[int, ...]] = []
-    for place in places:
+    for example in examples:
         if tokens > 0:
-            kept.append(examples[place][:tokens])
-            tokens -= len(examples[place])
+            kept.append(example[:tokens])
+            tokens -= len(example)
     return kept

@@ -9,6 +9,7 @@ import pytest
 
 from caliport.validation.runners.executorch import ExecuTorchRunner, generate
 from caliport.validation.runners.onnx import OnnxRunner
+from tests.exports import text_of
 from tests.forking import forked
 
 
@@ -122,3 +123,21 @@ def test_sensitivity_names_layers_to_keep(base_dir: Path, tmp_path: Path) -> Non
     assert found["int8_layers"]
     for name in found["int8_layers"]:
         assert f"--int8-layer {name}" in done.stderr
+    assert "curve" not in found
+
+
+def test_sensitivity_after_calibrated_rounding(base_dir: Path, tmp_path: Path) -> None:
+    text_of(tmp_path, 60, 256)
+    flags = ["--calibration", "text.txt", "--calibration-tokens", 256, "--out", "s.json"]
+    done = forked("sensitivity", "--base", base_dir, *flags, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "s.json").read_text())
+    assert found["curve"][0]["bytes"] == 0
+    losses = [point["kl"] for point in found["curve"]]
+    assert losses[-1] < 0.1 * losses[0]
+    assert "Loss of the whole model" in done.stdout + done.stderr
+    both = forked(
+        "sensitivity", "--base", base_dir, *flags[:2], "--prompt", "{input}", cwd=tmp_path
+    )
+    assert both.returncode == 2
+    assert "--prompts and --prompt do not go with --calibration" in both.stderr

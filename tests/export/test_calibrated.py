@@ -32,16 +32,14 @@ from caliport.export.reference.folded import eager
 from caliport.export.request import Bundle, Request
 from caliport.validation.gates.weights import Source, weights_gate
 from caliport.validation.runners.weights import ArtifactIntegers
-from tests.conftest import TEXTS
+from tests.exports import text_of
 
 HOW = Quantization("int4", quantizer="gptq")
 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> CalibrationText:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("\n".join(TEXTS * 8))
-    return CalibrationText({"": PlainText(path)}, 256)
+    return text_of(tmp_path_factory.mktemp("text"), 8, 256)
 
 
 def values(data: Tensor, scale: Tensor) -> Tensor:
@@ -300,9 +298,7 @@ def test_integers_are_read_by_module(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def longer(tmp_path_factory: pytest.TempPathFactory) -> CalibrationText:
     """Text of which two thirds are left to measure on."""
-    path = tmp_path_factory.mktemp("longer") / "text.txt"
-    path.write_text("\n".join(TEXTS * 60))
-    return CalibrationText({"": PlainText(path)}, 256)
+    return text_of(tmp_path_factory.mktemp("longer"), 60, 256)
 
 
 def test_what_is_measured_on_was_not_calibrated_on(longer: CalibrationText, base_dir: Path) -> None:
@@ -321,7 +317,7 @@ def test_bits_go_where_they_gain_most_for_their_bytes(
 ) -> None:
     """A divergence is reached with fewer layers than all, and a size is kept to."""
     plain = Request(base_dir, "onnx", HOW, 96, text=longer)
-    found, _ = measured_for(plain, tmp_path / "integers")
+    found = measured_for(plain, tmp_path / "integers")
     none, every = found.divergence([]), found.divergence(found.order())
     assert every < 0.1 * none
     target = 0.5 * none
@@ -360,7 +356,7 @@ def test_measured_losses_are_kept(
 ) -> None:
     """Whatever was measured before a kill is not measured again."""
     request = Request(base_dir, "onnx", HOW, 96, text=longer)
-    first, _ = measured_for(request, tmp_path)
+    first = measured_for(request, tmp_path)
     measured = []
     monkeypatch.setattr(
         Divergence, "of", lambda self, values: measured.append(sorted(values)) or 0.0
@@ -370,6 +366,6 @@ def test_measured_losses_are_kept(
     dropped = first.layers[-1].name
     del content["layers"][dropped]
     file.write_text(json.dumps(content))
-    second, _ = measured_for(request, tmp_path)
+    second = measured_for(request, tmp_path)
     assert [dropped in names for names in measured] == [True]
     assert [x.divergence for x in second.layers[:-1]] == [x.divergence for x in first.layers[:-1]]

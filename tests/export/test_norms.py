@@ -19,23 +19,22 @@ from caliport.export.artifact import Artifact
 from caliport.export.calibrated import norms
 from caliport.export.calibrated.integers import Integers
 from caliport.export.calibrated.requests import decided
+from caliport.export.decoder.shipped import planned
 from caliport.export.make import make
 from caliport.export.preflight import artifact_bytes
 from caliport.export.quantization.choices import NORMS, Quantization
 from caliport.export.quantization.tensors import as_shipped
-from caliport.export.quantization.text import CalibrationText, PlainText
+from caliport.export.quantization.text import CalibrationText
 from caliport.export.request import Bundle, Request
 from caliport.validation.runners.weights import ArtifactIntegers
-from tests.conftest import TEXTS
+from tests.exports import text_of
 
 HOW = Quantization("int4", quantizer="gptq", tune_norms=True)
 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> CalibrationText:
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("\n".join(TEXTS * 60))
-    return CalibrationText({"": PlainText(path)}, 2048)
+    return text_of(tmp_path_factory.mktemp("text"), 60, 2048)
 
 
 def test_tuned_gains_bring_it_nearer_on_other_text(
@@ -44,11 +43,9 @@ def test_tuned_gains_bring_it_nearer_on_other_text(
     request = Request(base_dir, "onnx", HOW, 64, text=text)
     _, source, _ = decided(request, tmp_path, artifact_bytes)
     assert source is not None
-    known = Integers(tmp_path)
     model = load_base(base_dir)
+    known, untuned = Integers(tmp_path, tuned=True), Integers(tmp_path)
     assert set(known.replaced) == {n for n, p in model.named_parameters() if p.dim() == 1}
-    untuned = Integers(tmp_path)
-    untuned.replaced = {}
     texts = text.held_out(load_tokenizer(base_dir), model, 1024)
 
     def loss(known: Integers) -> float:
@@ -61,6 +58,27 @@ def test_tuned_gains_bring_it_nearer_on_other_text(
         return sum(float(kl_div(a, b, log_target=True, reduction="sum")) for a, b in pairs)
 
     assert loss(known) < 0.95 * loss(untuned)
+
+
+def test_others_that_share_the_integers_do_not_get_the_gains(
+    base_dir: Path, text: CalibrationText, tmp_path: Path
+) -> None:
+    request = Request(base_dir, "onnx", HOW, 64, text=text)
+    _, source, _ = decided(request, tmp_path, artifact_bytes)
+    plan = planned(base_dir, None, HOW)
+    assert source is not None
+    assert source(plan).replaced
+    plain = replace(request, quantization=replace(HOW, tune_norms=False))
+    _, source, _ = decided(plain, tmp_path, artifact_bytes)
+    assert source is not None
+    assert not source(plan).replaced
+    other = replace(HOW, int8_layers=("model.layers.0.mlp.down_proj",))
+    gains = []
+    for place in (tmp_path, tmp_path / "alone"):
+        decided(replace(request, quantization=other), place, artifact_bytes)
+        gains.append(Integers(place, tuned=True).replaced)
+    for name, gain in gains[0].items():
+        assert torch.equal(gain, gains[1][name]), "begun anew, not from gains for other bits"
 
 
 def test_what_was_killed_goes_on_and_gives_the_same_gains(

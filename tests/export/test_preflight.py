@@ -20,12 +20,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from caliport.core.errors import InputError
 from caliport.core.machine import available_memory
 from caliport.export import preflight
+from caliport.export.calibrated.requests import integers_of
 from caliport.export.decoder import shipped
 from caliport.export.make import make
 from caliport.export.preflight import Needs, needs
-from caliport.export.quantization.choices import Quantization
+from caliport.export.quantization.choices import Goal, Quantization
+from caliport.export.quantization.text import CalibrationText
 from caliport.export.request import Bundle, Request
 from caliport.export.runtime import names
+from tests.exports import text_of
 from tests.forking import forked
 
 INT4 = Quantization("int4")
@@ -141,6 +144,31 @@ def _check(found: Needs | None, out: Path, peaks: list[int]) -> None:
     assert found is not None
     for estimate, real in ((found.artifact, _bytes(out)), (found.disk, peaks[-1])):
         assert abs(estimate / real - 1) < 0.05, (estimate, real)
+
+
+def test_calibration_and_a_goal_are_counted(base_dir: Path, tmp_path: Path) -> None:
+    text = text_of(tmp_path, 8, 256)
+    how = Quantization("int4", quantizer="gptq")
+    plain = needs(Request(base_dir, "onnx", INT4, 64))
+    calibrated = needs(Request(base_dir, "onnx", how, 64, text=text))
+    goal = needs(Request(base_dir, "onnx", how, 64, text=text, goal=Goal(target_kl=0.1)))
+    assert plain is not None
+    assert calibrated is not None
+    assert goal is not None
+    assert plain.artifact == calibrated.artifact == goal.artifact
+    integers = sum(path.stat().st_size for path in _integers(base_dir, text, tmp_path))
+    states = 2 * 4 * 256 * 64  # hidden states of 64 values after a layer, beside those before it
+    assert calibrated.disk - plain.disk == pytest.approx(integers + states, rel=0.05)
+    assert plain.memory < calibrated.memory < goal.memory
+    assert plain.seconds < calibrated.seconds < goal.seconds
+
+
+def _integers(base: Path, text: CalibrationText, place: Path) -> list[Path]:
+    how = Quantization("int4", quantizer="gptq")
+    source = integers_of(Request(base, "onnx", how, 64, text=text), place / "integers")
+    assert source is not None
+    source(shipped.planned(base, None, how))
+    return list((place / "integers").glob("*.safetensors"))
 
 
 LAYERS = ("model.layers.0.mlp.down_proj", "model.layers.1.self_attn.q_proj")

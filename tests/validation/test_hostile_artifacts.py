@@ -231,6 +231,7 @@ def test_what_is_no_file_of_the_directory(copy: Path, name: str, signed: bool) -
         ("base/vocab_size", -1, "base.vocab_size is -1"),
         ("quantization", [], "quantization is [], expected an object"),
         ("quantization/cache_bits", 3, "cache_bits is 3, expected None, 8"),
+        ("quantization/tune_norms", "no", "tune_norms is 'no', expected true or false"),
         ("quantization/int8_layers", [3], "int8_layers is 3, expected text"),
         ("precision", "int3", "precision is 'int3', expected fp32, int8 or int4"),
         ("runtime", ["onnx"], "runtime is ['onnx'], expected"),
@@ -265,7 +266,7 @@ def test_an_adapter_of_a_bundle_that_is_none(bundle_dir: Path, tmp_path: Path) -
     ("count", "says"),
     [
         (100_000, r"chat_template\.jinja: 1,400,000 bytes, expected at most"),
-        (70_000, r"chat template of 980,000 characters, does not end in 2 seconds; expected"),
+        (70_000, r"chat template of 980,000 characters, did not end in 2 seconds; expected"),
     ],
 )
 def test_a_template_is_bounded_before_the_stock_runner_reads_it(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from caliport.core.directories import made_here
@@ -41,23 +42,9 @@ def try_program(program: Path) -> None:
         return
     command = [sys.executable, "-P", "-m", "caliport.validation.runners.trial_child", str(program)]
     seconds = _SECONDS + program.stat().st_size // _BYTES_A_SECOND
-    try:
-        done = subprocess.run(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            check=False,
-            timeout=seconds,
-        )
-    except subprocess.TimeoutExpired:
-        raise InputError(
-            f"{program}: ExecuTorch did not end a step in {seconds} seconds; expected a sound "
-            "program"
-        ) from None
-    if done.returncode < 0:
-        crash = signal.Signals(-done.returncode).name
-        raise InputError(f"{program}: ExecuTorch crashed on it ({crash}); expected a sound program")
+    ended = _ended(command, seconds)
+    if ended is not None:
+        raise InputError(f"{program}: ExecuTorch {ended}; expected a sound program")
     _sound.add(content)
 
 
@@ -78,22 +65,31 @@ def try_template(directory: Path) -> None:
         size = max(size, len(str(read_object(config, TOKENIZER_BYTES).get("chat_template"))))
     if size <= _TEMPLATE:
         return
-    try:
-        done = subprocess.run(
-            [sys.executable, "-P", "-c", _READ, str(directory)],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            check=False,
-            timeout=_TEMPLATE_SECONDS,
-        )
-    except subprocess.TimeoutExpired:
-        ended = f"does not end in {_TEMPLATE_SECONDS} seconds"
-    else:
-        if done.returncode >= 0:  # what else is wrong is said by what opens it
-            return
-        ended = f"ends with {signal.Signals(-done.returncode).name}"
+    ended = _ended([sys.executable, "-P", "-c", _READ, str(directory)], _TEMPLATE_SECONDS)
+    if ended is None:
+        return
     raise InputError(
         f"{directory}: onnxruntime_genai, which reads its chat template of {size:,} characters, "
         f"{ended}; expected a shorter one"
     )
+
+
+def _ended(command: Sequence[str], seconds: int) -> str | None:
+    """How a child ended that crashed or did not end; None for any exit code of its own.
+
+    What else is wrong is said by what opens the file in this process.
+    """
+    try:
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            check=False,
+            timeout=seconds,
+        )
+    except subprocess.TimeoutExpired:
+        return f"did not end in {seconds} seconds"
+    if done.returncode >= 0:
+        return None
+    return f"crashed on it ({signal.Signals(-done.returncode).name})"
