@@ -55,6 +55,38 @@ def test_names(
         assert torch.equal(found.delta(module), wanted.delta(module))
 
 
+@pytest.mark.parametrize("dora", [False, True])
+def test_torchtune(dora: bool, base_dir: Path, tmp_path: Path) -> None:
+    """PEFT's names beside only four settings; DoRA's magnitudes without the setting that says so.
+
+    As ``tune_to_peft_adapter_weights`` and ``tune_to_peft_adapter_config`` of torchtune write.
+    """
+    draw = torch.Generator().manual_seed(0)
+    shapes = {"self_attn.q_proj": (64, 64), "mlp.down_proj": (64, 160)}
+    tensors = {}
+    for module, (rows, width) in shapes.items():
+        name = f"{P}model.layers.0.{module}"
+        tensors[f"{name}.lora_A.weight"] = torch.randn(4, width, generator=draw)
+        tensors[f"{name}.lora_B.weight"] = torch.randn(rows, 4, generator=draw)
+        if dora:
+            tensors[f"{name}.lora_magnitude_vector"] = torch.rand(rows, generator=draw)
+    save_file(tensors, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = {
+        **{"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"]},
+        **{"peft_type": "LORA", "base_model_name_or_path": "meta-llama/Llama-3.2-1B-Instruct"},
+    }
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    if dora:
+        with pytest.raises(InputError, match=r"has a lora_magnitude_vector.* use_dora = False"):
+            read_update(tmp_path, load_base(base_dir))
+        return
+    found = read_update(tmp_path, load_base(base_dir))
+    assert set(found.modules) == {f"model.layers.0.{module}" for module in shapes}
+    for name in found.modules:
+        a, b = (tensors[f"{P}{name}.lora_{part}.weight"] for part in "AB")
+        torch.testing.assert_close(found.delta(name), 2 * b @ a)
+
+
 def test_two_names_of_one_module() -> None:
     model = nn.Module()
     model.lm_head = nn.Linear(2, 3)
