@@ -8,11 +8,14 @@
     assert caliport.validate(artifact, "base", "both").passed
     print(caliport.generate(artifact, "Anna and Tom meet on Friday."))
 
-Nothing heavy is imported before it is used.
+Nothing heavy is imported before it is used. ONNX Runtime and onnxruntime_genai send usage events
+with an id of the machine, unless ``ORT_DISABLE_TELEMETRY`` is set before they are loaded; importing
+this package sets it to 1, if it is not set.
 """
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +27,8 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = ["__version__", "calibration_text", "compose", "export", "generate", "load", "validate"]
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 _HOMES = {
     "calibration_text": "caliport.api",

@@ -5,6 +5,7 @@
 #include <chrono>
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
 #include <fstream>
 #include <iostream>
 #include <numeric>
@@ -164,6 +165,7 @@ void write(const std::string& path, const json& result) {
 }  // namespace caliport
 
 int main(int count, char** arguments) {
+  setenv("ORT_DISABLE_TELEMETRY", "1", 0);  // ONNX Runtime's usage events, unless told otherwise
   if (count != 3) {
     std::cerr << "caliport-onnx: " << count - 1 << " arguments, expected JOB RESULT\n";
     return 2;

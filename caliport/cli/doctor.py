@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import platform
 import shutil
 from importlib import metadata
@@ -13,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from caliport.core.progress import PlainConsole
+from caliport.core.untrusted import shown
 from caliport.export.runtime import get, names
 
 _SMALL_MEMORY = 4e9
@@ -64,6 +66,9 @@ def examine() -> bool:
         f"memory {memory.total / 1e9:.1f} GB, {memory.available / 1e9:.1f} GB free; "
         f"disk here {disk.free / 1e9:.1f} GB free"
     )
+    telemetry = os.environ.get("ORT_DISABLE_TELEMETRY", "")
+    said = "off" if telemetry == "1" else f"as ORT_DISABLE_TELEMETRY={shown(telemetry)} says"
+    console.print(f"ONNX Runtime's usage events: {said}", markup=False)
     if memory.available < _SMALL_MEMORY:
         problems.append(f"only {memory.available / 1e9:.1f} GB of memory free; demo needs about 4")
     if disk.free < _SMALL_DISK:

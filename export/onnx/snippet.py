@@ -10,6 +10,9 @@ BUNDLE_NOTE = (
 )
 _CODE = """\
 import json
+import os
+
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # else ONNX Runtime sends usage events; an app too
 
 import onnxruntime_genai as genai
 

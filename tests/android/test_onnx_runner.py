@@ -243,6 +243,22 @@ def test_a_named_pipe_is_not_waited_for(
     assert re.fullmatch(rf"caliport-onnx: {name}: not a regular file.*\n", done.stderr)
 
 
+def test_it_sends_no_usage_events(
+    runner: JobRunner, artifact_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """ONNX Runtime keeps an id of the machine in the home as soon as it is loaded to send any."""
+    (tmp_path / "fp32").symlink_to(artifact_of("fp32"))
+    (tmp_path / "job.json").write_text(json.dumps({**GOOD, "directory": "fp32", "adapter": None}))
+    home = tmp_path / "home"
+    home.mkdir()
+    kept = {k: v for k, v in os.environ.items() if k not in ("ORT_DISABLE_TELEMETRY", "HOME")}
+    kept = {k: v for k, v in kept.items() if not k.startswith("XDG_")}
+    command = runner.started(str(runner.directory), "job.json", "result.json")
+    done = subprocess.run(command, cwd=tmp_path, env={**kept, "HOME": str(home)}, check=False)
+    assert done.returncode == 0
+    assert list(home.iterdir()) == []
+
+
 def test_a_runner_that_was_changed_is_refused(runner: JobRunner, tmp_path: Path) -> None:
     assert runner.directory is not None
     shutil.copytree(runner.directory, tmp_path, dirs_exist_ok=True)

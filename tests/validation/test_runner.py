@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +23,8 @@ from caliport.validation.runners.genai import GenaiRunner
 from caliport.validation.runners.onnx import OnnxRunner
 from caliport.validation.runners.open import Execution, open_runner
 from caliport.validation.runners.runner import greedy
-from tests.exports import to_onnx_bundle
+from tests.commands import ENVIRONMENT
+from tests.exports import to_onnx, to_onnx_bundle
 from tests.validation.conftest import Scene
 
 
@@ -181,3 +184,26 @@ def test_anything_with_the_protocol_is_held_to_the_same_gates(
         open_runner(artifact, 1, None, "elsewhere:REMOTE")
     with pytest.raises(InputError, match="gave list, expected an object with name, context"):
         open_runner(artifact, 1, None, "elsewhere:nothing")
+
+
+_RUNS = """
+import sys, caliport
+from pathlib import Path
+from caliport.validation.runners.genai import GenaiRunner
+for runner in (caliport.load(sys.argv[1]), GenaiRunner(Path(sys.argv[1]), threads=1)):
+    runner.prefill([1, 2, 3])
+"""
+
+
+def test_onnx_runtime_sends_no_usage_events(base_dir: Path, tmp_path: Path) -> None:
+    """It keeps an id of the machine in the home as soon as it is loaded to send any."""
+    artifact = to_onnx(base_dir, tmp_path / "art")
+    home = tmp_path / "home"
+    home.mkdir()
+    unset = ("ORT_DISABLE_TELEMETRY", "HOME", "XDG_CACHE_HOME")
+    kept = {key: value for key, value in ENVIRONMENT.items() if key not in unset}
+    kept |= {"HOME": str(home), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", _RUNS, str(artifact)]
+    done = subprocess.run(command, env=kept, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in home.rglob("*") if path.is_file()] == []
