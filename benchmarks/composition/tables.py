@@ -12,10 +12,10 @@ from benchmarks.composition.plans import TRAINED, Plan, fields_of, has
 from benchmarks.document import markdown, put
 from caliport.core.directories import read_manifest
 from caliport.recipe.methods import KINDS, parse
-from caliport.run.resolve import FP32, read_score, variants_of
+from caliport.run.resolve import FP32, examples_of, read_score, variants_of
 from caliport.run.workspace import Workspace
 from caliport.stages.sweep import seconds_of
-from caliport.validation.evaluation.bootstrap import bootstrap_interval
+from caliport.validation.evaluation.bootstrap import clustered_interval
 from caliport.validation.records.reports import this_machine
 
 CONFIDENCE = 0.95
@@ -154,7 +154,8 @@ def _quantization(plan: Plan, spaces: Sequence[Workspace], metric: str) -> Itera
     ]
     yield (
         f"Paired over examples, all compositions and seeds together, with the {CONFIDENCE:.0%} "
-        "bootstrap interval of the difference (loss: below 0 is better; score: above 0)."
+        "interval of the difference by cluster bootstrap over seeds and images or chats (loss: "
+        "below 0 is better; score: above 0)."
     )
     rows = [
         [
@@ -172,8 +173,8 @@ def _quantization(plan: Plan, spaces: Sequence[Workspace], metric: str) -> Itera
 def _unseen(plan: Plan, spaces: Sequence[Workspace], metric: str) -> Iterable[str]:
     yield (
         "FLix against one LoRA of the same active rank on the same mixture and steps: mean score, "
-        f"and the {CONFIDENCE:.0%} bootstrap interval of the paired difference over examples and "
-        "seeds."
+        f"and the {CONFIDENCE:.0%} interval of the paired difference by cluster bootstrap over "
+        "seeds and images or chats."
     )
     flix = spaces[0].recipe.flix
     assert flix is not None
@@ -200,17 +201,20 @@ def _paired(
     key: str,
     form: str,
 ) -> str:
-    differences = np.concatenate(
-        [
-            np.subtract(
-                read_score(space, c, *one)["examples"][key],
-                read_score(space, c, *other)["examples"][key],
-            )
-            for space, c in cells
-        ]
-    )
-    low, high = bootstrap_interval(differences, CONFIDENCE)
-    return f"{form.format(differences.mean())} [{form.format(low)}, {form.format(high)}]"
+    differences, seeds, items = [], [], []
+    for space, composition in cells:
+        scores = [read_score(space, composition, *way)["examples"][key] for way in (one, other)]
+        differences += np.subtract(*scores).tolist()
+        seeds += [space.recipe.seed] * len(scores[0])
+        items += _items(space, composition)[: len(scores[0])]
+    low, high = clustered_interval(np.array(differences), seeds, items, CONFIDENCE)
+    return f"{form.format(np.mean(differences))} [{form.format(low)}, {form.format(high)}]"
+
+
+def _items(space: Workspace, composition: str) -> list[str]:
+    """The image or chat of each example: its input, whatever order its lines are in."""
+    examples = examples_of(space, composition, "validation")
+    return ["\n".join(sorted(example.input.split("\n"))) for example in examples]
 
 
 def _sweep_table(plan: Plan, first: Workspace, rates: Mapping[str, float]) -> str:

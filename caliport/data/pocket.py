@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from zlib import crc32
 
 from caliport.core.errors import InputError
 from caliport.data.examples import Example
@@ -178,9 +179,10 @@ def answer(one: Chat, task: str) -> Example:
 def examples(task: str, split: str, count: int, seed: int) -> list[Example]:
     """`count` examples of a single task or composition, determined by split, count and seed.
 
-    All tasks draw the same chats for the same arguments. Training and validation never share a
-    chat, nor a summary; a reply has fewer facts, so the same reply can occur in both. The
-    translation and tone tasks alternate between summaries and replies.
+    All tasks draw the same chats for the same arguments. Training and validation never share an
+    input, nor a summary; a reply has fewer facts, so the same reply can be an output in both. The
+    translation and tone tasks rewrite a summary, of every second chat the reply, unless that reply
+    is an input of the other split.
 
     Raises:
         InputError: The task or the split is unknown, or the count is negative or too large.
@@ -201,7 +203,7 @@ def examples(task: str, split: str, count: int, seed: int) -> list[Example]:
     form = task.partition("_")[2]
     return [
         Example(one.reply(), one.reply(form))
-        if number % 2
+        if number % 2 and _split_of_reply(one.reply()) == split
         else Example(one.summary(), one.summary(form))
         for number, one in enumerate(chats)
     ]
@@ -210,6 +212,11 @@ def examples(task: str, split: str, count: int, seed: int) -> list[Example]:
 def split_of(index: int) -> str:
     """The split of the chat with this index; it depends only on the chat's facts."""
     return "train" if index % _FACTS % _VALIDATION_STEP else "validation"
+
+
+def _split_of_reply(reply: str) -> str:
+    """The split in which a reply is rewritten: half of all replies each, by their text."""
+    return SPLITS[crc32(reply.encode()) % 2]
 
 
 def _index(split: str, draw: int) -> int:

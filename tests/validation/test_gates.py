@@ -11,7 +11,7 @@ import torch
 
 from caliport.core.checkpoints import load_base
 from caliport.core.errors import InputError
-from caliport.validation.evaluation.bootstrap import bootstrap_interval
+from caliport.validation.evaluation.bootstrap import bootstrap_interval, clustered_interval
 from caliport.validation.evaluation.measures import compare
 from caliport.validation.gates.criteria import Criteria
 from caliport.validation.gates.limits import (
@@ -200,6 +200,40 @@ def test_bootstrap_interval_is_near_the_normal_one() -> None:
     assert low == pytest.approx(values.mean() - half, abs=0.02)
     assert high == pytest.approx(values.mean() + half, abs=0.02)
     assert bootstrap_interval(values, 0.95) == (low, high)
+
+
+def test_three_seeds_that_differ_are_three_numbers() -> None:
+    """Their examples do not make them more: Student's t over the seeds' means."""
+    draw = np.random.default_rng(0)
+    means = np.array([2.0, 6.0, 12.0])
+    values = (means[:, None] + 0.1 * draw.standard_normal((3, 200))).ravel()
+    seeds, items = np.repeat(range(3), 200), np.tile(range(200), 3)
+    low, high = clustered_interval(values, seeds.tolist(), items.tolist(), 0.95)
+    half = 4.303 * means.std(ddof=1) / 3**0.5
+    assert (high - low) / 2 == pytest.approx(half, rel=0.05)
+    pooled = bootstrap_interval(values, 0.95)
+    assert (high - low) > 10 * (pooled[1] - pooled[0])
+
+
+@pytest.mark.parametrize("seeds", [1, 5])
+def test_a_clustered_interval_covers_the_mean(seeds: int) -> None:
+    """In 95 % of 300 draws of seeds, images and what both do together."""
+    draw = np.random.default_rng(seeds)
+    inside, wide = 0, []
+    for _ in range(300):
+        effects = draw.standard_normal((seeds, 1)) * (seeds > 1) + draw.standard_normal((1, 40))
+        values = (effects + draw.standard_normal((seeds, 40)))[:, :, None].repeat(2, axis=2)
+        index = np.indices(values.shape).reshape(3, -1)
+        low, high = clustered_interval(values.ravel(), list(index[0]), list(index[1]), 0.95)
+        inside += low <= 0 <= high
+        wide.append(high - low)
+    assert inside / 300 == pytest.approx(0.95, abs=0.03)
+    if seeds == 1:  # over images, each measured twice
+        assert np.mean(wide) == pytest.approx(2 * 2.02 * (2 / 40) ** 0.5, rel=0.1)
+
+
+def test_a_clustered_interval_of_one_value_is_endless() -> None:
+    assert clustered_interval(np.array([1.0, 2.0]), [0, 0], ["a", "a"], 0.95) == (-np.inf, np.inf)
 
 
 def test_stock_runner_must_agree() -> None:

@@ -126,13 +126,16 @@ def test_a_composition_is_the_auxiliary_task_of_the_main_task(name: str) -> None
     main, auxiliary = COMPOSITIONS[name]
     composed = examples(name, "train", 400, seed=3)
     singles = examples(main, "train", 400, seed=3)
-    # The auxiliary task takes summaries and replies in turn, from the same chats.
+    # The auxiliary task takes summaries and, of every second chat, replies that are not held out.
     parity = 0 if main == "summarize" else 1
     helped = examples(auxiliary, "train", 400, seed=3)[parity::2]
+    same = 0
     for whole, first, second in zip(composed[parity::2], singles[parity::2], helped, strict=True):
         assert whole.input == first.input
-        assert second.input == first.output
-        assert whole.output == second.output
+        if second.input == first.output:
+            assert whole.output == second.output
+            same += 1
+    assert same == 200 if main == "summarize" else 60 < same < 140
 
 
 def test_three_tasks_at_once() -> None:
