@@ -12,7 +12,7 @@ from benchmarks.composition.plans import TRAINED, Plan, fields_of, has
 from benchmarks.document import markdown, put
 from caliport.core.directories import read_manifest
 from caliport.recipe.methods import KINDS, parse
-from caliport.run.resolve import FP32, examples_of, read_score, variants_of
+from caliport.run.resolve import FP32, read_score, reported, variants_of
 from caliport.run.workspace import Workspace
 from caliport.stages.sweep import seconds_of
 from caliport.validation.evaluation.bootstrap import clustered_interval
@@ -206,14 +206,14 @@ def _paired(
         scores = [read_score(space, composition, *way)["examples"][key] for way in (one, other)]
         differences += np.subtract(*scores).tolist()
         seeds += [space.recipe.seed] * len(scores[0])
-        items += _items(space, composition)[: len(scores[0])]
+        items += _items(space, composition)
     low, high = clustered_interval(np.array(differences), seeds, items, CONFIDENCE)
     return f"{form.format(np.mean(differences))} [{form.format(low)}, {form.format(high)}]"
 
 
 def _items(space: Workspace, composition: str) -> list[str]:
     """The image or chat of each example: its input, whatever order its lines are in."""
-    examples = examples_of(space, composition, "validation")
+    examples = reported(space, composition, space.recipe.evaluation.examples)
     return ["\n".join(sorted(example.input.split("\n"))) for example in examples]
 
 

@@ -11,7 +11,7 @@ from rich.text import Text
 from caliport.core.progress import console, progress
 from caliport.export.artifact import Artifact
 from caliport.recipe.schema import prompt_of
-from caliport.run.resolve import best_method, examples_of
+from caliport.run.resolve import best_method, reported
 from caliport.run.workspace import Workspace
 from caliport.stages.stage import stage
 
@@ -131,7 +131,7 @@ def _longest_prompt(space: Workspace) -> list[int]:
             encode_prompt(tokenizer, template.replace("{input}", example.input))
             for name in space.recipe.compositions
             for template in [prompt_of(space.recipe, name, best_method(space, name))]
-            for example in examples_of(space, name, "validation", space.recipe.validation.examples)
+            for example in reported(space, name, space.recipe.validation.examples)
         ),
         key=len,
     )

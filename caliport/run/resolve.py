@@ -19,9 +19,35 @@ if TYPE_CHECKING:
     from caliport.calibrate.training.loop import TrainSettings
 
 
+_MOST_CHOSEN_ON, _SHARE = 200, 5
+
+
 def examples_of(space: Workspace, task: str, split: str, count: int | None = None) -> list[Example]:
     """The first ``count`` examples of a task (all of them when None)."""
     return read_jsonl(space.data / f"{task}.{split}.jsonl")[:count]
+
+
+def reported(space: Workspace, task: str, count: int | None) -> list[Example]:
+    """The first ``count`` validation examples that no choice is made on (all of them when None)."""
+    examples = examples_of(space, task, "validation")
+    return examples[: len(examples) - _kept_back(space, task, len(examples))][:count]
+
+
+def chosen_on(space: Workspace, composition: str) -> list[Example]:
+    """The validation examples that ``best_method`` chooses on, which are never reported.
+
+    They are the last fifth, at most 200; empty where there is nothing to choose.
+    """
+    examples = examples_of(space, composition, "validation")
+    return examples[len(examples) - _kept_back(space, composition, len(examples)) :]
+
+
+def _kept_back(space: Workspace, task: str, examples: int) -> int:
+    recipe = space.recipe
+    small = [name for name in recipe.calibration.methods if parse(name).small]
+    if task not in recipe.compositions or recipe.export.method != "best" or len(small) < 2:
+        return 0
+    return min(_MOST_CHOSEN_ON, -(-examples // _SHARE)) if examples > 1 else 0
 
 
 def source_of(space: Workspace, task: str, tuned: bool, count: int | None = None) -> Source:
@@ -94,21 +120,20 @@ def variants_of(space: Workspace, method: str) -> tuple[str, ...]:
 def best_method(space: Workspace, composition: str) -> str:
     """The method to export: the recipe's, or the small method (``Method.small``) of lowest loss.
 
+    The losses are of ``chosen_on``'s examples; with a single one in all, of that.
+
     Raises:
         InputError: Nothing has been scored yet, or the recipe has no small method.
     """
     if space.recipe.export.method != "best":
         return space.recipe.export.method
-    scores = {
-        name: read_score(space, composition, name)["loss"]
-        for name in space.recipe.calibration.methods
-        if parse(name).small
-    }
-    if not scores:
+    small = [name for name in space.recipe.calibration.methods if parse(name).small]
+    if not small:
         raise InputError(
             "export.method is best and calibration.methods has no merge and no correction"
         )
-    return min(scores, key=lambda method: scores[method])
+    scores = {name: read_score(space, composition, name) for name in small}
+    return min(small, key=lambda name: scores[name].get("chosen_on", scores[name]["loss"]))
 
 
 def expanded_methods(space: Workspace, tasks: tuple[str, ...]) -> list[str]:

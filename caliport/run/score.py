@@ -16,10 +16,11 @@ from caliport.run.integers import folded_request, frozen_base, known_integers
 from caliport.run.resolve import (
     FP32,
     best_method,
-    examples_of,
+    chosen_on,
     expanded_methods,
     quantization_of,
     read_score,
+    reported,
     variants_of,
 )
 from caliport.run.workspace import Workspace
@@ -54,27 +55,23 @@ def score_method(space: Workspace, composition: str, method: str, variant: str) 
     """Score one method with fp32 weights, or with quantized ones such as ``int4``."""
     recipe = space.recipe
     tasks = recipe.compositions[composition]
-    adapters: list[Path] = []
-    if method == "multi-step":
-        adapters = [space.adapter(task) for task in tasks]
-    elif method.startswith("lora-"):
-        adapters = [space.adapter(method.removeprefix("lora-"))]
-    elif parse(method).composed:
-        adapters = [space.composed(composition, method)]
+    adapters = _adapters(space, composition, method)
     shown = f"{method} in {variant}" if variant != FP32 else method
     adapter = adapters[0] if adapters else None
     request = None
     if variant == "int4":
         request = folded_request(space, composition, method, adapter)
     frozen = frozen_base(space, variant)
+    kept_back = chosen_on(space, composition)
+    small = variant == FP32 and not method.startswith("lora-") and parse(method).small
 
     def build(partial: Path, extra: dict[str, Any], resume: Path) -> None:
         from caliport.core.checkpoints import load_base, load_tokenizer
         from caliport.export.calibrated.integers import Integers
 
-        examples = examples_of(space, composition, "validation", recipe.evaluation.examples)
+        examples = reported(space, composition, recipe.evaluation.examples)
         tokenizer = load_tokenizer(space.base, load_base(space.base))
-        title = f"{composition}: scoring {shown}"
+        title, chosen = f"{composition}: scoring {shown}", {}
         if method == "multi-step":
             score = _score_chain(space, tokenizer, tasks, examples, title)
         else:
@@ -86,14 +83,9 @@ def score_method(space: Workspace, composition: str, method: str, variant: str) 
             model = _with_adapter(space, adapter, variant, known)
             prompt = prompt_of(recipe, composition, method)
             score = _score_model(space, model, tokenizer, prompt, examples, title)
-        result = {
-            "loss": score.loss,
-            "rougeL": score.rougeL,
-            "chrf": score.chrf,
-            "weighted_rouge": sum(score.examples["weighted_rouge"]) / len(examples),
-            "outputs": score.outputs,
-            "examples": score.examples,
-        }
+            if small and kept_back:
+                chosen["chosen_on"] = _loss(space, model, tokenizer, prompt, kept_back)
+        result = chosen | _result(score)
         (partial / "score.json").write_text(json.dumps(result, ensure_ascii=False))
 
     inputs: dict[str, Path | str] = {f"adapter {i}": path for i, path in enumerate(adapters)}
@@ -107,6 +99,8 @@ def score_method(space: Workspace, composition: str, method: str, variant: str) 
             *(prompts_of(recipe)[task] for task in tasks),
         ],
     }
+    if kept_back:
+        settings["kept back"] = len(kept_back)
     if variant != FP32:
         settings["quantization"] = quantization_of(recipe, variant.partition("-")[0])
     if request is not None:
@@ -117,6 +111,27 @@ def score_method(space: Workspace, composition: str, method: str, variant: str) 
         inputs["integers"] = frozen
     out = space.kept("scores", composition, method, variant)
     stage(out, "score", f"{composition}: score of {shown}", inputs, settings, build)
+
+
+def _adapters(space: Workspace, composition: str, method: str) -> list[Path]:
+    """The adapters that a method uses, one after the other."""
+    if method == "multi-step":
+        return [space.adapter(task) for task in space.recipe.compositions[composition]]
+    if method.startswith("lora-"):
+        return [space.adapter(method.removeprefix("lora-"))]
+    return [space.composed(composition, method)] if parse(method).composed else []
+
+
+def _result(score: Score) -> dict[str, Any]:
+    rouges = score.examples["weighted_rouge"]
+    return {
+        "loss": score.loss,
+        "rougeL": score.rougeL,
+        "chrf": score.chrf,
+        "weighted_rouge": sum(rouges) / len(rouges),
+        "outputs": score.outputs,
+        "examples": score.examples,
+    }
 
 
 def judge_method(space: Workspace, composition: str, method: str) -> None:
@@ -143,7 +158,7 @@ def judge_method(space: Workspace, composition: str, method: str) -> None:
                 settings.timeout,
                 settings.tries,
             )
-        examples = examples_of(space, composition, "validation", recipe.evaluation.examples)
+        examples = reported(space, composition, recipe.evaluation.examples)
         outputs = read_score(space, composition, method)["outputs"]
         questions = [
             Question(prompt.replace("{input}", e.input), e.output, output)
@@ -221,6 +236,26 @@ def _score_model(
         )
 
 
+def _loss(
+    space: Workspace,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    examples: list[Example],
+) -> float:
+    """Mean over tokens of the references' cross-entropy, in nats."""
+    from caliport.core.checkpoints import encode_prompt, eos_ids
+    from caliport.core.model_files.answers import answer_end
+    from caliport.validation.evaluation.quality import target_losses, target_tokens
+
+    prompts = [encode_prompt(tokenizer, prompt.replace("{input}", e.input)) for e in examples]
+    end = answer_end(tokenizer, eos_ids(model))
+    targets = [target_tokens(tokenizer, e.output, end) for e in examples]
+    losses = target_losses(model, prompts, targets, space.recipe.evaluation.batch_size)
+    sizes = [len(target) for target in targets]
+    return sum(loss * size for loss, size in zip(losses, sizes, strict=True)) / sum(sizes)
+
+
 def _score_chain(
     space: Workspace,
     tokenizer: PreTrainedTokenizerBase,
@@ -261,13 +296,14 @@ def _write_quality(space: Workspace) -> None:
     for composition, tasks in recipe.compositions.items():
         methods = expanded_methods(space, tasks)
         found = {method: read_score(space, composition, method) for method in methods}
-        examples = examples_of(space, composition, "validation", recipe.evaluation.examples)
+        examples = reported(space, composition, recipe.evaluation.examples)
         results[composition] = CompositionResult(
             tasks=list(tasks),
             split="validation",
             examples=len(examples),
             methods=[_method(space, composition, m, found[m]) for m in methods],
             best=best_method(space, composition),
+            chosen_on=len(chosen_on(space, composition)),
             samples=[
                 QualitySample(
                     input=example.input,

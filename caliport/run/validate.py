@@ -13,7 +13,7 @@ from caliport.export.artifact import BASE_ALONE, Artifact
 from caliport.recipe.methods import CORRECTED, parse
 from caliport.recipe.schema import prompt_of
 from caliport.run.export import Row, rows_of
-from caliport.run.resolve import best_method, compose_settings, examples_of, weights_of
+from caliport.run.resolve import best_method, compose_settings, reported, weights_of
 from caliport.run.workspace import Workspace, need
 from caliport.stages.compose import merge_under, merged
 from caliport.stages.stage import stage
@@ -222,7 +222,7 @@ def recipe_references(
     recipe = space.recipe
     asked = _asked_by(space, name)
     model = eager(space.base, adapter, "fp32")
-    examples = examples_of(space, asked, "validation", recipe.validation.examples)
+    examples = reported(space, asked, recipe.validation.examples)
     prompt = prompt_of(recipe, asked, best_method(space, asked))
     evaluation = make_evaluation(
         model,

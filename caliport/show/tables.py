@@ -61,8 +61,9 @@ def _methods(report: QualityReport) -> None:
             more["weighted ROUGE"] = [m.weighted_rouge for m in result.methods]
         if any(m.judge is not None for m in result.methods):
             more["judge %"] = [m.judge for m in result.methods]
+        chosen = f"; in bold: best on {result.chosen_on} others" if result.chosen_on else ""
         table = table_of(
-            f"{composition}: {result.examples} {result.split} examples, eager fp32",
+            f"{composition}: {result.examples} {result.split} examples, eager fp32{chosen}",
             ("method", "loss", "ROUGE-L", "chrF", *more, "extra bytes", "passes"),
         )
         for index, method in enumerate(result.methods):

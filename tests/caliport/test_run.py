@@ -17,7 +17,10 @@ from transformers import AutoModelForCausalLM
 from caliport.android_harness.toolchain.build import build_runner
 from caliport.core.directories import content_hash, read_manifest
 from caliport.export.calibrated.integers import Integers
-from caliport.validation.records.reports import ParityReport, read_result
+from caliport.recipe.read import read_recipe
+from caliport.run.resolve import chosen_on, read_score, reported
+from caliport.run.workspace import Workspace
+from caliport.validation.records.reports import ParityReport, QualityReport, read_result
 from tests import commands
 from tests.android.daemon import PROJECT
 from tests.forking import forked
@@ -97,6 +100,19 @@ def test_last_screen_shows_tables_and_report(place: Path) -> None:
         assert shown in output
     assert "report: runs/tiny/reports/report.html" in output
     assert "Traceback" not in output
+
+
+def test_what_ships_is_chosen_on_examples_that_are_not_reported(place: Path) -> None:
+    space = Workspace(read_recipe(place / "tiny.yaml"), place / "runs/tiny")
+    scored, others = reported(space, "summarize_es", 8), chosen_on(space, "summarize_es")
+    assert (len(scored), len(others)) == (8, 3)
+    assert not {e.input for e in scored} & {e.input for e in others}
+    report = read_result(QualityReport, place / "runs/tiny/reports/quality.json")
+    found = report.compositions["summarize_es"]
+    assert (found.examples, found.chosen_on) == (8, 3)
+    small = ("linear", "exact", "lc", "lc++")
+    losses = {name: read_score(space, "summarize_es", name)["chosen_on"] for name in small}
+    assert found.best == min(losses, key=lambda name: losses[name])
 
 
 def test_the_budget_says_where_accuracy_was_lost(place: Path) -> None:

@@ -97,13 +97,19 @@ class QualitySample(Record):
 
 
 class CompositionResult(Record):
-    """All methods on one composition. ``best`` is the one that is exported."""
+    """All methods on one composition.
+
+    Attributes:
+        best: The one that is exported.
+        chosen_on: On how many other examples it was chosen; 0 if the recipe names it.
+    """
 
     tasks: list[Name]
     split: Name
     examples: Count
     methods: list[MethodResult]
     best: Name
+    chosen_on: Count = 0
     samples: list[QualitySample]
 
 
