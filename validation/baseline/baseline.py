@@ -10,7 +10,9 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
+from math import isclose
 from pathlib import Path
+from statistics import fmean
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
@@ -59,6 +61,12 @@ class BaselineTask(Record):
     mean: Points
     interval: tuple[Points, Points]
     scores: tuple[Score, ...]
+
+    @model_validator(mode="after")
+    def _of_its_scores(self) -> Self:
+        if self.scores and not isclose(self.mean, fmean(self.scores), abs_tol=0.01):
+            raise ValueError(f"mean is {self.mean:g}, that of its scores {fmean(self.scores):g}")
+        return self
 
 
 class Ratio(Record):

@@ -122,6 +122,13 @@ class LatencyResult(Record):
     noise: Text | None
     lengths: tuple[LengthTimes, ...] = ()
 
+    @model_validator(mode="after")
+    def _of_its_files(self) -> Self:
+        found = sum(self.files.values())
+        if self.bytes != found:
+            raise ValueError(f"bytes is {self.bytes}, but its files have {found}")
+        return self
+
     @property
     def form(self) -> str:
         """How it ships, such as ``int4`` or ``int4 bundle``."""

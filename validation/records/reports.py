@@ -10,7 +10,7 @@ from typing import Literal, Self, TypeVar
 from pydantic import Field, model_validator
 
 from caliport.core.directories import versions
-from caliport.core.errors import InputError
+from caliport.core.errors import InputError, printable
 from caliport.core.machine import _cpu_name
 from caliport.core.places import check_file, write_text
 from caliport.core.untrusted import shown
@@ -111,6 +111,14 @@ class CompositionResult(Record):
     best: Name
     chosen_on: Count = 0
     samples: list[QualitySample]
+
+    @model_validator(mode="after")
+    def _of_its_methods(self) -> Self:
+        known = [method.method for method in self.methods]
+        for name in (self.best, *(n for sample in self.samples for n in sample.outputs)):
+            if name not in known:
+                raise ValueError(f"{printable(name, 60)} is not one of its methods")
+        return self
 
 
 class QualityReport(Record):
