@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from caliport.core.directories import read_manifest
 from caliport.core.processes import is_main
 from caliport.core.progress import progress
+from caliport.core.prompts import put_in
 from caliport.export.quantization.choices import Quantization
 from caliport.recipe.methods import parse
 from caliport.recipe.schema import prompt_of, prompts_of
@@ -210,6 +212,28 @@ def _with_adapter(
     return quantize(model, how.precision, forms, known)
 
 
+def _prompts(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, examples: Sequence[Example]
+) -> list[list[int]]:
+    from caliport.core.checkpoints import encode_prompt
+
+    return [encode_prompt(tokenizer, put_in(prompt, e.input)) for e in examples]
+
+
+def _loss(
+    space: Workspace,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    examples: Sequence[Example],
+) -> float:
+    from caliport.validation.evaluation.quality import reference_loss
+
+    prompts, answers = _prompts(tokenizer, prompt, examples), [e.output for e in examples]
+    size = space.recipe.evaluation.batch_size
+    return reference_loss(model, tokenizer, prompts, answers, size)[0]
+
+
 def _score_model(
     space: Workspace,
     model: PreTrainedModel,
@@ -218,11 +242,10 @@ def _score_model(
     examples: list[Example],
     title: str,
 ) -> Score:
-    from caliport.core.checkpoints import encode_prompt
     from caliport.validation.evaluation.quality import score
 
     settings = space.recipe.evaluation
-    prompts = [encode_prompt(tokenizer, prompt.replace("{input}", e.input)) for e in examples]
+    prompts = _prompts(tokenizer, prompt, examples)
     references = [e.output for e in examples]
     with progress(title, len(prompts)) as advance:
         return score(
@@ -234,26 +257,6 @@ def _score_model(
             batch_size=settings.batch_size,
             progress=advance,
         )
-
-
-def _loss(
-    space: Workspace,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: str,
-    examples: list[Example],
-) -> float:
-    """Mean over tokens of the references' cross-entropy, in nats."""
-    from caliport.core.checkpoints import encode_prompt, eos_ids
-    from caliport.core.model_files.answers import answer_end
-    from caliport.validation.evaluation.quality import target_losses, target_tokens
-
-    prompts = [encode_prompt(tokenizer, prompt.replace("{input}", e.input)) for e in examples]
-    end = answer_end(tokenizer, eos_ids(model))
-    targets = [target_tokens(tokenizer, e.output, end) for e in examples]
-    losses = target_losses(model, prompts, targets, space.recipe.evaluation.batch_size)
-    sizes = [len(target) for target in targets]
-    return sum(loss * size for loss, size in zip(losses, sizes, strict=True)) / sum(sizes)
 
 
 def _score_chain(

@@ -141,9 +141,7 @@ def score(
     """
     if len(prompts) != len(references):
         raise InputError(f"{len(prompts)} prompts for {len(references)} references")
-    end = answer_end(tokenizer, eos_ids(model))
-    targets = [target_tokens(tokenizer, text, end) for text in references]
-    losses = target_losses(model, prompts, targets, batch_size)
+    loss, losses = reference_loss(model, tokenizer, prompts, references, batch_size)
     tokens = generate(
         model,
         tokenizer,
@@ -152,10 +150,25 @@ def score(
         batch_size=batch_size,
         progress=progress,
     )
-    # The mean over tokens, so that a long example weighs more than a short one.
-    loss = np.average(losses, weights=[len(target) for target in targets])
-    found = judge(decode(tokenizer, tokens), references, float(loss))
+    found = judge(decode(tokenizer, tokens), references, loss)
     return replace(found, examples={**found.examples, "loss": losses})
+
+
+def reference_loss(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    references: Sequence[str],
+    batch_size: int,
+) -> tuple[float, list[float]]:
+    """Mean cross-entropy of the references' tokens, their end included, in nats; and by example.
+
+    The mean is over tokens, so that a long example weighs more than a short one.
+    """
+    end = answer_end(tokenizer, eos_ids(model))
+    targets = [target_tokens(tokenizer, text, end) for text in references]
+    losses = target_losses(model, prompts, targets, batch_size)
+    return float(np.average(losses, weights=[len(target) for target in targets])), losses
 
 
 def target_tokens(tokenizer: PreTrainedTokenizerBase, text: str, end: int | None) -> list[int]:
