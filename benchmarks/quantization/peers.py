@@ -143,7 +143,11 @@ TOOLS = {
     ),
     "olive": Tool(
         _script("olive_worker.py"),
-        ((TORCH,), (TORCH, "olive-ai==0.13.0", "transformers==5.23.0", *_BUILDER)),
+        (
+            (TORCH,),
+            # Olive imports requests and datasets without requiring them
+            (TORCH, "olive-ai==0.13.0", "transformers==5.23.0", "requests", "datasets", *_BUILDER),
+        ),
         _chats,
     ),
     "llama.cpp": Tool(
