@@ -27,11 +27,9 @@ def render(out: Path) -> str:
     accuracy = [_accuracy(ROWS[name], record, records["fp32"]) for name, record in found.items()]
     cost = [_cost(name, record, records, speed) for name, record in found.items()]
     parts = [_amounts(found), markdown(_ACCURACY, accuracy), markdown(_COST, cost)]
-    failed = {name: r["failed"] for name, r in records.items() if "failed" in r}
-    if failed:
-        parts.append(
-            "Not run: " + "; ".join(f"{ROWS[name].title} ({why})" for name, why in failed.items())
-        )
+    failed = [ROWS[name].title for name, record in records.items() if "failed" in record]
+    if failed:  # the reasons, which name paths, are in the records
+        parts.append(f"Failed: {', '.join(failed)}.")
     return "\n\n".join(part for part in parts if part)
 
 

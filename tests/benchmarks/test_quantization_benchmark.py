@@ -89,7 +89,7 @@ def run(tmp_path: Path) -> Path:
             "summaries": {"rougeL": [20.0, 22.0 - kl, 21.0]},
         }
         write(tmp_path / f"{name}.json", found)
-    write(tmp_path / "olive-gptq.json", {"failed": "no wheel"})
+    write(tmp_path / "olive-gptq.json", {"failed": "no wheel in /home/me"})
     rounds = [{"hqq": [0.1, 1.0], "q4_0": [0.2, 1.0 + i / 10]} for i in range(4)]
     key = {"threads": 2, "prompt": 128, "new": 65, "rows": ["hqq", "q4_0"]}
     write(tmp_path / rates.RECORD, {"key": key, "rounds": rounds})
@@ -103,7 +103,7 @@ def test_tables(run: Path) -> None:
     assert "20.9 (-0.1 ± 0.1)" in accuracy
     cost = [line for line in text.splitlines() if "llama.cpp Q4_0" in line][1]
     assert "| 90.0 | 1.12 | 10 | 2.00 | 0.500 (0.500 to 0.500), 640 tok/s |" in cost
-    assert "Not run: Olive GPTQ, then the builder (no wheel)" in text
+    assert "Failed: Olive GPTQ, then the builder." in text
     assert "1,000 tokens of dialogues" in text
     assert not render(run / "nothing").count("caliport")
 
