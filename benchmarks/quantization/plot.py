@@ -35,6 +35,7 @@ def draw(out: Path, picture: Path) -> bool:
     with without_settings():
         import matplotlib  # noqa: F401
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullLocator
 
     figure = Figure(figsize=(8.0, 5.0), dpi=120, layout="constrained")
     axes = figure.add_subplot()
@@ -43,16 +44,23 @@ def draw(out: Path, picture: Path) -> bool:
         if own:
             sizes, losses = zip(*own, strict=True)
             axes.scatter(sizes, losses, 40, color=colour, marker=marker, label=family)
+    widest = max(size for size, _, _ in points)
     for size, kl, row in points:
+        last = size > 0.97 * widest  # whose name would leave the picture
+        above = not any(1 < other / kl < 1.12 and 0 < x - size < 10 for x, other, _ in points)
         axes.annotate(
             row.label or row.title,
             (size, kl),
-            xytext=(6, 3),
+            xytext=(-6 if last else 6, 3 if above else -10),
             textcoords="offset points",
+            ha="right" if last else "left",
             fontsize=8,
             color=_FAMILIES[row.tool][1],
         )
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_locator(NullLocator())
     axes.margins(x=0.12)
     axes.set_xlabel("MB of the artifact")
     axes.set_ylabel("KL from float32 in the runtime, nats a token")
