@@ -176,7 +176,10 @@ def test_second_run_skips_all_and_a_change_only_what_depends_on_it(place: Path) 
 
 
 def test_stages_from_flags(place: Path) -> None:
-    """The same code from flags alone gives what the recipe gives."""
+    """The same code from flags alone gives what the recipe gives.
+
+    In int8, since int4 moves this base by more than adapters of three steps do.
+    """
     run = place / "runs" / "tiny"
     base, adapters = "runs/tiny/base", run / "adapters"
     flags = ["--base", base, "--adapter", adapters / "summarize"]
@@ -185,7 +188,7 @@ def test_stages_from_flags(place: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert content_hash(place / "mine") == content_hash(run / "composed/summarize_es/exact")
     flags = ["--base", base, "--adapter", place / "mine", "--runtime", "onnx"]
-    done = forked("export", *flags, "--precision", "int4", "--out", "art", cwd=place)
+    done = forked("export", *flags, "--precision", "int8", "--out", "art", cwd=place)
     assert done.returncode == 0, done.stderr
     flags = ["--base", base, "--adapter", place / "mine"]
     done = forked("validate", "art", *flags, "--by-layer", "--out", "checked", cwd=place)
