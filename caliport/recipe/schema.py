@@ -259,7 +259,7 @@ class Recipe(Part):
     base: Base
     adapters: dict[str, Place | None]
     lora: Lora = Lora()
-    compositions: dict[str, tuple[str, ...]]
+    compositions: dict[str, tuple[str, ...]] = Field(min_length=1)
     calibration: Calibration = Calibration()
     flix: Flix | None = None
     micro_batch: Count | None = None

@@ -48,6 +48,7 @@ def test_shipped_recipes_are_valid(path: Path) -> None:
         ("data.source=files", "data: source files needs `files`"),
         ("base.path=x", "base: needs either `path`"),
         ("compositions.both=[summarize]", "compositions.both needs at least two tasks"),
+        ("compositions={}", "compositions: found {}, dictionary should have at least 1 item"),
         ("compositions.both=[summarize, sing]", "names the task 'sing', which has no adapter"),
         ("name=../up", "name: found '../up', string should match pattern"),
         ("adapters={a/b: x}", "names the task 'summarize'"),
