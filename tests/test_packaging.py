@@ -96,7 +96,9 @@ def test_it_works_beside_a_package_named_validation(wheel: Path, tmp_path: Path)
     python = tmp_path / "venv/bin/python"
     install = [*PIP, "--python", python, "install", "--ignore-installed", "--no-deps", "--no-index"]
     _run(*install, wheel, cwd=tmp_path)
-    assert "everything would work" in _run(tmp_path / "venv/bin/caliport", "doctor", cwd=tmp_path)
+    said = _run(tmp_path / "venv/bin/caliport", "doctor", cwd=tmp_path)
+    assert "everything would work" in said
+    assert "ONNX Runtime's usage events: off" in said
     told = "import caliport, validation; print(caliport.__file__, validation.WHOSE)"
     where, whose = _run(python, "-c", told, cwd=tmp_path).split()
     assert Path(where).is_relative_to(packages)

@@ -18,7 +18,7 @@ from caliport.stages.stage import stage
 
 if TYPE_CHECKING:
     from caliport.calibrate.audit import Departure, MergeAudit, ModuleAudit
-    from caliport.validation.records.reports import (
+    from caliport.validation.records.audit import (
         AuditedMerge,
         AuditedModule,
         CompositionAudit,
@@ -61,7 +61,8 @@ def audit_all(space: Workspace) -> None:
     Each adapter is scored on its own task first, and one that barely changes it is named.
     """
     from caliport.show.tables import show_far, show_own
-    from caliport.validation.records.reports import AUDIT, AuditReport, read_result
+    from caliport.validation.records.audit import AuditReport
+    from caliport.validation.records.reports import AUDIT, read_result
 
     recipe = space.recipe
     used = {recipe.calibration.merge or "linear", *recipe.calibration.methods}
@@ -119,7 +120,7 @@ def audit_composition(
     from caliport.calibrate.bases import check_same_base
     from caliport.calibrate.merges.exact import exact
     from caliport.calibrate.merges.registry import MERGES
-    from caliport.validation.records.reports import CompositionAudit
+    from caliport.validation.records.audit import CompositionAudit
 
     used = _weights(len(adapters), weights)
     updates = {name: read_peft(path) for name, path in adapters.items()}
@@ -148,12 +149,8 @@ def audit_composition(
 
 def write_audit(audits: Mapping[str, CompositionAudit], path: Path) -> None:
     """Write ``audit.json``: all compositions of a run by name."""
-    from caliport.validation.records.reports import (
-        AuditReport,
-        environment,
-        this_machine,
-        write_result,
-    )
+    from caliport.validation.records.audit import AuditReport
+    from caliport.validation.records.reports import environment, this_machine, write_result
 
     report = AuditReport(machine=this_machine(), versions=environment(), compositions=dict(audits))
     write_result(report, path)
@@ -191,7 +188,7 @@ def _module(
     sum_norm: float,
     merges: Sequence[MergeAudit],
 ) -> AuditedModule:
-    from caliport.validation.records.reports import (
+    from caliport.validation.records.audit import (
         AdapterPart,
         AngleCosines,
         AuditedModule,
@@ -229,13 +226,13 @@ def _module(
 
 
 def _error(found: Departure) -> MergeError:
-    from caliport.validation.records.reports import MergeError
+    from caliport.validation.records.audit import MergeError
 
     return MergeError(error=found.error, residual=found.residual, kept=found.kept)
 
 
 def _merge(found: MergeAudit) -> AuditedMerge:
-    from caliport.validation.records.reports import AuditedMerge
+    from caliport.validation.records.audit import AuditedMerge
 
     total = found.total
     return AuditedMerge(

@@ -29,8 +29,7 @@ def examples_of(space: Workspace, task: str, split: str, count: int | None = Non
 
 def reported(space: Workspace, task: str, count: int | None) -> list[Example]:
     """The first ``count`` validation examples that no choice is made on (all of them when None)."""
-    examples = examples_of(space, task, "validation")
-    return examples[: len(examples) - _kept_back(space, task, len(examples))][:count]
+    return _validation(space, task)[0][:count]
 
 
 def chosen_on(space: Workspace, composition: str) -> list[Example]:
@@ -38,16 +37,22 @@ def chosen_on(space: Workspace, composition: str) -> list[Example]:
 
     They are the last fifth, at most 200; empty where there is nothing to choose.
     """
-    examples = examples_of(space, composition, "validation")
-    return examples[len(examples) - _kept_back(space, composition, len(examples)) :]
+    return _validation(space, composition)[1]
 
 
-def _kept_back(space: Workspace, task: str, examples: int) -> int:
-    recipe = space.recipe
-    small = [name for name in recipe.calibration.methods if parse(name).small]
-    if task not in recipe.compositions or recipe.export.method != "best" or len(small) < 2:
-        return 0
-    return min(_MOST_CHOSEN_ON, -(-examples // _SHARE)) if examples > 1 else 0
+def _validation(space: Workspace, task: str) -> tuple[list[Example], list[Example]]:
+    """The validation examples to report, and those to choose on."""
+    recipe, examples = space.recipe, examples_of(space, task, "validation")
+    chooses = task in recipe.compositions and recipe.export.method == "best"
+    back = min(_MOST_CHOSEN_ON, -(-len(examples) // _SHARE))
+    if not chooses or len(_small(recipe)) < 2 or len(examples) < 2:
+        back = 0
+    cut = len(examples) - back
+    return examples[:cut], examples[cut:]
+
+
+def _small(recipe: Recipe) -> list[str]:
+    return [name for name in recipe.calibration.methods if parse(name).small]
 
 
 def source_of(space: Workspace, task: str, tuned: bool, count: int | None = None) -> Source:
@@ -127,13 +132,13 @@ def best_method(space: Workspace, composition: str) -> str:
     """
     if space.recipe.export.method != "best":
         return space.recipe.export.method
-    small = [name for name in space.recipe.calibration.methods if parse(name).small]
+    small = _small(space.recipe)
     if not small:
         raise InputError(
             "export.method is best and calibration.methods has no merge and no correction"
         )
     scores = {name: read_score(space, composition, name) for name in small}
-    return min(small, key=lambda name: scores[name].get("chosen_on", scores[name]["loss"]))
+    return min(small, key=lambda name: scores[name].get("choice_loss", scores[name]["loss"]))
 
 
 def expanded_methods(space: Workspace, tasks: tuple[str, ...]) -> list[str]:

@@ -73,7 +73,7 @@ def score_method(space: Workspace, composition: str, method: str, variant: str) 
 
         examples = reported(space, composition, recipe.evaluation.examples)
         tokenizer = load_tokenizer(space.base, load_base(space.base))
-        title, chosen = f"{composition}: scoring {shown}", {}
+        title, choice = f"{composition}: scoring {shown}", {}
         if method == "multi-step":
             score = _score_chain(space, tokenizer, tasks, examples, title)
         else:
@@ -86,8 +86,8 @@ def score_method(space: Workspace, composition: str, method: str, variant: str) 
             prompt = prompt_of(recipe, composition, method)
             score = _score_model(space, model, tokenizer, prompt, examples, title)
             if small and kept_back:
-                chosen["chosen_on"] = _loss(space, model, tokenizer, prompt, kept_back)
-        result = chosen | _result(score)
+                choice["choice_loss"] = _loss(space, model, tokenizer, prompt, kept_back)
+        result = choice | _result(score)
         (partial / "score.json").write_text(json.dumps(result, ensure_ascii=False))
 
     inputs: dict[str, Path | str] = {f"adapter {i}": path for i, path in enumerate(adapters)}

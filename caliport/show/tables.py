@@ -13,13 +13,13 @@ from rich.text import Text
 from caliport.core.progress import PlainConsole
 
 if TYPE_CHECKING:
+    from caliport.validation.records.audit import CompositionAudit
     from caliport.validation.records.budget import Budget
     from caliport.validation.records.device import DeviceResult
     from caliport.validation.records.latency import LatencyReport, LatencyResult, Spread
     from caliport.validation.records.own_task import OwnTask
     from caliport.validation.records.reports import (
         ArtifactResult,
-        CompositionAudit,
         CompositionResult,
         ParityReport,
         QualityReport,

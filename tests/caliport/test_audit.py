@@ -15,7 +15,8 @@ from caliport.calibrate.merges.linear import linear
 from caliport.calibrate.merges.registry import MERGES
 from caliport.core.errors import InputError
 from caliport.run.audit import audit_composition, write_audit
-from caliport.validation.records.reports import AUDIT, AuditReport, read_result
+from caliport.validation.records.audit import AuditReport
+from caliport.validation.records.reports import AUDIT, read_result
 from tests.forking import forked
 
 

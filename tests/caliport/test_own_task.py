@@ -15,8 +15,9 @@ from caliport.calibrate.training.lora import LoraSettings, train_lora
 from caliport.core.checkpoints import load_base, load_tokenizer
 from caliport.core.outputs import new_directory
 from caliport.stages.sources import Source
+from caliport.validation.records.audit import AuditReport
 from caliport.validation.records.own_task import OwnTask
-from caliport.validation.records.reports import AUDIT, AuditReport, read_result
+from caliport.validation.records.reports import AUDIT, read_result
 
 
 @pytest.fixture(scope="module")

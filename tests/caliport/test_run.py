@@ -111,7 +111,7 @@ def test_what_ships_is_chosen_on_examples_that_are_not_reported(place: Path) -> 
     found = report.compositions["summarize_es"]
     assert (found.examples, found.chosen_on) == (8, 3)
     small = ("linear", "exact", "lc", "lc++")
-    losses = {name: read_score(space, "summarize_es", name)["chosen_on"] for name in small}
+    losses = {name: read_score(space, "summarize_es", name)["choice_loss"] for name in small}
     assert found.best == min(losses, key=lambda name: losses[name])
 
 

@@ -8,11 +8,7 @@ from pathlib import Path
 import pytest
 
 from caliport.core.errors import InputError
-from caliport.validation.records.reports import (
-    AUDIT,
-    LATENCY,
-    PARITY,
-    QUALITY,
+from caliport.validation.records.audit import (
     AdapterPart,
     AngleCosines,
     AuditedMerge,
@@ -21,8 +17,8 @@ from caliport.validation.records.reports import (
     CompositionAudit,
     MergeError,
     PairOverlap,
-    write_result,
 )
+from caliport.validation.records.reports import AUDIT, LATENCY, PARITY, QUALITY, write_result
 from caliport.validation.report.budget_summary import lost_and_gained
 from caliport.validation.report.headline import headline
 from caliport.validation.report.names import size

@@ -27,10 +27,7 @@ from caliport.android_harness.runners.job import (
 from caliport.core.errors import InputError
 from caliport.show.github import workflow_commands
 from caliport.validation.baseline.baseline import baseline_of, read_baseline, reports_of
-from caliport.validation.records.budget import BudgetStage
-from caliport.validation.records.latency import LatencyReport
-from caliport.validation.records.record import RECORD_BYTES, Record, read_record
-from caliport.validation.records.reports import (
+from caliport.validation.records.audit import (
     AngleCosines,
     AuditedMerge,
     AuditedModule,
@@ -38,10 +35,11 @@ from caliport.validation.records.reports import (
     CompositionAudit,
     MergeError,
     PairOverlap,
-    ParityReport,
-    QualityReport,
-    read_if_there,
 )
+from caliport.validation.records.budget import BudgetStage
+from caliport.validation.records.latency import LatencyReport
+from caliport.validation.records.record import RECORD_BYTES, Record, read_record
+from caliport.validation.records.reports import ParityReport, QualityReport, read_if_there
 from tests.fuzz.calls import FIGURES
 from tests.validation import examples
 from tests.validation.runs import run_of, write_run

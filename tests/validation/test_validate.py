@@ -55,6 +55,14 @@ def test_a_sound_artifact_passes_every_gate(scene: Scene, int4: Expected, onnx_d
     assert result.task.interval[0] <= result.task.difference <= result.task.interval[1]
 
 
+def test_few_prompts_are_asked_again_until_rounding_has_shown_itself(
+    scene: Scene, int4: Expected
+) -> None:
+    """A flipped step is rare: in two evaluations of a hundred positions there may be none."""
+    once = sum(map(len, scene.fp32.logits)) + len(int4.said.echo.sweep)
+    assert sum(map(len, int4.noise.values())) >= min(2000, 8 * once)
+
+
 def test_an_artifact_of_another_adapter_fails(
     scene: Scene, onnx_dir: Path, base_dir: Path, adapter_dirs: list[Path]
 ) -> None:

@@ -70,6 +70,12 @@ def _difference_trouble(said: float, found: float, interval: tuple[float, float]
     return None if interval[0] <= interval[1] else "the interval ends before it begins"
 
 
+def bytes_trouble(said: int, files: Mapping[str, int]) -> str | None:
+    """Where the bytes of an artifact are not those of its files."""
+    found = sum(files.values())
+    return None if said == found else f"bytes is {said}, but its files have {found}"
+
+
 def result_trouble(result: ArtifactResult) -> str | None:
     """Where an artifact's verdict is not that of its gates, or a gate's value not the measure's."""
     known = {
@@ -84,8 +90,8 @@ def result_trouble(result: ArtifactResult) -> str | None:
     if result.stock is not None and result.stock.examples:
         share = result.stock.matches / result.stock.examples
         known["stock runner", "share of equal texts"] = share
-    if result.bytes != sum(result.files.values()):
-        return f"bytes is {result.bytes}, but its files have {sum(result.files.values())}"
+    if (odd := bytes_trouble(result.bytes, result.files)) is not None:
+        return odd
     task = result.task
     if task is not None:
         known["task quality", f"{task.metric} difference from fp32, points"] = task.difference

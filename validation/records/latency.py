@@ -9,6 +9,7 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
+from caliport.validation.records.agreement import agreeing, bytes_trouble
 from caliport.validation.records.device import DeviceUsed
 from caliport.validation.records.record import (
     Amount,
@@ -124,10 +125,7 @@ class LatencyResult(Record):
 
     @model_validator(mode="after")
     def _of_its_files(self) -> Self:
-        found = sum(self.files.values())
-        if self.bytes != found:
-            raise ValueError(f"bytes is {self.bytes}, but its files have {found}")
-        return self
+        return agreeing(self, bytes_trouble(self.bytes, self.files))
 
     @property
     def form(self) -> str:

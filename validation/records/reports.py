@@ -13,17 +13,15 @@ from caliport.core.directories import versions
 from caliport.core.errors import InputError, printable
 from caliport.core.machine import _cpu_name
 from caliport.core.places import check_file, write_text
-from caliport.core.untrusted import shown
 from caliport.export.artifact import Artifact
 from caliport.validation.records.agreement import agreeing, result_trouble, task_trouble
+from caliport.validation.records.audit import AuditReport
 from caliport.validation.records.budget import Budget
 from caliport.validation.records.device import DeviceResult
 from caliport.validation.records.gate import AdapterEffect, Gate, Measures, StockResult
 from caliport.validation.records.latency import LatencyReport
-from caliport.validation.records.own_task import OwnTasks
 from caliport.validation.records.record import (
     Amount,
-    Cosine,
     Count,
     Difference,
     Machine,
@@ -101,7 +99,7 @@ class CompositionResult(Record):
 
     Attributes:
         best: The one that is exported.
-        chosen_on: On how many other examples it was chosen; 0 if the recipe names it.
+        chosen_on: On how many other examples it was chosen; 0 where none were kept back for it.
     """
 
     tasks: list[Name]
@@ -285,110 +283,6 @@ class ParityReport(Record):
         """Whether every gate passed, on this machine and on devices."""
         results: list[ArtifactResult | DeviceResult] = [*self.artifacts, *self.devices]
         return all(result.passed for result in results)
-
-
-class AdapterPart(Record):
-    """One adapter's update of one module: its norm ‖ΔW‖_F and its ranks.
-
-    Attributes:
-        rank: Nominal: rows of its A.
-        numerical_rank: Singular values that are not rounding.
-        effective_rank: Exponential of the entropy of the singular values.
-    """
-
-    norm: Nats
-    rank: Count
-    numerical_rank: Count
-    effective_rank: Amount
-
-
-class AngleCosines(Record):
-    """Cosines of principal angles between two spaces; ``chance``: random spaces at most."""
-
-    mean: Cosine
-    highest: Cosine
-    chance: Cosine
-
-
-class PairOverlap(Record):
-    """Two adapters in one module: of the flattened updates, column spaces and row spaces."""
-
-    first: Name
-    second: Name
-    cosine: Cosine
-    columns: AngleCosines
-    rows: AngleCosines
-
-
-class MergeError(Record):
-    """A merge M against the weighted sum S in one module.
-
-    Attributes:
-        error: ‖M − S‖ / ‖S‖; None where the sum is zero.
-        residual: ‖M − S‖.
-        kept: ⟨M, S⟩ / ‖S‖², the multiple of the sum that the merge holds; None likewise.
-    """
-
-    error: Nats | None
-    residual: Nats
-    kept: float | None
-
-
-class AuditedModule(Record):
-    """One module. ``adapters`` has those that target it, ``merges`` those that apply.
-
-    Attributes:
-        layer: Its layer's index; None outside of layers.
-        component: What it is within its layer, such as ``q_proj``.
-        shape: (out, in).
-        sum_norm: ‖Σ wᵢΔWᵢ‖.
-    """
-
-    name: Name
-    layer: Count | None
-    component: Name
-    shape: tuple[Count, Count]
-    sum_norm: Nats
-    adapters: dict[Name, AdapterPart]
-    overlaps: list[PairOverlap]
-    merges: dict[Name, MergeError]
-
-
-class AuditedMerge(Record):
-    """A merge over all modules: error and kept share as in a module, and the verdict in words."""
-
-    merge: Name
-    verdict: Literal["exact", "close", "approximate", "far", "does not apply", "undefined"]
-    error: Nats | None
-    kept: float | None
-    text: Text
-
-
-class CompositionAudit(Record):
-    """Adapters, their weights, what they share and do for their own tasks; how true merges are."""
-
-    weights: dict[Name, float]
-    modules: list[AuditedModule]
-    merges: list[AuditedMerge]
-    own: OwnTasks = Field(default_factory=dict)
-
-    @model_validator(mode="after")
-    def _fits(self) -> Self:
-        applied = {merge.merge for merge in self.merges if merge.verdict != "does not apply"}
-        for module in self.modules:
-            if unknown := sorted(module.adapters.keys() - self.weights.keys()):
-                raise ValueError(f"{module.name}: adapter {shown(unknown[0])} has no weight")
-            if missing := sorted(applied - module.merges.keys()):
-                raise ValueError(f"{module.name}: merge {shown(missing[0])} is missing")
-        return self
-
-
-class AuditReport(Record):
-    """``audit.json``: the adapters of each composition before anything is trained."""
-
-    machine: Machine
-    versions: dict[Name, Name]
-    compositions: dict[Name, CompositionAudit]
 
 
 R = TypeVar("R", QualityReport, ParityReport, LatencyReport, AuditReport)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import TypeVar
 
-from caliport.validation.records.reports import AngleCosines, AuditedModule, CompositionAudit
+from caliport.validation.records.audit import AngleCosines, AuditedModule, CompositionAudit
 
 K = TypeVar("K")
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from caliport.validation.records.audit import AuditReport
 from caliport.validation.records.device import DeviceResult
-from caliport.validation.records.reports import ArtifactResult, AuditReport
+from caliport.validation.records.reports import ArtifactResult
 from caliport.validation.report.audit_summary import shown, shown_cosine
 from caliport.validation.report.budget_summary import shown_form
 from caliport.validation.report.names import METRIC_NAMES, runtime_label, size

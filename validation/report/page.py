@@ -12,6 +12,7 @@ from markupsafe import Markup
 
 from caliport.core.errors import InputError
 from caliport.core.places import write_text
+from caliport.validation.records.audit import AuditedModule, AuditReport
 from caliport.validation.records.budget import Budget
 from caliport.validation.records.device import DeviceResult
 from caliport.validation.records.latency import LatencyReport
@@ -22,8 +23,6 @@ from caliport.validation.records.reports import (
     QUALITY,
     REPORT,
     ArtifactResult,
-    AuditedModule,
-    AuditReport,
     CompositionResult,
     MethodResult,
     ParityReport,

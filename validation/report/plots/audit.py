@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
-from caliport.validation.records.reports import CompositionAudit
+from caliport.validation.records.audit import CompositionAudit
 from caliport.validation.report.audit_summary import Summary, applied, summaries
 from caliport.validation.report.plots.drawing import MUTED, SERIES, legend, svg
 
