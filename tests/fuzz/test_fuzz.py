@@ -74,3 +74,6 @@ def test_the_judge_sees_what_is_left_and_what_is_written_elsewhere() -> None:
     assert "left or changed" in str(verdict(Asked([], ""), refused, before, out))
     assert verdict(Asked([], ""), done, before, out) is None
     assert "wrote work/a" in str(verdict(Asked([], ""), done, before, other))
+    leads, there = Asked([], "", writes=("a/b",)), {"work/a": (1,), "work/a/b": (1,)}
+    assert verdict(leads, done, {}, there) is None
+    assert "wrote work/a/c" in str(verdict(leads, done, {}, {**there, "work/a/c": (1,)}))
