@@ -2,6 +2,8 @@
 # make demo    go from nothing to validated artifacts and a report
 # make test    lint, type checks, layer checks and all tests; the tests that use adb daemons need
 #              root on Debian, and make test ANDROID=no skips them
+# make test-thorough   the rest of the tests that make test takes a sample of: every family, fault
+#              and seed on both runtimes
 # make test-benchmarks   run the bundle benchmark at tiny scale; takes some minutes
 # make fuzz    thousands of bad inputs to every command; CASES and SEED say how many and which
 # make test-arm64   test the ONNX runner on an emulated ARM64 machine; needs root on Debian
@@ -15,7 +17,7 @@ ANDROID ?= yes
 CASES ?= 3000
 SEED ?= 0
 
-.PHONY: setup demo test fuzz android real test-arm64 test-benchmarks lint clean
+.PHONY: setup demo test fuzz android real test-arm64 test-thorough test-benchmarks lint clean
 
 setup: .venv/ready
 
@@ -45,9 +47,14 @@ endif
 real: setup
 	-$(BIN)/python -m benchmarks.real fetch
 
+PYTEST := $(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadfile \
+	--no-loadscope-reorder --durations 15
+
 test: lint android real
-	$(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
-		--durations 15 -m "not benchmark$(if $(filter yes,$(ANDROID)),, and not android)"
+	$(PYTEST) -m "not benchmark and not thorough$(if $(filter yes,$(ANDROID)),, and not android)"
+
+test-thorough: setup
+	$(PYTEST) -m thorough
 
 test-benchmarks: setup
 	$(BIN)/pytest -m benchmark

@@ -16,6 +16,8 @@ import torch
 from commands import ENVIRONMENT
 from comparing import assert_same, losses
 
+from tests.sampling import thorough
+
 LAUNCHED = """
     import json, sys, torch
     from pathlib import Path
@@ -126,7 +128,7 @@ def _into(case: dict[str, Any], out: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", [ALONE, TORCHRUN])
+@pytest.mark.parametrize("launcher", [thorough(ALONE, name="alone"), TORCHRUN])
 def test_killed_training_resumes_exactly(
     launcher: Sequence[str], base_dir: Path, tmp_path: Path
 ) -> None:

@@ -9,9 +9,10 @@ import pytest
 
 from caliport.data.examples import Example, write_jsonl
 from tests.forking import forked
+from tests.sampling import thorough
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("how", [signal.SIGINT, *map(thorough, (signal.SIGTERM, signal.SIGHUP))])
 def test_an_interrupted_calibration_goes_on(
     how: signal.Signals, base_dir: Path, adapter_dirs: list[Path], tmp_path: Path
 ) -> None:

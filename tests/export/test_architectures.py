@@ -26,6 +26,7 @@ from caliport.validation.runners.onnx import OnnxRunner, generate_ids
 from caliport.validation.runners.runner import greedy
 from tests.export.families import CONTEXT, FAMILIES, WINDOW, build, save
 from tests.exports import to_executorch, to_onnx
+from tests.sampling import thorough
 
 # Largest distance as a share of the largest logit; an order of sums away from eager.
 TOLERANCE = 1e-5
@@ -36,15 +37,22 @@ LOOSE = 0.1
 # How the tokens are cut into passes; each reads up to the last position.
 SPLITS = ([CONTEXT], [1] * CONTEXT, [12, 33, 1, 17, 1])
 
-# Windows, soft-capping and both kinds of rotary embeddings; the other families take these paths.
-FAST = ("gemma2", "gemma3")
+# What ExecuTorch lowers in every run: windows and caps, the plain case, one product for three, and
+# a partial rotation. In every run all families are traced, and all run in ONNX Runtime.
+LOWERED = ("gemma2", "gemma3", "llama", "phi3", "stablelm2")
 # Quantization has nothing to do with what sets these apart from a family that is quantized: gemma2
 # from gemma3, smollm3 from llama, and so on. All are checked in float.
 UNQUANTIZED = ("gemma2", "llama-dynamic", "phi3-longrope", "qwen2-sliding", "qwen3-yarn", "smollm3")
+FLOAT = [
+    thorough(family, runtime, left_out=runtime == "executorch" and family not in LOWERED)
+    for family in FAMILIES
+    for runtime in names()
+]
 QUANTIZED = [(name, "int4", "onnx") for name in FAMILIES if name not in UNQUANTIZED]
 # ExecuTorch's linear layers are alike in all; these differ in what is around them: norms and a
 # scaled lookup, one product for three, and biases.
-QUANTIZED += [(n, "int4", "executorch") for n in ("gemma3", "phi3", "qwen2")]
+QUANTIZED += [("gemma3", "int4", "executorch")]
+QUANTIZED += [thorough(name, "int4", "executorch") for name in ("phi3", "qwen2")]
 # 8 bits go the same way through a graph, so one stands for all.
 QUANTIZED += [("llama", "int8", runtime) for runtime in names()]
 
@@ -111,10 +119,6 @@ def _error(found: np.ndarray, expected: np.ndarray) -> float:
     return float(np.abs(found - expected).max() / np.abs(expected).max())
 
 
-def _marked(names: list[str]) -> list[Any]:
-    return [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in names]
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_traced_decoder_gives_eagers_logits(family: str, tokens: list[int]) -> None:
     """In one pass, in steps and in chunks, without any lowering."""
@@ -129,8 +133,7 @@ def test_the_traced_decoder_gives_eagers_logits(family: str, tokens: list[int]) 
     assert model.config._attn_implementation == "eager"
 
 
-@pytest.mark.parametrize("runtime", names())
-@pytest.mark.parametrize("family", _marked(list(FAMILIES)))
+@pytest.mark.parametrize(("family", "runtime"), FLOAT)
 def test_artifact_gives_eagers_logits(
     artifacts: Artifacts, tokens: list[int], family: str, runtime: str
 ) -> None:

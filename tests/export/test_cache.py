@@ -26,6 +26,7 @@ from caliport.export.request import Bundle, Request
 from caliport.validation.runners.executorch import ExecuTorchRunner
 from tests.export.families import FAMILIES, build, save
 from tests.exports import to_executorch
+from tests.sampling import thorough
 
 CONTEXT = 64
 # How the tokens are cut into passes; each reads up to the last position.
@@ -109,7 +110,7 @@ def test_the_traced_decoder_reads_its_cache_as_eager_does(family: str, tokens: l
 @pytest.mark.parametrize(
     ("family", "precision"),
     # Each kind of weights once; windows, norms of keys and one head of keys are with int4.
-    [("llama", "fp32"), ("gemma3", "int4")],
+    [thorough("llama", "fp32"), ("gemma3", "int4")],
 )
 def test_the_artifact_gives_its_references_logits(
     family: str, precision: str, base_dir: Path, tmp_path: Path, tokens: list[int]

@@ -29,6 +29,7 @@ from caliport.export.quantization.tensors import quantize
 from caliport.validation.runners.executorch import ExecuTorchRunner, generate
 from tests.exports import to_executorch
 from tests.lowerings import lowered_anew
+from tests.sampling import thorough
 
 CONTEXT = 96
 TEXT = "Anna and Tom meet in the park on Friday"
@@ -235,7 +236,9 @@ def _checkpoint(directory: Path, layers: int, seed: int = 0, **settings: object)
 
 
 # Tables are shared when a program is written and caches are made in its layers: each kind once.
-@pytest.mark.parametrize(("tied", "cache_bits"), [(True, None), (False, 8)], ids=["tied", "own"])
+@pytest.mark.parametrize(
+    ("tied", "cache_bits"), [thorough(True, None), (False, 8)], ids=["tied", "own"]
+)
 def test_repeated_layers_give_the_program_of_all_layers(
     tmp_path: Path, tied: bool, cache_bits: int | None
 ) -> None:

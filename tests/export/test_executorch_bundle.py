@@ -28,6 +28,7 @@ from caliport.export.quantization.tensors import quantize
 from caliport.export.reference.beside import beside
 from caliport.validation.runners.executorch import ExecuTorchRunner
 from tests.exports import to_executorch_bundle
+from tests.sampling import thorough
 
 CONTEXT = 64
 
@@ -89,7 +90,7 @@ def _eager(
 @pytest.mark.parametrize(
     ("precision", "form", "tolerance"),
     [
-        ("fp32", None, 1e-5),
+        thorough("fp32", None, 1e-5),
         # Activations are rounded to 8 bits, in the base and in the shared terms: one that falls the
         # other way moves logits by a step. Measured: 0.014, and as much for the base alone.
         pytest.param("int4", "int8", 0.03, marks=pytest.mark.slow),

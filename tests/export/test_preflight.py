@@ -30,6 +30,7 @@ from caliport.export.request import Bundle, Request
 from caliport.export.runtime import names
 from tests.exports import text_of
 from tests.forking import forked
+from tests.sampling import thorough
 
 INT4 = Quantization("int4")
 
@@ -185,16 +186,12 @@ FORMS = {
 
 
 def _cases() -> list[Any]:
-    """Lowering to ExecuTorch takes its time: two of its forms in every run, the others if slow."""
-    slow = {"int8", "int4", "int8 untied", "int4 untied"}
+    """Lowering to ExecuTorch takes its time: two of its forms in every run."""
+    every = [("onnx", name) for name in FORMS]
+    every += [("executorch", "fp32"), ("executorch", "int4 and 8")]
     return [
-        pytest.param(
-            *case,
-            runtime,
-            id=f"{runtime} {name}",
-            marks=pytest.mark.slow if runtime == "executorch" and name in slow else (),
-        )
-        for name, case in FORMS.items()
+        thorough(*case, runtime, name=f"{runtime} {form}", left_out=(runtime, form) not in every)
+        for form, case in FORMS.items()
         for runtime in names()
     ]
 
@@ -213,7 +210,7 @@ def test_disk_is_that_of_a_real_export(
     _check(needs(wanted), tmp_path / "art", peaks)
 
 
-@pytest.mark.parametrize("runtime", ["onnx", pytest.param("executorch", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("runtime", ["onnx", thorough("executorch")])
 def test_disk_of_a_bundle(runtime: str, tied: Path, tmp_path: Path, peaks: list[int]) -> None:
     """Compositions lie beside the base, in as many bits as the runtime has them."""
     paths = [random_adapter(tied, tmp_path / f"{i}", i, rank=16) for i in range(2)]
@@ -312,7 +309,8 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("runtime", "precision"), [("onnx", "fp32"), ("executorch", "fp32"), ("executorch", "int4")]
+    ("runtime", "precision"),
+    [("onnx", "fp32"), thorough("executorch", "fp32"), ("executorch", "int4")],
 )
 def test_the_process_needs_no_more_memory_than_is_said(
     runtime: str, precision: str, wide: Path, tmp_path: Path

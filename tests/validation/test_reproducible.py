@@ -13,6 +13,7 @@ from commands import caliport
 from caliport.core.checkpoints import encode_prompt, load_tokenizer
 from tests.exports import to_executorch, to_onnx
 from tests.forking import forked
+from tests.sampling import thorough
 
 EXAMPLES = [
     {"input": "Anna and Tom meet in the park.", "output": "Anna y Tom quedan."},
@@ -29,7 +30,7 @@ def without_times(report: Any) -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("runtime", ["onnx", "executorch"])
+@pytest.mark.parametrize("runtime", ["onnx", thorough("executorch")])
 def test_the_same_verdict_and_json(
     runtime: str, one_layer: tuple[Path, list[Path]], tmp_path: Path
 ) -> None:
