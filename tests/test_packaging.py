@@ -103,7 +103,7 @@ def test_it_works_beside_a_package_named_validation(wheel: Path, tmp_path: Path)
     where, whose = _run(python, "-c", told, cwd=tmp_path).split()
     assert Path(where).is_relative_to(packages)
     assert whose == "theirs"
-    _run(python, "-m", "caliport", "init", "demo.yaml", "--recipe", "demo", cwd=tmp_path)
-    assert (tmp_path / "demo.yaml").read_bytes() == (ROOT / "recipes/demo.yaml").read_bytes()
+    _run(python, "-m", "caliport", "init", "toy.yaml", "--recipe", "toy", cwd=tmp_path)
+    assert (tmp_path / "toy.yaml").read_bytes() == (ROOT / "recipes/toy.yaml").read_bytes()
     command = [python, "-m", "optimum.commands.optimum_cli", "export", "caliport", "--help"]
     assert "--runtime" in _run(*command, cwd=tmp_path)

@@ -119,7 +119,7 @@ def validate_against(
             total=total,
             adapter=adapter,
             task=task,
-            samples=samples_of(evaluation, reference, answers),
+            **samples_of(evaluation, reference, answers),
             gates=verdicts,
         )
     sizes = file_sizes(artifact.directory)

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from caliport.core.progress import PlainConsole
+from caliport.show.example import show_example
 
 if TYPE_CHECKING:
     from caliport.validation.records.audit import CompositionAudit
@@ -51,6 +52,8 @@ def show_tables(reports: Path) -> None:
             show_budget(budget)
         show_devices(parity)
         show_baseline(parity)
+    if quality is not None:
+        show_example(quality, parity)
 
 
 def _methods(report: QualityReport) -> None:

@@ -132,7 +132,7 @@ def test_a_new_merge_and_a_new_correction_are_one_file_each(
     )
     (tmp_path / "launch.py").write_text(text + textwrap.dedent(check))
     done = launch(
-        tmp_path, ROOT / "recipes" / "demo.yaml", "calibration.merge=halved-sum",
+        tmp_path, ROOT / "recipes" / "toy.yaml", "calibration.merge=halved-sum",
         "calibration.methods=[lc+]", "export.method=lc+",
     )  # fmt: skip
     assert done.stdout.strip() == "halved-sum [300]", done.stderr

@@ -64,7 +64,7 @@ def test_init_writes_a_recipe_once(tmp_path: Path) -> None:
 
 
 def test_recipe_with_a_typo(tmp_path: Path) -> None:
-    text = (ROOT / "recipes" / "demo.yaml").read_text().replace("rank: 8", "rnak: 8")
+    text = (ROOT / "recipes" / "toy.yaml").read_text().replace("rank: 8", "rnak: 8")
     (tmp_path / "r.yaml").write_text(text)
     one_line(forked("run", "r.yaml", cwd=tmp_path), "lora.rnak: unknown field; did you mean rank?")
     assert not (tmp_path / "runs").exists()

@@ -110,7 +110,7 @@ def test_shipped_recipes_are_valid(path: Path) -> None:
     ],
 )
 def test_overrides_and_mistakes(change: str, says: str | None) -> None:
-    path = ROOT / "recipes" / "demo.yaml"
+    path = ROOT / "recipes" / "toy.yaml"
     if says is None:
         assert read_recipe(path, [change]) != read_recipe(path)
         return
@@ -182,21 +182,21 @@ def test_missing_recipe_and_bad_override(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such recipe"):
         read_recipe(tmp_path / "gone.yaml")
     with pytest.raises(InputError, match="expected FIELD=VALUE"):
-        read_recipe(ROOT / "recipes" / "demo.yaml", ["lora.rank"])
+        read_recipe(ROOT / "recipes" / "toy.yaml", ["lora.rank"])
     with pytest.raises(InputError, match="rank has no subfields"):
-        read_recipe(ROOT / "recipes" / "demo.yaml", ["lora.rank.x=1"])
+        read_recipe(ROOT / "recipes" / "toy.yaml", ["lora.rank.x=1"])
 
 
 @pytest.mark.parametrize("field", ["lora.train", "calibration.overrides.joint"])
 def test_every_sweep_needs_held_out_examples(field: str) -> None:
     changes = [f"{field}={{steps: 3, learning_rate: [1.0e-3, 2.0e-3]}}"]
     with pytest.raises(InputError, match=r"need calibration\.tuning"):
-        read_recipe(ROOT / "recipes" / "demo.yaml", changes)
-    read_recipe(ROOT / "recipes" / "demo.yaml", [*changes, "calibration.tuning=10"])
+        read_recipe(ROOT / "recipes" / "toy.yaml", changes)
+    read_recipe(ROOT / "recipes" / "toy.yaml", [*changes, "calibration.tuning=10"])
 
 
 def test_a_bundle_for_executorch_needs_names_of_methods() -> None:
-    path = ROOT / "recipes" / "demo.yaml"
+    path = ROOT / "recipes" / "toy.yaml"
     changes = ["compositions={a-b: [summarize, translate_es]}", "export.ship=[bundle]"]
     with pytest.raises(InputError, match=r"compositions\.a-b: .*'a-b', expected letters"):
         read_recipe(path, changes)

@@ -96,8 +96,21 @@ def test_last_screen_shows_tables_and_report(place: Path) -> None:
         "multi-step",
         "onnx int4",
         "executorch int8",
+        "summarize_es: the first of the 8 examples",
     ):
         assert shown in output
+    report = read_result(QualityReport, place / "runs/tiny/reports/quality.json")
+    screen = " ".join(output.partition("the first of the 8 examples")[2].split())
+    heads = [
+        "asked",
+        "expected",
+        "base alone",
+        "linear merge (Eq. 5)",
+        "executorch int4",
+        "onnx int4",
+    ]
+    assert [head for head in heads if f" {head} " in screen] == heads
+    assert report.compositions["summarize_es"].samples[0].reference in screen
     assert "report: runs/tiny/reports/report.html" in output
     assert "Traceback" not in output
 

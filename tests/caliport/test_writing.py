@@ -12,7 +12,7 @@ from caliport.cli.main import app, guarded
 from tests.commands import ROOT
 from tests.validation import runs
 
-DEMO = ROOT / "recipes" / "demo.yaml"
+TOY = ROOT / "recipes" / "toy.yaml"
 Said = Callable[..., str]
 
 REPORTS: dict[str, list[object]] = {
@@ -42,7 +42,7 @@ DIRECTORIES: dict[str, list[object]] = {
 }
 """Commands that make the directory that is named last."""
 RUNS: dict[str, list[object]] = {
-    name: [name, DEMO, "--runs", "runs"] for name in ("run", "calibrate", "export", "validate")
+    name: [name, TOY, "--runs", "runs"] for name in ("run", "calibrate", "export", "validate")
 }
 """Commands that write a run's directory."""
 
@@ -166,7 +166,7 @@ def test_python_replaces_what_is_not_ours_only_if_told(here: Path) -> None:
 
 @pytest.mark.parametrize("command", RUNS.values(), ids=RUNS)
 def test_runs(command: list[object], refused: Said, here: Path) -> None:
-    place = here / "runs" / "demo" / "reports"
+    place = here / "runs" / "toy" / "reports"
     place.mkdir(parents=True)
     (place / "report.html").write_text("mine")
     assert "was not made by caliport" in refused(*command)

@@ -147,11 +147,11 @@ def test_what_is_no_lock_of_ours_stays(tmp_path: Path) -> None:
 def test_a_run_is_written_by_one_at_a_time(
     command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    call = [command, str(ROOT / "recipes" / "demo.yaml"), "--runs", str(tmp_path)]
-    with locked(tmp_path / "demo" / ".caliport-lock"):
+    call = [command, str(ROOT / "recipes" / "toy.yaml"), "--runs", str(tmp_path)]
+    with locked(tmp_path / "toy" / ".caliport-lock"):
         assert guarded(lambda: app(call, standalone_mode=False), "", False) == 2
-    assert capsys.readouterr().err == f"caliport: {tmp_path / 'demo'}: {BUSY}\n"
-    assert names(tmp_path) == ["demo"]
+    assert capsys.readouterr().err == f"caliport: {tmp_path / 'toy'}: {BUSY}\n"
+    assert names(tmp_path) == ["toy"]
 
 
 def test_a_bundle_is_added_to_by_one_at_a_time(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """The two reports in ``docs/examples``: of a sound run, and of the same run with one fault.
 
-    .venv/bin/python -m tests.validation.example_reports recipes/demo.yaml runs/demo
+    .venv/bin/python -m tests.validation.example_reports recipes/toy.yaml runs/toy
 
 The run must be complete. Its ONNX int4 artifact is copied and given a key/value cache that one
 layer reads one place off; everything else is what ``caliport validate`` finds.

@@ -277,7 +277,7 @@ def test_nothing_to_ask(
 
 
 def test_a_recipe_that_asks_nothing(caliport: Callable[..., Ended]) -> None:
-    recipe = ROOT / "recipes" / "demo.yaml"
+    recipe = ROOT / "recipes" / "toy.yaml"
     code, said = caliport("validate", recipe, "--set", "validation.examples=0")
     assert code == 2
     assert "validation.examples" in said

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -182,7 +183,7 @@ def check_runner(
         adapter=adapter,
         task=task,
         generation=_equal_share(eager, answers),
-        samples=samples_of(evaluation, fp32, answers),
+        **samples_of(evaluation, fp32, answers),
         gates=verdicts,
     ), answers
 
@@ -314,17 +315,18 @@ def is_plain(evaluation: Evaluation, tokens: Sequence[int]) -> bool:
     )
 
 
-def samples_of(evaluation: Evaluation, fp32: Answers, answers: Answers) -> tuple[ParitySample, ...]:
-    """A few examples to read, those where artifact and fp32 differ first."""
+def samples_of(evaluation: Evaluation, fp32: Answers, answers: Answers) -> dict[str, Any]:
+    """The first few examples to read, whatever was written, and the share of all that differs."""
     reference, found = texts_of(evaluation, fp32), texts_of(evaluation, answers)
-    order = sorted(range(len(found)), key=lambda i: reference[i] == found[i])[:_SAMPLES]
-    inputs = quality.decode(evaluation.tokenizer, [evaluation.prompts[i] for i in order])
-    return tuple(
+    inputs = quality.decode(evaluation.tokenizer, evaluation.prompts[:_SAMPLES])
+    samples = tuple(
         ParitySample(
             input=text,
             reference=evaluation.references[i] if evaluation.references else None,
             fp32=reference[i],
             artifact=found[i],
         )
-        for i, text in zip(order, inputs, strict=True)
+        for i, text in enumerate(inputs)
     )
+    differ = sum(ours != theirs for ours, theirs in zip(found, reference, strict=True))
+    return {"samples": samples, "differing": differ / len(found)}

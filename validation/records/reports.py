@@ -190,7 +190,8 @@ class Findings(Record):
         quantization: Quantized eager against fp32.
         total: Runner against fp32.
         generation: Share of prompts where the runner writes exactly the quantized eager tokens.
-        samples: A few examples, those where runner and fp32 differ first.
+        differing: Share of prompts where the runner writes another text than fp32.
+        samples: The first few examples.
     """
 
     lowering: Measures | None = None
@@ -202,6 +203,7 @@ class Findings(Record):
     adapter: AdapterEffect | None = None
     task: TaskResult | None = None
     generation: Share | None = None
+    differing: Share | None = None
     samples: tuple[ParitySample, ...] = ()
     gates: list[Gate]
 

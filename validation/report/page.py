@@ -155,7 +155,7 @@ def _budget(budget: Budget, parity: ParityReport) -> dict[str, Any]:
 
 
 def _examples(artifacts: Sequence[ArtifactResult]) -> list[dict[str, Any]]:
-    """Texts of each artifact with differences marked; failed ones first, then what differs most."""
+    """Texts of each artifact with differences marked; failed ones first."""
     found = []
     for artifact in artifacts:
         samples = []
@@ -170,10 +170,9 @@ def _examples(artifacts: Sequence[ArtifactResult]) -> list[dict[str, Any]]:
                     "differs": sample.fp32 != sample.artifact,
                 }
             )
-        differ = sum(sample.fp32 != sample.artifact for sample in artifact.samples)
         if samples:
-            found.append({"artifact": artifact, "samples": samples, "differ": differ})
-    return sorted(found, key=lambda example: (example["artifact"].passed, -example["differ"]))
+            found.append({"artifact": artifact, "samples": samples})
+    return sorted(found, key=lambda example: bool(example["artifact"].passed))
 
 
 def marked(before: str, after: str) -> tuple[Markup, Markup]:

@@ -46,7 +46,7 @@ SHORT = {
     "export.precisions": "[int8,int4]",
     "validation.examples": 6,
 }
-"""The demo, trained for seconds."""
+"""The toy, trained for seconds."""
 
 # Largest difference of a logit; measured 3e-6, 0.017 and 0.053. Both machines round the inputs of
 # quantized products to 8 bits, but not alike: docs/android.md.
@@ -153,16 +153,16 @@ def test_arm64_says_what_this_machine_says(
 
 
 @pytest.mark.usefixtures("runner")
-def test_the_demo_passes_its_gates_on_arm64(device: Device, tmp_path: Path) -> None:
+def test_the_toy_passes_its_gates_on_arm64(device: Device, tmp_path: Path) -> None:
     """By a user's commands: the recipe's shape and text, held in units of rounding."""
     (tmp_path / "build").symlink_to(BUILD)
     change = [word for name, value in SHORT.items() for word in ("--set", f"{name}={value}")]
-    recipe = ROOT / "recipes/demo.yaml"
+    recipe = ROOT / "recipes/toy.yaml"
     for command in (["calibrate"], ["export"], ["validate", "--no-latency", "--device", "any"]):
         done = caliport(command[0], recipe, *command[1:], *change, cwd=tmp_path)
         assert done.returncode == 0, done.stdout + done.stderr
     print(done.stdout)
-    report = read_result(ParityReport, tmp_path / "runs/demo/reports" / PARITY)
+    report = read_result(ParityReport, tmp_path / "runs/toy/reports" / PARITY)
     assert [result.form for result in report.devices] == ["int8", "int4"]
     for result in report.devices:
         assert result.passed
