@@ -1,5 +1,6 @@
 # make setup   create a virtual environment with everything installed
-# make demo    go from nothing to validated artifacts and a report
+# make demo    compose two adapters on a real chat model, up to validated artifacts and a report
+# make demo-adapters   train the demo's two adapters anew
 # make test    lint, type checks, layer checks and all tests; the tests that use adb daemons need
 #              root on Debian, and make test ANDROID=no skips them
 # make test-thorough   the rest of the tests that make test takes a sample of: every family, fault
@@ -17,7 +18,7 @@ ANDROID ?= yes
 CASES ?= 3000
 SEED ?= 0
 
-.PHONY: setup demo test fuzz android real test-arm64 test-thorough test-benchmarks lint clean
+.PHONY: setup demo demo-adapters test fuzz android real test-arm64 test-thorough test-benchmarks lint clean
 
 setup: .venv/ready
 
@@ -28,7 +29,14 @@ setup: .venv/ready
 	touch $@
 
 demo: setup
+	$(BIN)/python -m benchmarks.real fetch
 	$(BIN)/caliport run recipes/demo.yaml
+
+demo-adapters: setup
+	$(BIN)/python -m benchmarks.real fetch
+	$(BIN)/caliport calibrate recipes/demo-adapters.yaml
+	for task in summarize translate_es; do \
+		cp runs/demo-adapters/adapters/$$task/* recipes/demo/$$task/; done
 
 lint: setup
 	$(BIN)/ruff check .

@@ -159,7 +159,8 @@ def needs(request: Request) -> Needs | None:
     beside = _Beside.of(request, costs, changes)
     depth = int(whole.config.get_text_config().num_hidden_layers)
     layers = depth * beside.methods
-    tokenizer = sum(file.stat().st_size for file in directory.glob("tokenizer*.json"))
+    found = directory.glob("tokenizer*.json")
+    tokenizer = sum(file.stat().st_size for file in found if file.is_file())
 
     artifact = sum(costs.shipped(part) for part in parts) + beside.shipped + tokenizer
     artifact += GRAPH * (layers + 1)

@@ -122,8 +122,8 @@ class EagerReferences:
         )
         key = (wanted.key, context)
         if key not in self._expected:
-            answers = self._kept_answers(wanted, alone=False)
             model = self._model(wanted)
+            answers = self._kept_answers(wanted, alone=False, model=model)
             probes = make_probes(model.config.get_text_config().vocab_size, context)
             self._expected[key] = expected_of(model, answers, self.evaluation, probes)
         return self._expected[key]
@@ -155,7 +155,9 @@ class EagerReferences:
 
         return Source(self._base, self.adapter)
 
-    def _kept_answers(self, wanted: _Model, alone: bool) -> Answers:
+    def _kept_answers(
+        self, wanted: _Model, alone: bool, model: PreTrainedModel | None = None
+    ) -> Answers:
         from caliport.validation.evaluation.evaluation import eager_answers
 
         if wanted.key not in self._answers:
@@ -163,9 +165,8 @@ class EagerReferences:
             known = self.evaluation.written if fp32 and not alone else None
             name = f"eager {wanted.how.precision}{' base' if alone else ''}"
             streams, write = self._by_layer and not alone, not alone and known is None
-            answers = eager_answers(
-                self._model(wanted), name, self.evaluation, write=write, streams=streams
-            )
+            model = model if model is not None else self._model(wanted)
+            answers = eager_answers(model, name, self.evaluation, write=write, streams=streams)
             self._answers[wanted.key] = (
                 answers if known is None else replace(answers, generated=known)
             )

@@ -1,4 +1,4 @@
-"""Eager reference models that quantize activations in blocks, as ONNX Runtime's kernels do."""
+"""Eager reference models with float weights that quantize activations as a runtime's kernels do."""
 
 from __future__ import annotations
 
@@ -41,6 +41,30 @@ def in_blocks(model: PreTrainedModel, precision: str) -> PreTrainedModel:
             grouped = scale.shape[1] > 1
             block = GROUP_SIZE if grouped else row_scale_block(module.in_features)
             quantize_inputs(plain.get_submodule(name), block)
+    return plain
+
+
+def by_token(model: PreTrainedModel) -> PreTrainedModel:
+    """The same model, to the last bit, with float weights.
+
+    torchao's tensors dequantize theirs in every call, which takes ten times as long as the product
+    of a decode step. Inputs are rounded by torchao's own function.
+
+    Args:
+        model: As changed by ``caliport.export.quantization.tensors.quantize``.
+
+    Returns:
+        A copy.
+    """
+    from torchao.quantization.quantize_.workflows.intx import intx_unpacked_to_int8_tensor as intx
+
+    rounded = intx._apply_int8_act_asym_per_token_quant_dequant
+    plain = dequantize(model)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and is_quantized(module):
+            plain.get_submodule(name).register_forward_pre_hook(
+                lambda _, args: (rounded(args[0]), *args[1:])
+            )
     return plain
 
 

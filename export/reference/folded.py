@@ -71,8 +71,10 @@ def reference(
         from caliport.export.reference.int8_cache import round_cache
 
         round_cache(model)
-    if how.precision == "fp32" or (rounding or get(runtime).rounding) == "token":
-        return model  # torchao's tensors already round by token
-    from caliport.export.reference.activations import in_blocks
+    if how.precision == "fp32":
+        return model
+    from caliport.export.reference.activations import by_token, in_blocks
 
+    if (rounding or get(runtime).rounding) == "token":
+        return by_token(model)
     return in_blocks(model, how.precision)

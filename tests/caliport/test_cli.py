@@ -161,7 +161,7 @@ def test_a_value_that_looks_like_a_flag_is_a_value() -> None:
     """``--prompt --base={input}`` names a prompt, not the base once more."""
     from caliport.cli.app import app
 
-    flags = ["--base", "gone/x", "--prompt", "--base={input}", "--adapter", "a", "--adapter", "b"]
+    flags = ["--base", "gone/x/y", "--prompt", "--base={input}", "--adapter", "a", "--adapter", "b"]
     with pytest.raises(InputError, match="gone"):
         app(["calibrate", *flags, "--method", "linear", "--out", "o"], standalone_mode=False)
 

@@ -16,7 +16,7 @@ from tests.fuzz.seeds import RECIPE
 from tests.validation import runs
 
 METHODS = "methods: [linear, lc], lc: {steps: 2, batch_size: 2}"
-# Each command writes to a disk of 16 kB, then of four times as much, until it succeeds.
+# Each command writes to a disk of 16 kB, then of eight times as much, until it succeeds.
 FILLER = """
 import contextlib, io, json, os, subprocess, sys, tempfile
 from pathlib import Path
@@ -60,7 +60,7 @@ for name, command, temporary in json.load(open("commands.json")):
         print(json.dumps([name, size, code, said, left]), flush=True)
         if code != 2 or size > 5000:
             break
-        size *= 4
+        size *= 8
         mount(disk, size, "remount")
     again = Path("again") / name
     again.parent.mkdir(exist_ok=True)

@@ -20,6 +20,7 @@ from caliport.stages.compose import pick
 from caliport.stages.sweep import at_best_rate
 from tests.exports import to_executorch_bundle, to_onnx_bundle
 from tests.forking import forked
+from tests.sampling import thorough
 
 RUNTIMES = ("onnx", "executorch")
 
@@ -116,7 +117,7 @@ def test_a_composed_adapter_says_how_it_was_made(adapter_dirs: list[Path], tmp_p
     assert "made by `lc++` from summarize, translate_es" in card.content
 
 
-@pytest.fixture(scope="module", params=RUNTIMES)
+@pytest.fixture(scope="module", params=["onnx", thorough("executorch")])
 def bundle(
     request: pytest.FixtureRequest,
     one_layer: tuple[Path, list[Path]],

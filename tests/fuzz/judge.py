@@ -31,7 +31,7 @@ from tests.fuzz.seeds import BOTH
 
 MEMORY = 2_500_000_000
 """Most bytes in memory at any moment, the libraries' half a gigabyte included."""
-CPU_SECONDS = 15
+CPU_SECONDS = 45  # a whole run of a recipe takes up to 20 where another process shares the core
 WALL_SECONDS = 120  # as a busy machine gives a command its seconds slowly
 _SPARE = 8 * 2**30  # of address space; a command that takes more is stopped
 _LINE = 2100

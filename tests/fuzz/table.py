@@ -139,6 +139,7 @@ _TOKENIZERS = [
     ],
     Example("template outside", link_to("base/chat_template.jinja", "/etc/passwd"), EXPORT),
     Example("template a device", link_to("base/chat_template.jinja", "/dev/zero"), EXPORT),
+    Example("settings gone", link_to("base/tokenizer_config.json", "nowhere"), EXPORT),
     *[
         Example(f"tokenizer {key} {str(v)[:20]}", edit("base/tokenizer.json", **{key: v}), EXPORT)
         for key, v in (

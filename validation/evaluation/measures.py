@@ -31,7 +31,10 @@ def kl_divergence(reference: np.ndarray, found: np.ndarray) -> np.ndarray:
 
     Rounding can make it negative by some 1e-17; it is cut at 0, its mathematical bound.
     """
-    p, q = log_softmax(reference), log_softmax(found)
+    return _divergence(log_softmax(reference), log_softmax(found))
+
+
+def _divergence(p: np.ndarray, q: np.ndarray) -> np.ndarray:
     return np.maximum((np.exp(p) * (p - q)).sum(axis=-1), 0.0)
 
 
@@ -58,12 +61,13 @@ def compare(
         if not len(tokens):
             continue
         rows = np.arange(len(tokens))
+        p, q = log_softmax(ours), log_softmax(theirs)
         positions += len(tokens)
         worst = max(worst, float(np.abs(ours - theirs).max()))
-        kl += float(kl_divergence(ours, theirs).sum())
+        kl += float(_divergence(p, q).sum())
         agree += int((ours.argmax(axis=-1) == theirs.argmax(axis=-1)).sum())
-        loss -= float(log_softmax(theirs)[rows, list(tokens)].sum())
-        reference_loss -= float(log_softmax(ours)[rows, list(tokens)].sum())
+        loss -= float(q[rows, list(tokens)].sum())
+        reference_loss -= float(p[rows, list(tokens)].sum())
     if not positions:
         raise ValueError("no positions to compare")
     return Measures(

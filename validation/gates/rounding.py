@@ -28,8 +28,11 @@ if TYPE_CHECKING:
 
 _SEEDS = (2, 8)
 """Fewest and most times that the reference is evaluated again."""
-_POSITIONS = 2000
-"""So many positions show how far rounding moves one: a flipped step is rare and moves it far."""
+_ROUNDED = 2_500_000
+"""So many inputs of linear layers show how far rounding moves a position: a flipped step is rare
+and moves it far. A tiny model needs 2,000 positions for them, one of 135 million parameters 20."""
+_BANK = 2**20
+"""Values that a jitter's noise is cut from: to draw all of it would take as long as the layers."""
 _JITTER = 4 * 2.0**-24
 
 
@@ -72,7 +75,8 @@ def expected_of(
     said = Said(answers, eager_echo(model, probes))
     noise, measures = [], []
     positions = sum(map(len, answers.logits)) + len(said.echo.sweep)
-    for seed in range(1, 1 + min(max(-(-_POSITIONS // positions), _SEEDS[0]), _SEEDS[1])):
+    inputs = positions * sum(layer.in_features for layer in _linears(model))
+    for seed in range(1, 1 + min(max(-(-_ROUNDED // max(inputs, 1)), _SEEDS[0]), _SEEDS[1])):
         with jittered(model, seed):
             again = eager_answers(model, f"{answers.name}, jittered", evaluation, write=False)
             noise.append(apart(said, Said(again, eager_echo(model, probes, full=False))))
@@ -112,17 +116,25 @@ def jittered(model: PreTrainedModel, seed: int) -> Iterator[None]:
     a token's values, so that small ones are changed as much as large ones.
     """
     generator = torch.Generator().manual_seed(seed)
+    bank = torch.randn(_BANK, generator=generator)
 
     def change(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         values = args[0]
         size = values.square().mean(-1, keepdim=True).sqrt()
-        noise = torch.randn(values.shape, generator=generator)
+        start = int(torch.randint(len(bank), (1,), generator=generator))
+        parts = [bank[start:]]
+        while sum(map(len, parts)) < values.numel():
+            parts.append(bank)
+        noise = torch.cat(parts)[: values.numel()].view_as(values)
         return (values + _JITTER * size * noise, *args[1:])
 
-    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    hooks = [module.register_forward_pre_hook(change, prepend=True) for module in linears]
+    hooks = [layer.register_forward_pre_hook(change, prepend=True) for layer in _linears(model)]
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _linears(model: nn.Module) -> list[nn.Linear]:
+    return [module for module in model.modules() if isinstance(module, nn.Linear)]
