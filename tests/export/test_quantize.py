@@ -23,6 +23,7 @@ from caliport.export.quantization.tensors import (
     scheme,
     unpacked,
 )
+from caliport.export.reference.activations import by_token
 
 QUANTIZED = ("int8", "int4")
 
@@ -206,3 +207,12 @@ def test_compiled_code_is_kept_in_a_place_of_the_users_or_not_at_all(
     twice = compiled("float32(float32)")(lambda x: x + x)
     assert twice(2.0) == 4.0
     assert type(twice._cache).__name__ == "NullCache"
+
+
+def test_float_weights_give_torchaos_logits_to_the_last_bit(
+    case: tuple[str, PreTrainedModel],
+) -> None:
+    _, model = case
+    tokens = torch.arange(5, 60).unsqueeze(0)
+    with torch.no_grad():
+        assert torch.equal(by_token(model)(tokens).logits, model(tokens).logits)

@@ -47,7 +47,7 @@ class RegressionLimits(Record):
         margin: Points (0 to 100) of the task metric. Retraining with another seed moves a mean over
             some dozens of examples by about as much.
         loss: Nats a token of the exported method in eager fp32; 0.02 is 2 % of perplexity.
-        kl: Share by which KL from fp32 may grow. Two trainings of recipes/toy.yaml differ by up to a sixth,
+        kl: Share by which KL from fp32 may grow. Two trainings of the toy differ by up to a sixth,
             the two runtimes by up to a tenth; a layer that lost a bit multiplies it.
         top1: Share of positions that may newly disagree with fp32. One is always allowed.
         size: Share by which the bytes may grow. A tokenizer's or a graph's own changes are far

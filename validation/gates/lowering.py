@@ -18,7 +18,7 @@ from caliport.validation.records.gate import Gate, Measures
 from caliport.validation.runners.runner import Runner
 
 _STEPWISE_PROMPTS = 4
-_GRAPH_PROMPTS = 8
+_GRAPH_PROMPTS, _GRAPH_TARGETS = 8, 8
 
 
 @dataclass(frozen=True)
@@ -82,13 +82,14 @@ def check_graph(
     pairs = zip(evaluation.prompts, evaluation.targets, strict=True)
     answers = Answers(runner.name, [trace(runner, *pair) for pair in pairs], None)
     found = _found(expected, Said(answers, runner_echo(runner, expected.probes)))
-    return gates.rounding_gates(found, expected.noise, limits, "graph: ")
+    return gates.rounding_gates(found, expected.noise, limits, graph=True)
 
 
 def few_of(evaluation: Evaluation) -> Evaluation:
     """An evaluation with some of the prompts: enough for a graph, whose every part they use."""
-    few = slice(None, None, max(1, len(evaluation.prompts) // _GRAPH_PROMPTS))
-    return replace(evaluation, prompts=evaluation.prompts[few], targets=evaluation.targets[few])
+    few = slice(None, None, -(-len(evaluation.prompts) // _GRAPH_PROMPTS))
+    targets = [target[:_GRAPH_TARGETS] for target in evaluation.targets[few]]
+    return replace(evaluation, prompts=evaluation.prompts[few], targets=targets)
 
 
 def _found(expected: Expected, said: Said) -> dict[str, np.ndarray]:
