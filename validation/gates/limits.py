@@ -14,9 +14,7 @@ from caliport.validation.evaluation.measures import unexplained
 from caliport.validation.records.gate import AdapterEffect, Gate, Measures, StockResult
 
 _SAME = 1e-6
-_GRAPH_FARTHEST = (
-    10.0  # 4.04 was seen of a sound artifact: one of 192 texts of SmolLM2-135M-Instruct
-)
+_GRAPH_FARTHEST = 10.0  # a sound artifact of SmolLM2-135M-Instruct was at 4.04 in one of 192 texts
 WEIGHTS = "weights"
 _NO_EFFECT = 1e-7  # nats; a composition this near the base has no adapter to look for
 
