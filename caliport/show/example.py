@@ -53,7 +53,7 @@ def _of_methods(result: CompositionResult, sample: QualitySample) -> Iterator[tu
 def _of_artifacts(
     composition: str, sample: QualitySample, parity: ParityReport | None
 ) -> Iterator[tuple[str, str]]:
-    """Those with the fewest bits of each runtime, where they were asked the same."""
+    """The smallest of each runtime, where it was asked the same."""
     smallest: dict[str, ArtifactResult] = {}
     for one in parity.artifacts if parity is not None else ():
         if one.composition == composition and one.samples:

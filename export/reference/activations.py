@@ -47,8 +47,8 @@ def in_blocks(model: PreTrainedModel, precision: str) -> PreTrainedModel:
 def by_token(model: PreTrainedModel) -> PreTrainedModel:
     """The same model, to the last bit, with float weights.
 
-    torchao's tensors dequantize theirs in every call, which takes ten times as long as the product
-    of a decode step. Inputs are rounded by torchao's own function.
+    torchao's tensors dequantize theirs in every call, which takes longer than a decode step's
+    product. Inputs are rounded by torchao's own function.
 
     Args:
         model: As changed by ``caliport.export.quantization.tensors.quantize``.

@@ -100,7 +100,7 @@ def test_last_screen_shows_tables_and_report(place: Path) -> None:
     ):
         assert shown in output
     report = read_result(QualityReport, place / "runs/tiny/reports/quality.json")
-    screen = " ".join(output.partition("the first of the 8 examples")[2].split())
+    screen = f" {' '.join(output.partition('the first of the 8 examples')[2].split())}"
     heads = [
         "asked",
         "expected",
