@@ -36,6 +36,10 @@ def parse_yaml(text: str, where: object) -> Any:
         raise InputError(f"{where}: nested too deep, expected at most {_DEPTH} levels") from None
     except (yaml.YAMLError, ValueError, OverflowError) as error:
         raise InputError(f"{where}: not YAML: {one_line(error, 300)}") from None
+    except (AttributeError, LookupError, TypeError):  # PyYAML's, of !!timestamp x and !!bool x
+        raise InputError(
+            f"{where}: not YAML: a value does not fit its !!tag; leave it out"
+        ) from None
     return _plain(value, where)
 
 

@@ -104,6 +104,7 @@ YAMLS = (
     "name: !!float abc",
     "name: !!int ''",
     "name: !!timestamp x",
+    "name: !!bool x",
     str(deep(20_000)),
     "a" * 5_000_000,
     "x: " + "|" + "\n  " + "b" * 5_000_000,
