@@ -114,6 +114,6 @@ def flags(draw: Random, work: Path) -> Asked:
         arguments += [name, text] if draw.random() < 0.8 else [f"{name}={text}"]
     what = f"{name} {text[:40]!r}"
     writes = ("out", "out.json", "out.yaml", "runs", "compare.html", "recipe.yaml")
-    asked_for = arguments[0] in ("init", "baseline") or "--out" in name
+    asked_for = arguments[0] in ("init", "baseline") or name in ("--out", "--runs")
     written = (os.path.normpath(text),) if text and asked_for else ()
     return Asked(arguments, what, (*writes, *written), fails=True)
