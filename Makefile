@@ -1,8 +1,8 @@
 # make setup   create a virtual environment with everything installed
 # make demo    compose two adapters on a real chat model, up to validated artifacts and a report
 # make demo-adapters   train the demo's two adapters anew
-# make test    lint, type checks, layer checks and all tests; the tests that use adb daemons need
-#              root on Debian, and make test ANDROID=no skips them
+# make test    lint, type checks, layer checks and the tests; those that use adb daemons need root
+#              on Debian, and make test ANDROID=no skips them
 # make test-thorough   the rest of the tests that make test takes a sample of: every family, fault
 #              and seed on both runtimes
 # make test-benchmarks   run the bundle benchmark at tiny scale; takes some minutes
@@ -35,8 +35,7 @@ demo: setup
 demo-adapters: setup
 	$(BIN)/python -m benchmarks.real fetch
 	$(BIN)/caliport calibrate recipes/demo-adapters.yaml
-	for task in summarize translate_es; do \
-		cp runs/demo-adapters/adapters/$$task/* recipes/demo/$$task/; done
+	$(BIN)/python -m benchmarks.demo_adapters
 
 lint: setup
 	$(BIN)/ruff check .

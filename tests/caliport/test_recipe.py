@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
 import pytest
 
+from caliport.calibrate import read_peft
+from caliport.core.directories import check_files
 from caliport.core.errors import InputError
+from caliport.core.prompts import recorded_prompt
 from caliport.recipe.read import read_recipe
 from caliport.recipe.schema import prompts_of
 from caliport.recipe.yaml_file import parse_yaml
@@ -205,3 +209,15 @@ def test_a_bundle_for_executorch_needs_names_of_methods() -> None:
     with pytest.raises(InputError, match=r"compositions\.a-b: .*'a-b', expected letters"):
         read_recipe(path, changes)
     assert read_recipe(path, [*changes, "export.runtimes=[onnx]"]).export.ship == ("bundle",)
+
+
+def test_the_demos_adapters_are_whole_small_and_for_its_base() -> None:
+    recipe = read_recipe(ROOT / "recipes" / "demo.yaml")
+    for path in recipe.adapters.values():
+        assert path is not None
+        check_files(ROOT / path)
+        assert recorded_prompt(ROOT / path) == prompts_of(recipe)[path.name]
+        settings = json.loads((ROOT / path / "adapter_config.json").read_text())
+        assert settings["base_model_name_or_path"] == recipe.base.path
+        assert (ROOT / path / "adapter_model.safetensors").stat().st_size < 2**20
+        assert len(read_peft(ROOT / path).modules) == 60
